@@ -1,0 +1,271 @@
+// What the op families share on the CPU: tensors, rows, threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "sweeps.h"
+
+namespace ppo::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Reaches Python as ValueError (pybind11 translates std::invalid_argument).
+template <class... Args>
+[[noreturn]] void value_error(const Args&... args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw std::invalid_argument(message.str());
+}
+
+// Calls f with a value of the element type.
+template <class F>
+auto dispatch(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      return f(float{});
+  }
+}
+
+// The dtype of per-token results computed in R.
+template <class R>
+constexpr ScalarType kDtype = std::is_same_v<R, double> ? ScalarType::Double : ScalarType::Float;
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+inline std::vector<int64_t> shape(const Tensor& x) {
+  return {x.sizes().begin(), x.sizes().end()};
+}
+
+template <class R>
+Tensor empty(const std::vector<int64_t>& shape) {
+  return torch::stable::empty(shape, kDtype<R>);
+}
+
+template <class R>
+Tensor zeros(const std::vector<int64_t>& shape) {
+  Tensor result = empty<R>(shape);
+  std::fill_n(data<R>(result), result.numel(), R(0));
+  return result;
+}
+
+template <class R>
+Tensor scalar(R value) {
+  Tensor result = empty<R>({});
+  *data<R>(result) = value;
+  return result;
+}
+
+inline Tensor packed(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// `x` as R, contiguous; itself where it already is.
+template <class R>
+Tensor as(const Tensor& x) {
+  return packed(x.scalar_type() == kDtype<R> ? x : torch::stable::to(x, kDtype<R>));
+}
+
+template <class R>
+OptionalTensor as(const OptionalTensor& x) {
+  return x ? OptionalTensor(as<R>(*x)) : std::nullopt;
+}
+
+inline OptionalTensor packed(const OptionalTensor& x) {
+  return x ? OptionalTensor(packed(*x)) : std::nullopt;
+}
+
+template <class T>
+const T* data_or_null(const OptionalTensor& x) {
+  return x ? data<T>(*x) : nullptr;
+}
+
+// Ids of either integer type.
+class Ids {
+ public:
+  explicit Ids(const Tensor& x)
+      : tensor_(packed(x)), wide_(x.scalar_type() == ScalarType::Long) {}
+  int64_t operator[](int64_t i) const {
+    return wide_ ? data<int64_t>(tensor_)[i] : data<int32_t>(tensor_)[i];
+  }
+  int64_t size() const { return tensor_.numel(); }
+
+ private:
+  Tensor tensor_;
+  bool wide_;
+};
+
+// "[2, 17]": where element i of a tensor of this shape stands.
+inline std::string position(const std::vector<int64_t>& shape, int64_t i) {
+  std::string text = "]";
+  for (size_t d = shape.size(); d-- > 0; i /= shape[d]) {
+    text = std::to_string(i % shape[d]) + text;
+    if (d > 0) text = ", " + text;
+  }
+  return "[" + text;
+}
+
+// The denominator of a mean: the caller's, or the count; 0 counts as 1.
+inline double denominator_of(const OptionalTensor& denominator, int64_t count) {
+  const double value = denominator ? *data<double>(*denominator) : double(count);
+  return value == 0 ? 1.0 : value;
+}
+
+// The rows of a tensor (..., V), read in place whatever the strides of the leading dimensions.
+template <class T>
+class Rows {
+ public:
+  explicit Rows(const Tensor& x)
+      : tensor_(x.size(-1) == 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x)) {
+    const auto sizes = tensor_.sizes(), strides = tensor_.strides();
+    length = sizes[sizes.size() - 1];
+    base_ = data<T>(tensor_);
+    for (size_t d = 0; d + 1 < sizes.size(); ++d) {
+      count *= sizes[d];
+      if (sizes[d] == 1) continue;
+      if (!dims_.empty() && dims_.back().stride == strides[d] * sizes[d]) {
+        dims_.back() = {dims_.back().size * sizes[d], strides[d]};
+      } else {
+        dims_.push_back({sizes[d], strides[d]});
+      }
+    }
+  }
+
+  T* operator[](int64_t row) const {
+    int64_t offset = 0;
+    for (auto dim = dims_.rbegin(); dim != dims_.rend(); ++dim) {
+      offset += row % dim->size * dim->stride;
+      row /= dim->size;
+    }
+    return base_ + offset;
+  }
+
+  int64_t count = 1;
+  int64_t length = 0;
+
+ private:
+  struct Dim {
+    int64_t size, stride;
+  };
+  Tensor tensor_;
+  T* base_;
+  std::vector<Dim> dims_;
+};
+
+// Below this many elements the start of a thread costs more than it saves.
+constexpr int64_t kSerial = 16384;
+
+// f(i) for i in [0, n), shared out over torch's threads; `cost` is elements touched per call.
+template <class F>
+void parallel(int64_t n, int64_t cost, const F& f) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  };
+  if (n <= 1 || n * cost <= kSerial) {
+    run(0, n);
+  } else {
+    torch::stable::parallel_for(0, n, std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost)),
+                                run);
+  }
+}
+
+// Reduces rows of `length` elements to a state each, then writes to them.
+//   statistics(row, begin, n) -> State   of one chunk
+//   finish(row, state)                   once per row, after all its chunks
+//   write(row, begin, n)                 each chunk, after finish; walks back, so that the chunk
+//                                        read last is still in cache
+// Rows are shared out over threads; the chunks of a row too, when there are few rows. Either way
+// chunks are merged in order, so that a row's result depends on nothing but the row.
+template <class State, class Statistics, class Finish, class Write>
+void sweep_rows(const std::vector<int64_t>& rows, int64_t length, const Statistics& statistics,
+                const Finish& finish, const Write& write) {
+  const int64_t chunks = (length + kChunk - 1) / kChunk;
+  const int64_t n = rows.size();
+  const auto on_chunk = [&](const auto& f, int64_t row, int64_t chunk) {
+    return f(row, chunk * kChunk, std::min(kChunk, length - chunk * kChunk));
+  };
+  const bool split = chunks > 1 && n < 2 * int64_t(torch::stable::get_num_threads());
+  if (!split) {
+    parallel(n, length, [&](int64_t i) {
+      State state = State::empty();
+      for (int64_t c = 0; c < chunks; ++c) state = merge(state, on_chunk(statistics, rows[i], c));
+      finish(rows[i], state);
+      for (int64_t c = chunks; c-- > 0;) on_chunk(write, rows[i], c);
+    });
+    return;
+  }
+  std::vector<State> states(n * chunks);
+  parallel(n * chunks, kChunk, [&](int64_t i) {
+    states[i] = on_chunk(statistics, rows[i / chunks], i % chunks);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    State state = State::empty();
+    for (int64_t c = 0; c < chunks; ++c) state = merge(state, states[i * chunks + c]);
+    finish(rows[i], state);
+  }
+  parallel(n * chunks, kChunk,
+           [&](int64_t i) { on_chunk(write, rows[i / chunks], i % chunks); });
+}
+
+// write(row, begin, n) for every chunk of every row.
+template <class Write>
+void write_rows(int64_t rows, int64_t length, const Write& write) {
+  const int64_t chunks = (length + kChunk - 1) / kChunk;
+  parallel(rows * chunks, std::min(length, kChunk), [&](int64_t i) {
+    const int64_t begin = i % chunks * kChunk;
+    write(i / chunks, begin, std::min(kChunk, length - begin));
+  });
+}
+
+// What `softmax_stats` holds of a row: shift and log2 Σ 2^(k z - shift).
+template <class R>
+struct RowStats {
+  R shift, log2_sum;
+};
+
+constexpr auto no_write = [](int64_t, int64_t, int64_t) {};
+
+// Indices of the positions that count; all n without a mask.
+inline std::vector<int64_t> counted_rows(const OptionalTensor& mask, int64_t n) {
+  const bool* counts = data_or_null<bool>(mask);
+  std::vector<int64_t> rows;
+  rows.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    if (!counts || counts[i]) rows.push_back(i);
+  }
+  return rows;
+}
+
+// Raises for an id outside [0, vocabulary) in the given rows.
+inline void check_ids(const Ids& ids, const std::vector<int64_t>& rows, int64_t vocabulary,
+                      const std::vector<int64_t>& shape) {
+  for (const int64_t row : rows) {
+    if (ids[row] < 0 || ids[row] >= vocabulary) {
+      value_error("tokens must be in [0, ", vocabulary, "), got ", ids[row], " at ",
+                  position(shape, row));
+    }
+  }
+}
+
+}  // namespace ppo::cpu

@@ -1,0 +1,79 @@
+// token_logprobs and its backward; formulas in ppo_kernels/logprobs.py.
+#include "logprobs.h"
+
+namespace ppo::cpu {
+namespace {
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& tokens,
+                                           double temperature) {
+  using R = Real<T>;
+  const Rows<T> z(logits);
+  const Ids ids(tokens);
+  const auto rows = counted_rows(std::nullopt, z.count);
+  auto out_shape = shape(tokens);
+  check_ids(ids, rows, z.length, out_shape);
+  const Tensor logprobs = empty<R>(out_shape), entropy = empty<R>(out_shape);
+  out_shape.push_back(2);
+  const Tensor stats = empty<R>(out_shape);
+  const R k = kLog2E / temperature;
+  sweep_rows<SoftmaxState<R>>(
+      rows, z.length,
+      [&](int64_t row, int64_t begin, int64_t n) {
+        return sweeps<T>().statistics(z[row] + begin, n, k);
+      },
+      [&](int64_t row, const SoftmaxState<R>& state) {
+        const Scored<R> scored = score(state, R(z[row][ids[row]]), k);
+        data<R>(logprobs)[row] = scored.logprob;
+        data<R>(entropy)[row] = scored.entropy;
+        data<RowStats<R>>(stats)[row] = scored.stats;
+      },
+      no_write);
+  return {logprobs, entropy, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens,
+                                                  double temperature) {
+  return dispatch(logits.scalar_type(),
+                  [&](auto t) { return forward<decltype(t)>(logits, tokens, temperature); });
+}
+
+template <class T>
+Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
+                const Tensor& logits, const Tensor& tokens, const Tensor& entropy,
+                const Tensor& softmax_stats, double temperature) {
+  using R = Real<T>;
+  const Rows<T> z(logits);
+  const Ids ids(tokens);
+  const Tensor grad_logits = torch::stable::empty(shape(logits), logits.scalar_type());
+  const auto g_tensor = as<R>(grad_logprobs), h_tensor = as<R>(grad_entropy);
+  const R *g = data_or_null<R>(g_tensor), *h = data_or_null<R>(h_tensor);
+  const Tensor entropies = packed(entropy), stats = packed(softmax_stats);
+  const R k = kLog2E / temperature;
+  write_rows(z.count, z.length, [&](int64_t row, int64_t begin, int64_t n) {
+    const int64_t token = ids[row];
+    const auto gradient = row_gradient(g ? g[row] : R(0), h ? h[row] : R(0),
+                                       data<R>(entropies)[row], data<RowStats<R>>(stats)[row],
+                                       R(temperature), R(z[row][token]), k);
+    write_gradient(gradient, z[row], data<T>(grad_logits) + row * z.length, begin, n, token, k);
+  });
+  return grad_logits;
+}
+
+Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
+                               Tensor logits, Tensor tokens, Tensor entropy, Tensor softmax_stats,
+                               double temperature) {
+  return dispatch(logits.scalar_type(), [&](auto t) {
+    return backward<decltype(t)>(grad_logprobs, grad_entropy, logits, tokens, entropy,
+                                 softmax_stats, temperature);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
+  m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
+  m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
+}
+
+}  // namespace ppo::cpu

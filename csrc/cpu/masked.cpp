@@ -1,0 +1,44 @@
+// masked_mean and masked_whiten; formulas in ppo_kernels/masked.py.
+#include "common.h"
+
+namespace ppo::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor> masked_mean(Tensor x, OptionalTensor mask, OptionalTensor denominator) {
+  return dispatch(x.scalar_type(), [&](auto type) {
+    using R = Real<decltype(type)>;
+    const Tensor values = as<R>(x);
+    const auto rows = counted_rows(packed(mask), x.numel());
+    const double count = denominator_of(denominator, rows.size());
+    double sum = 0;
+    for (const int64_t i : rows) sum += data<R>(values)[i];
+    return std::tuple(scalar(R(sum / count)), scalar(R(1 / count)));
+  });
+}
+
+Tensor masked_whiten(Tensor x, OptionalTensor mask, double eps) {
+  return dispatch(x.scalar_type(), [&](auto type) {
+    using R = Real<decltype(type)>;
+    const Tensor values = as<R>(x), result = zeros<R>(shape(x));
+    const auto rows = counted_rows(packed(mask), x.numel());
+    const double count = denominator_of(std::nullopt, rows.size());
+    double sum = 0, squares = 0;
+    for (const int64_t i : rows) sum += data<R>(values)[i];
+    const double mean = sum / count;
+    for (const int64_t i : rows) {
+      squares += (data<R>(values)[i] - mean) * (data<R>(values)[i] - mean);
+    }
+    const double scale = 1 / std::sqrt(squares / count + eps);
+    for (const int64_t i : rows) data<R>(result)[i] = R((data<R>(values)[i] - mean) * scale);
+    return result;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
+  m.impl("masked_mean", TORCH_BOX(&masked_mean));
+  m.impl("masked_whiten", TORCH_BOX(&masked_whiten));
+}
+
+}  // namespace ppo::cpu

@@ -1,0 +1,282 @@
+// ppo_loss, ppo_loss_ and the losses of log-probs and values; formulas in ppo_kernels/ppo_loss.py.
+#include <limits>
+
+#include "../ppo_math.h"
+#include "logprobs.h"
+
+namespace ppo::cpu {
+namespace {
+
+template <class R>
+struct Objective {
+  R clip_low, clip_high, dual_clip, entropy_coef, kl_coef;
+  KLEstimator kl_estimator;
+};
+
+// Per-token inputs, contiguous, in R; `ref_logprobs` may be null.
+template <class R>
+struct TokenInputs {
+  Tensor old_logprobs, advantages;
+  OptionalTensor ref_logprobs, mask;
+  std::vector<int64_t> rows;  // those that count
+
+  TokenInputs(const Tensor& old_logprobs, const Tensor& advantages,
+              const OptionalTensor& ref_logprobs, const OptionalTensor& mask)
+      : old_logprobs(as<R>(old_logprobs)),
+        advantages(as<R>(advantages)),
+        ref_logprobs(as<R>(ref_logprobs)),
+        mask(packed(mask)),
+        rows(counted_rows(this->mask, advantages.numel())) {}
+};
+
+template <class R>
+struct TokenTerms {
+  PolicyTerm<R> policy;
+  KLTerm<R> kl;
+};
+
+template <class R>
+TokenTerms<R> token_terms(const Objective<R>& objective, const TokenInputs<R>& in, int64_t row,
+                          R logprob) {
+  TokenTerms<R> terms{
+      policy_term(logprob - data<R>(in.old_logprobs)[row], data<R>(in.advantages)[row],
+                  objective.clip_low, objective.clip_high, objective.dual_clip),
+      {}};
+  if (in.ref_logprobs) {
+    terms.kl = kl_term(objective.kl_estimator, logprob - data<R>(*in.ref_logprobs)[row]);
+  }
+  return terms;
+}
+
+using Scalars = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Sums in row order and in fp64, so that they do not depend on the threads.
+template <class R>
+Scalars summarise(const Objective<R>& objective, const TokenInputs<R>& in, double denominator,
+                  const R* logprobs, const R* entropies) {
+  double policy = 0, entropy = 0, kl = 0, approx_kl = 0, clipped = 0;
+  for (const int64_t row : in.rows) {
+    const auto terms = token_terms(objective, in, row, logprobs[row]);
+    policy += terms.policy.loss;
+    approx_kl += terms.policy.approx_kl;
+    clipped += terms.policy.clipped;
+    entropy += entropies[row];
+    kl += terms.kl.value;
+  }
+  const double loss = policy - objective.entropy_coef * entropy + objective.kl_coef * kl;
+  const auto mean = [&](double sum) { return scalar(R(sum / denominator)); };
+  return {mean(loss), mean(policy), mean(entropy), mean(kl), mean(approx_kl), mean(clipped)};
+}
+
+// The loss over rows of logits. `finish(row, scored, g, h)` is called with each counted row's
+// statistics and ∂loss/∂logprob, ∂loss/∂H; `write(row, begin, n)` after it.
+template <class T>
+struct Loss {
+  using R = Real<T>;
+  Rows<T> z;
+  Ids ids;
+  std::vector<int64_t> out_shape;
+  TokenInputs<R> in;
+  Objective<R> objective;
+  R temperature, k;
+  double denominator;
+  Tensor logprobs, entropy;
+
+  Loss(const Tensor& logits, const Tensor& tokens, TokenInputs<R> inputs, Objective<R> objective,
+       const OptionalTensor& denominator, double temperature)
+      : z(logits),
+        ids(tokens),
+        out_shape(shape(tokens)),
+        in(std::move(inputs)),
+        objective(objective),
+        temperature(temperature),
+        k(kLog2E / temperature),
+        denominator(denominator_of(denominator, in.rows.size())),
+        logprobs(zeros<R>(out_shape)),
+        entropy(zeros<R>(out_shape)) {
+    check_ids(ids, in.rows, z.length, out_shape);
+  }
+
+  template <class Finish, class Write>
+  Scalars run(const Finish& finish, const Write& write) {
+    std::atomic<int64_t> impossible{std::numeric_limits<int64_t>::max()};
+    sweep_rows<SoftmaxState<R>>(
+        in.rows, z.length,
+        [&](int64_t row, int64_t begin, int64_t n) {
+          return sweeps<T>().statistics(z[row] + begin, n, k);
+        },
+        [&](int64_t row, const SoftmaxState<R>& state) {
+          const Scored<R> scored = score(state, R(z[row][ids[row]]), k);
+          data<R>(logprobs)[row] = scored.logprob;
+          data<R>(entropy)[row] = scored.entropy;
+          if (!std::isfinite(scored.logprob)) {
+            int64_t seen = impossible;
+            while (row < seen && !impossible.compare_exchange_weak(seen, row)) {
+            }
+          }
+          const auto terms = token_terms(objective, in, row, scored.logprob);
+          finish(row, scored,
+                 R((terms.policy.grad + objective.kl_coef * terms.kl.grad) / denominator),
+                 R(-objective.entropy_coef / denominator));
+        },
+        write);
+    if (const int64_t row = impossible; row < std::numeric_limits<int64_t>::max()) {
+      value_error("tokens must have finite log-probability, got ", data<R>(logprobs)[row],
+                  " for token ", ids[row], " at ", position(out_shape, row),
+                  ": mask it out or mend its logits");
+    }
+    return summarise(objective, in, denominator, data<R>(logprobs), data<R>(entropy));
+  }
+};
+
+template <class T, class F>
+auto with_loss(const Tensor& logits, const Tensor& tokens, const Tensor& old_logprobs,
+               const Tensor& advantages, const OptionalTensor& mask, double clip_low,
+               double clip_high, std::optional<double> dual_clip, double entropy_coef,
+               double kl_coef, const OptionalTensor& ref_logprobs,
+               const OptionalTensor& denominator, double temperature, int64_t kl_estimator,
+               const F& f) {
+  using R = Real<T>;
+  const Objective<R> objective{R(clip_low),
+                               R(clip_high),
+                               R(dual_clip.value_or(INFINITY)),
+                               R(entropy_coef),
+                               R(kl_coef),
+                               KLEstimator(kl_estimator)};
+  Loss<T> loss(logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
+               objective, denominator, temperature);
+  return f(loss);
+}
+
+using InPlaceResult = decltype(std::tuple_cat(Scalars{}, std::tuple<Tensor, Tensor>{}));
+using Result = decltype(std::tuple_cat(InPlaceResult{}, std::tuple<Tensor, Tensor, Tensor>{}));
+
+Result ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
+                OptionalTensor mask, double clip_low, double clip_high,
+                std::optional<double> dual_clip, double entropy_coef, double kl_coef,
+                OptionalTensor ref_logprobs, OptionalTensor denominator, double temperature,
+                int64_t kl_estimator) {
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using R = Real<T>;
+    return with_loss<T>(
+        logits, tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip,
+        entropy_coef, kl_coef, ref_logprobs, denominator, temperature, kl_estimator,
+        [&](Loss<T>& loss) -> Result {
+          auto stats_shape = loss.out_shape;
+          stats_shape.push_back(2);
+          const Tensor stats = zeros<R>(stats_shape);
+          const Tensor g = zeros<R>(loss.out_shape), h = zeros<R>(loss.out_shape);
+          const Scalars scalars = loss.run(
+              [&](int64_t row, const Scored<R>& scored, R grad_logprob, R grad_entropy) {
+                data<RowStats<R>>(stats)[row] = scored.stats;
+                data<R>(g)[row] = grad_logprob;
+                data<R>(h)[row] = grad_entropy;
+              },
+              no_write);
+          return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy, stats, g, h));
+        });
+  });
+}
+
+InPlaceResult ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
+                        OptionalTensor mask, double clip_low, double clip_high,
+                        std::optional<double> dual_clip, double entropy_coef, double kl_coef,
+                        OptionalTensor ref_logprobs, OptionalTensor denominator,
+                        double temperature, int64_t kl_estimator) {
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using R = Real<T>;
+    return with_loss<T>(
+        logits, tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip,
+        entropy_coef, kl_coef, ref_logprobs, denominator, temperature, kl_estimator,
+        [&](Loss<T>& loss) -> InPlaceResult {
+          const auto& z = loss.z;
+          std::vector<RowGradient<R>> gradients(z.count);
+          const Scalars scalars = loss.run(
+              [&](int64_t row, const Scored<R>& scored, R g, R h) {
+                gradients[row] = row_gradient(g, h, scored.entropy, scored.stats, loss.temperature,
+                                              R(z[row][loss.ids[row]]), loss.k);
+              },
+              [&](int64_t row, int64_t begin, int64_t n) {
+                write_gradient(gradients[row], z[row], z[row], begin, n, loss.ids[row], loss.k);
+              });
+          if (loss.in.mask) {
+            parallel(z.count, z.length, [&](int64_t row) {
+              if (!data<bool>(*loss.in.mask)[row]) std::fill_n(z[row], z.length, T(0));
+            });
+          }
+          return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy));
+        });
+  });
+}
+
+// grad *= scale, untouched where scale is 1.
+void rescale_(Tensor grad, Tensor scale) {
+  const double factor = *data<double>(as<double>(scale));
+  if (factor == 1.0) return;
+  dispatch(grad.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Rows<T> rows(grad);
+    write_rows(rows.count, rows.length, [&](int64_t row, int64_t begin, int64_t n) {
+      T* x = rows[row] + begin;
+      for (int64_t i = 0; i < n; ++i) x[i] = T(Real<T>(x[i]) * Real<T>(factor));
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(
+    Tensor logprobs, Tensor old_logprobs, Tensor advantages, OptionalTensor mask, double clip_low,
+    double clip_high, std::optional<double> dual_clip, OptionalTensor denominator) {
+  return dispatch(logprobs.scalar_type(), [&](auto type) {
+    using R = Real<decltype(type)>;
+    const TokenInputs<R> in(old_logprobs, advantages, std::nullopt, mask);
+    const Tensor x = as<R>(logprobs), grad = zeros<R>(shape(logprobs));
+    const Objective<R> objective{R(clip_low), R(clip_high), R(dual_clip.value_or(INFINITY)), 0, 0,
+                                 KLEstimator::k1};
+    const double count = denominator_of(denominator, in.rows.size());
+    double loss = 0, approx_kl = 0, clipped = 0;
+    for (const int64_t row : in.rows) {
+      const auto policy = token_terms(objective, in, row, data<R>(x)[row]).policy;
+      loss += policy.loss;
+      approx_kl += policy.approx_kl;
+      clipped += policy.clipped;
+      data<R>(grad)[row] = policy.grad / count;
+    }
+    return std::tuple(scalar(R(loss / count)), scalar(R(approx_kl / count)),
+                      scalar(R(clipped / count)), grad);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, Tensor returns,
+                                              OptionalTensor mask, std::optional<double> clip,
+                                              OptionalTensor denominator) {
+  return dispatch(values.scalar_type(), [&](auto type) {
+    using R = Real<decltype(type)>;
+    const Tensor x = as<R>(values), old = as<R>(old_values), target = as<R>(returns);
+    const Tensor grad = zeros<R>(shape(values));
+    const auto rows = counted_rows(packed(mask), x.numel());
+    const double count = denominator_of(denominator, rows.size());
+    double loss = 0, clipped = 0;
+    for (const int64_t row : rows) {
+      const auto term = value_term(data<R>(x)[row], data<R>(old)[row], data<R>(target)[row],
+                                   R(clip.value_or(INFINITY)));
+      loss += term.loss;
+      clipped += term.clipped;
+      data<R>(grad)[row] = term.grad / count;
+    }
+    return std::tuple(scalar(R(loss / count)), scalar(R(clipped / count)), grad);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
+  m.impl("ppo_loss", TORCH_BOX(&ppo_loss));
+  m.impl("ppo_loss_", TORCH_BOX(&ppo_loss_));
+  m.impl("rescale_", TORCH_BOX(&rescale_));
+  m.impl("clipped_policy_loss", TORCH_BOX(&clipped_policy_loss));
+  m.impl("value_loss", TORCH_BOX(&value_loss));
+}
+
+}  // namespace ppo::cpu

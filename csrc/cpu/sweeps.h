@@ -1,0 +1,72 @@
+// The sweeps over (part of) a row of logits, for the instruction set found when the program runs.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+#include "../softmax_state.h"
+
+namespace ppo::cpu {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// The type that elements of type T are computed in.
+template <class T>
+struct RealOf {
+  using type = float;
+};
+template <>
+struct RealOf<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
+
+// A row is reduced in chunks of this many elements, merged in order: the result does not depend on
+// how chunks are shared out over threads. A chunk of fp32 stays in a 32 KiB L1 between its maximum
+// and its sums.
+constexpr int64_t kChunk = 4096;
+
+// With t_j = k z_j - shift and q_j = k ref_j - ref_shift, over n elements:
+template <class T>
+struct Sweeps {
+  using R = Real<T>;
+  SoftmaxState<R> (*statistics)(const T* z, int64_t n, R k);
+  // grad_j = 2^t_j (a + b t_j); `grad` may be `z`.
+  void (*gradient)(const T* z, T* grad, int64_t n, R k, R shift, R a, R b);
+  JointState<R> (*joint_statistics)(const T* z, const T* ref, int64_t n, R k);
+  // grad_j = 2^t_j (a + b (t_j - q_j))
+  void (*kl_gradient)(const T* z, const T* ref, T* grad, int64_t n, R k, R shift, R ref_shift, R a,
+                      R b);
+};
+
+struct SweepTable {
+  Sweeps<float> fp32;
+  Sweeps<double> fp64;
+  Sweeps<BFloat16> bf16;
+  Sweeps<Half> fp16;
+  const char* level;
+};
+
+extern const SweepTable kSweepsBaseline;
+#if defined(__x86_64__)
+extern const SweepTable kSweepsAVX2;
+extern const SweepTable kSweepsAVX512;
+#endif
+
+// The table for this processor; PPO_KERNELS_SIMD=avx2 or baseline in the environment asks for less.
+const SweepTable& sweep_table();
+
+template <class T>
+const Sweeps<T>& sweeps() {
+  const SweepTable& table = sweep_table();
+  if constexpr (std::is_same_v<T, float>) return table.fp32;
+  if constexpr (std::is_same_v<T, double>) return table.fp64;
+  if constexpr (std::is_same_v<T, BFloat16>) return table.bf16;
+  if constexpr (std::is_same_v<T, Half>) return table.fp16;
+}
+
+}  // namespace ppo::cpu

@@ -1,0 +1,29 @@
+#include "sweeps_includes.h"
+
+#if defined(__x86_64__)
+
+#define PPO_AVX512
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace ppo::cpu {
+namespace avx512 {
+namespace {
+#include "simd.h"
+#include "sweeps_impl.h"
+}  // namespace
+}  // namespace avx512
+
+extern const SweepTable kSweepsAVX512 = {avx512::sweeps_of<float>(), avx512::sweeps_of<double>(),
+    avx512::sweeps_of<BFloat16>(), avx512::sweeps_of<Half>(), "avx512"};
+
+}  // namespace ppo::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

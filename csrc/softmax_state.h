@@ -1,0 +1,94 @@
+// Mergeable state of a softmax over part of a row, and what follows from it. Host and device.
+//
+// Everything is in base 2, the base in which processors exponentiate: with k = log2(e) / τ a logit
+// z stands for the exponent t = k z - shift, where shift = k max z, so that t <= 0 and sums neither
+// overflow nor cancel, however large the logits. `shift` is carried as the very number that was
+// subtracted; it must not be recomputed under floating-point contraction.
+#pragma once
+
+#include <cmath>
+
+#include "ppo_math.h"
+
+namespace ppo {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+template <class T>
+struct SoftmaxState {
+  T shift;     // -inf: nothing with probability seen yet
+  T sum;       // Σ 2^t
+  T weighted;  // Σ 2^t t
+
+  PPO_HD static SoftmaxState empty() { return {-INFINITY, T(0), T(0)}; }
+};
+
+// 2^(from - to), and the change of exponent itself, for from <= to; empty parts weigh nothing.
+template <class T>
+PPO_HD T shift_change(T from, T to) {
+  return from == -T(INFINITY) ? T(0) : from - to;
+}
+
+template <class T>
+PPO_HD SoftmaxState<T> merge(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
+  const T shift = a.shift > b.shift || std::isnan(a.shift) ? a.shift : b.shift;
+  const T da = shift_change(a.shift, shift), db = shift_change(b.shift, shift);
+  const T fa = std::exp2(da), fb = std::exp2(db);
+  return {shift, fa * a.sum + fb * b.sum,
+          fa * (a.weighted + da * a.sum) + fb * (b.weighted + db * b.sum)};
+}
+
+// log2 Σ 2^t, the log-sum-exp beyond `shift`.
+template <class T>
+PPO_HD T log2_sum(const SoftmaxState<T>& s) {
+  return std::log2(s.sum);
+}
+
+// H = -Σ p log p, in nats.
+template <class T>
+PPO_HD T entropy(const SoftmaxState<T>& s) {
+  return T(kLn2) * (log2_sum(s) - s.weighted / s.sum);
+}
+
+// State of two softmaxes over the same part of a row, for KL(p || q).
+template <class T>
+struct JointState {
+  T shift, sum;
+  T ref_shift, ref_sum;
+  T cross;  // Σ 2^t (t - t_ref); +inf where q excludes what p allows
+
+  PPO_HD static JointState empty() { return {-INFINITY, T(0), -INFINITY, T(0), T(0)}; }
+};
+
+template <class T>
+PPO_HD T shifted_cross(const JointState<T>& s, T shift, T ref_shift) {
+  if (s.sum == T(0)) return T(0);
+  if (std::isinf(s.cross)) return s.cross;
+  const T change = shift_change(s.shift, shift);
+  return std::exp2(change) * (s.cross + s.sum * (change - shift_change(s.ref_shift, ref_shift)));
+}
+
+template <class T>
+PPO_HD JointState<T> merge(const JointState<T>& a, const JointState<T>& b) {
+  const T shift = a.shift > b.shift || std::isnan(a.shift) ? a.shift : b.shift;
+  const T ref_shift =
+      a.ref_shift > b.ref_shift || std::isnan(a.ref_shift) ? a.ref_shift : b.ref_shift;
+  JointState<T> s;
+  s.shift = shift;
+  s.ref_shift = ref_shift;
+  s.sum = std::exp2(shift_change(a.shift, shift)) * a.sum +
+          std::exp2(shift_change(b.shift, shift)) * b.sum;
+  s.ref_sum = std::exp2(shift_change(a.ref_shift, ref_shift)) * a.ref_sum +
+              std::exp2(shift_change(b.ref_shift, ref_shift)) * b.ref_sum;
+  s.cross = shifted_cross(a, shift, ref_shift) + shifted_cross(b, shift, ref_shift);
+  return s;
+}
+
+// KL(p || q) in nats.
+template <class T>
+PPO_HD T kl(const JointState<T>& s) {
+  return T(kLn2) * (s.cross / s.sum - std::log2(s.sum) + std::log2(s.ref_sum));
+}
+
+}  // namespace ppo

@@ -1,0 +1,37 @@
+"""Fused PPO ops: log-probabilities, entropy, KL, advantages and the clipped loss from logits."""
+
+from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed
+from ppo_kernels.kl import kl_divergence, kl_estimate
+from ppo_kernels.logprobs import LogprobsAndEntropy, token_logprobs, token_logprobs_and_entropy
+from ppo_kernels.masked import masked_mean, masked_whiten
+from ppo_kernels.ppo_loss import (
+    PolicyLoss,
+    PPOLoss,
+    ValueLoss,
+    clipped_policy_loss,
+    ppo_loss,
+    ppo_loss_,
+    value_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdvantagesAndReturns",
+    "LogprobsAndEntropy",
+    "PPOLoss",
+    "PolicyLoss",
+    "ValueLoss",
+    "clipped_policy_loss",
+    "gae",
+    "gae_packed",
+    "kl_divergence",
+    "kl_estimate",
+    "masked_mean",
+    "masked_whiten",
+    "ppo_loss",
+    "ppo_loss_",
+    "token_logprobs",
+    "token_logprobs_and_entropy",
+    "value_loss",
+]

@@ -1,0 +1,120 @@
+"""Argument checks: each raises `TypeError` or `ValueError` naming the argument, the rule and the value."""
+
+import math
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name, x):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def same(name, x, like_name, shape, device):
+    """`x` has this shape and lies on this device, those of the argument `like_name`."""
+    if x.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} to match {like_name}, got {tuple(x.shape)}"
+        )
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like {like_name}, got {x.device}")
+
+
+def per_token(name, x, like_name, like):
+    floating(name, x)
+    same(name, x, like_name, like.shape, like.device)
+
+
+def boolean(name, x, like_name, like):
+    """An optional mask."""
+    if x is None:
+        return
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a bool tensor (True = counts), got {got}")
+    same(name, x, like_name, like.shape, like.device)
+
+
+def integer(name, x):
+    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be an int64 or int32 tensor, got {got}")
+
+
+def logits_and_tokens(logits, tokens):
+    floating("logits", logits)
+    integer("tokens", tokens)
+    vocabulary(logits)
+    same("tokens", tokens, "logits without its last dimension", logits.shape[:-1], logits.device)
+
+
+def vocabulary(logits):
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
+        )
+
+
+def number(name, x, *, above=None, at_least=None, at_most=None):
+    """A finite Python number within bounds."""
+    if isinstance(x, torch.Tensor) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a Python number, got {type(x).__name__}")
+    if not -math.inf < x < math.inf:
+        raise ValueError(f"{name} must be finite, got {x}")
+    if above is not None and not x > above:
+        raise ValueError(f"{name} must be > {above}, got {x}")
+    if at_least is not None and not x >= at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {x}")
+    if at_most is not None and not x <= at_most:
+        raise ValueError(f"{name} must be <= {at_most}, got {x}")
+
+
+def clip_range(clip_low, clip_high, dual_clip):
+    number("clip_low", clip_low, at_least=0, at_most=1)
+    number("clip_high", clip_high, at_least=0)
+    if dual_clip is not None:
+        number("dual_clip", dual_clip, above=1)
+
+
+def denominator(x, device):
+    """None, a Python number or a one-element tensor -> None or a tensor on `device`.
+
+    A tensor's value is not looked at: that would wait for the device.
+    """
+    if x is None:
+        return None
+    if isinstance(x, torch.Tensor):
+        if x.numel() != 1:
+            raise ValueError(f"denominator must have one element, got shape {tuple(x.shape)}")
+        if x.device != device and x.device.type != "cpu":
+            raise ValueError(f"denominator must be on {device}, got {x.device}")
+        return x.detach().to(device, torch.float64).reshape(())
+    number("denominator", x, at_least=0)
+    return torch.tensor(x, dtype=torch.float64, device=device)
+
+
+def writable(name, x):
+    """`x` can take a gradient in place: unit stride in the last dimension, no shared elements."""
+    stride = x.stride()
+    if x.shape[-1] > 1 and stride[-1] != 1:
+        raise ValueError(f"{name} must have stride 1 in its last dimension, got strides {stride}")
+    if any(step == 0 and size > 1 for size, step in zip(x.shape, stride, strict=True)):
+        raise ValueError(f"{name} must not be expanded, got strides {stride}")
+
+
+def boundaries(name, x, like):
+    """`cu_seqlens`; the backend looks at its values."""
+    integer(name, x)
+    if x.ndim != 1 or x.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (B + 1,), got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like rewards, got {x.device}")
+
+
+def choice(name, x, allowed):
+    if x not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {x!r}")

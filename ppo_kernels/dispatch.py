@@ -1,0 +1,63 @@
+"""Which backend runs a call, and why one cannot."""
+
+import importlib
+
+import torch
+
+from ppo_kernels import schemas
+
+BACKENDS = ("reference", "native")
+
+# Fastest measured first, by device type; where a device is not listed only `reference` runs.
+# cpu: benchmarks/results/ (native is ahead of reference for every op and dtype).
+AUTO = {"cpu": ("native", "reference")}
+
+
+def _load_native():
+    """Load `_C`, which registers the C++ kernels. Returns the reason when it cannot be loaded."""
+    try:
+        importlib.import_module("ppo_kernels._C")
+    except ImportError as error:
+        return f"the C++ extension ppo_kernels._C is not built or does not load: {error}"
+    return None
+
+
+schemas.define("native")
+# At import, not at the first call, so that torch.compile traces no import.
+_MISSING = {"reference": None, "native": _load_native()}
+_DEVICES = {"native": ("cpu",)}
+
+
+def why_not(backend, device_type):
+    """Why `backend` cannot run on tensors of this device type; None when it can."""
+    if _MISSING[backend] is not None:
+        return _MISSING[backend]
+    devices = _DEVICES.get(backend)
+    if devices is not None and device_type not in devices:
+        return f"it has no kernels for {device_type} tensors"
+    return None
+
+
+def resolve(backend, x):
+    """The backend that runs a call on tensor `x`.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a named backend
+    that cannot run here.
+    """
+    device_type = x.device.type
+    if backend == "auto":
+        for name in AUTO.get(device_type, ()):
+            if why_not(name, device_type) is None:
+                return name
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto, {' or '.join(BACKENDS)}, got {backend!r}")
+    reason = why_not(backend, device_type)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+    return backend
+
+
+def kernels(backend):
+    """The registered ops of a backend: `kernels("native").gae(...)`."""
+    return getattr(torch.ops, schemas.NAMESPACE[backend])

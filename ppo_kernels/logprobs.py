@@ -1,0 +1,88 @@
+r"""Per-token log-probabilities and entropy from logits.
+
+For a row of logits z (V,), temperature τ and p = softmax(z / τ)::
+
+    logprob(a) = z_a / τ - log Σ_j exp(z_j / τ)          ∂logprob/∂z_j = (1[j = a] - p_j) / τ
+    H          = - Σ_j p_j log p_j                        ∂H/∂z_j       = -p_j (log p_j + H) / τ
+
+so one sweep over the row gives both, and one more gives the gradient of any function of both.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ppo_kernels import checks, reference
+from ppo_kernels.dispatch import kernels, resolve
+
+
+class LogprobsAndEntropy(NamedTuple):
+    """Both of shape (...), in nats, fp32 (fp64 for fp64 logits)."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature, backend):
+        ctx.set_materialize_grads(False)
+        logprobs, entropy, stats = kernels(backend).token_logprobs(logits, tokens, temperature)
+        ctx.save_for_backward(logits, tokens, entropy, stats)
+        ctx.temperature, ctx.backend = temperature, backend
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        logits, tokens, entropy, stats = ctx.saved_tensors
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None
+        grad_logits = kernels(ctx.backend).token_logprobs_backward(
+            grad_logprobs, grad_entropy, logits, tokens, entropy, stats, ctx.temperature
+        )
+        return grad_logits, None, None, None
+
+
+def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
+    """log softmax(logits / temperature) at the given tokens; see the module for the formula.
+
+    Args:
+        logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.
+        tokens: (...) int64 or int32 ids in [0, V); logits at a position score the token there.
+        temperature: > 0.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        (...) log-probabilities in nats, fp32 (fp64 for fp64 logits), differentiable in `logits`.
+        A token whose logit is -inf has log-probability -inf.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, device or range (ids included, on
+            the CPU); the message names it.
+    """
+    checks.logits_and_tokens(logits, tokens)
+    checks.number("temperature", temperature, above=0)
+    backend = resolve(backend, logits)
+    if backend == "reference":
+        return reference.token_logprobs(logits, tokens, temperature=temperature)
+    return _TokenLogprobs.apply(logits, tokens, temperature, backend)[0]
+
+
+def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto"):
+    """`token_logprobs` and the entropy of each row, at no further sweep over the vocabulary.
+
+    Arguments and errors are those of `token_logprobs`.
+
+    Returns:
+        LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable in `logits`.
+    """
+    checks.logits_and_tokens(logits, tokens)
+    checks.number("temperature", temperature, above=0)
+    backend = resolve(backend, logits)
+    if backend == "reference":
+        return LogprobsAndEntropy(
+            *reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
+        )
+    return LogprobsAndEntropy(*_TokenLogprobs.apply(logits, tokens, temperature, backend))

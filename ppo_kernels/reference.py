@@ -1,0 +1,274 @@
+"""Every op in plain PyTorch with autograd: the specification, and the only oracle.
+
+Half-precision inputs are computed in fp32, fp64 in fp64. Vocabulary-sized intermediates are made freely
+here; that is what the other backends exist to avoid.
+"""
+
+import torch
+import torch.distributed as dist
+
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
+def _accumulate(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _log_softmax(logits, temperature):
+    return torch.log_softmax(_accumulate(logits) / temperature, dim=-1)
+
+
+def _value_checks_run(x):
+    """Values are looked at where that waits for no device and breaks no graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
+
+
+def _refuse_out_of_range(tokens, vocabulary):
+    if _value_checks_run(tokens):
+        bad = (tokens < 0) | (tokens >= vocabulary)
+        if bad.any():
+            where = _first(bad)
+            raise ValueError(
+                f"tokens must be in [0, {vocabulary}), got {tokens[where]} at {list(where)}"
+            )
+
+
+def _refuse_impossible(logprobs, tokens):
+    if _value_checks_run(tokens):
+        bad = ~logprobs.isfinite()
+        if bad.any():
+            where = _first(bad)
+            raise ValueError(
+                f"tokens must have finite log-probability, got {logprobs[where]} for token "
+                f"{tokens[where]} at {list(where)}: mask it out or mend its logits"
+            )
+
+
+def _first(bad):
+    return tuple(bad.nonzero()[0].tolist())
+
+
+def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0):
+    _refuse_out_of_range(tokens, logits.shape[-1])
+    log_p = _log_softmax(logits, temperature)
+    logprobs = log_p.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+    # p log p -> 0 as p -> 0; the product itself would be 0 * -inf.
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    return logprobs, entropy
+
+
+def token_logprobs(logits, tokens, *, temperature=1.0):
+    return token_logprobs_and_entropy(logits, tokens, temperature=temperature)[0]
+
+
+def kl_divergence(logits, ref_logits, *, temperature=1.0):
+    log_p = _log_softmax(logits, temperature)
+    log_q = _log_softmax(ref_logits.detach(), temperature)
+    log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)
+    return (log_p.exp() * log_ratio).sum(-1)
+
+
+def kl_estimate(logprobs, ref_logprobs, *, estimator):
+    log_ratio = _accumulate(logprobs) - _accumulate(ref_logprobs)
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    return log_ratio.abs()
+
+
+@torch.no_grad()
+def gae(rewards, values, mask=None, *, gamma, lam, dones=None, bootstrap_values=None):
+    dtype = torch.promote_types(rewards.dtype, values.dtype)
+    rewards, values = (_accumulate(x.to(dtype)) for x in (rewards, values))
+    batch, length = rewards.shape
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0]) if length else rewards.new_zeros(batch)
+    if bootstrap_values is not None:
+        next_value = bootstrap_values.to(rewards.dtype)
+    next_advantage = torch.zeros_like(next_value)
+    for t in reversed(range(length)):
+        carry_value, carry_advantage = next_value, next_advantage
+        if dones is not None:
+            carry_value = torch.where(dones[:, t], 0.0, carry_value)
+            carry_advantage = torch.where(dones[:, t], 0.0, carry_advantage)
+        delta = rewards[:, t] + gamma * carry_value - values[:, t]
+        advantage = delta + gamma * lam * carry_advantage
+        if mask is None:
+            advantages[:, t] = advantage
+            next_value, next_advantage = values[:, t], advantage
+        else:
+            counted = mask[:, t]
+            advantages[:, t] = torch.where(counted, advantage, 0.0)
+            next_value = torch.where(counted, values[:, t], next_value)
+            next_advantage = torch.where(counted, advantage, next_advantage)
+    returns = advantages + values
+    return advantages, returns if mask is None else torch.where(mask, returns, 0.0)
+
+
+@torch.no_grad()
+def gae_packed(
+    rewards, values, cu_seqlens, mask=None, *, gamma, lam, dones=None, bootstrap_values=None
+):
+    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    advantages = torch.empty_like(rewards, dtype=dtype)
+    returns = torch.empty_like(advantages)
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != rewards.shape[0] or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to {rewards.shape[0]}, the length of rewards, got {bounds}"
+        )
+    for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        row = slice(begin, end)
+        advantages[row], returns[row] = (
+            x.squeeze(0)
+            for x in gae(
+                rewards[None, row],
+                values[None, row],
+                None if mask is None else mask[None, row],
+                gamma=gamma,
+                lam=lam,
+                dones=None if dones is None else dones[None, row],
+                bootstrap_values=None if bootstrap_values is None else bootstrap_values[i : i + 1],
+            )
+        )
+    return advantages, returns
+
+
+def _masked_sum(x, mask):
+    return x.sum() if mask is None else torch.where(mask, x, 0.0).sum()
+
+
+def _denominator(x, mask, denominator):
+    """The count to divide by; 1 where it is 0, so that an empty mask gives 0 and not 0/0."""
+    if denominator is None:
+        denominator = x.numel() if mask is None else mask.sum()
+    denominator = torch.as_tensor(denominator, dtype=x.dtype, device=x.device)
+    return torch.where(denominator == 0, 1.0, denominator)
+
+
+def masked_mean(x, mask=None, denominator=None):
+    x = _accumulate(x)
+    return _masked_sum(x, mask) / _denominator(x, mask, denominator)
+
+
+@torch.no_grad()
+def masked_whiten(x, mask=None, *, eps=1e-8, group=None):
+    x = _accumulate(x)
+    total, count = _masked_sum(x, mask), _denominator(x, mask, None)
+    if group is not None:
+        count = x.new_tensor(x.numel()) if mask is None else mask.sum().to(x.dtype)
+        total, count = _all_reduce(torch.stack([total, count]), group)
+        count = count.clamp(min=1.0)
+    centred = x - total / count
+    squares = _masked_sum(centred.square(), mask)
+    if group is not None:
+        squares = _all_reduce(squares, group)
+    whitened = centred * torch.rsqrt(squares / count + eps)
+    return whitened if mask is None else torch.where(mask, whitened, 0.0)
+
+
+def _all_reduce(x, group):
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip):
+    """Per token: the clipped loss, the estimate of KL(old || new), and whether clipping acts."""
+    logprobs = _accumulate(logprobs)
+    log_ratio = logprobs - old_logprobs.detach().to(logprobs.dtype)
+    advantages = advantages.detach().to(logprobs.dtype)
+    if mask is not None:
+        log_ratio = log_ratio.masked_fill(~mask, 0.0)
+        advantages = advantages.masked_fill(~mask, 0.0)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    loss = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    approx_kl = (torch.expm1(log_ratio) - log_ratio).detach()
+    return loss, approx_kl, (clipped > unclipped).to(logprobs.dtype)
+
+
+def clipped_policy_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask=None,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    denominator=None,
+):
+    terms = _policy_terms(
+        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip
+    )
+    return tuple(masked_mean(x, mask, denominator) for x in terms)
+
+
+def value_loss(values, old_values, returns, mask=None, clip=None, denominator=None):
+    values = _accumulate(values)
+    old_values = old_values.detach().to(values.dtype)
+    returns = returns.detach().to(values.dtype)
+    if mask is not None:
+        values, old_values, returns = (
+            x.masked_fill(~mask, 0.0) for x in (values, old_values, returns)
+        )
+    loss = 0.5 * (values - returns).square()
+    clipped = torch.zeros_like(loss)
+    if clip is not None:
+        bounded = old_values + (values - old_values).clamp(-clip, clip)
+        bounded_loss = 0.5 * (bounded - returns).square()
+        clipped = (bounded_loss > loss).to(values.dtype)
+        loss = torch.maximum(loss, bounded_loss)
+    return masked_mean(loss, mask, denominator), masked_mean(clipped, mask, denominator)
+
+
+def ppo_loss(
+    logits,
+    tokens,
+    old_logprobs,
+    advantages,
+    mask=None,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    entropy_coef=0.0,
+    kl_coef=0.0,
+    ref_logprobs=None,
+    denominator=None,
+    temperature=1.0,
+    kl_estimator="k3",
+):
+    if mask is not None:
+        logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
+        tokens = tokens.masked_fill(~mask, 0)
+    logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
+    _refuse_impossible(logprobs, tokens)
+    terms = _policy_terms(
+        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip
+    )
+    policy_loss, approx_kl, clip_fraction = (masked_mean(x, mask, denominator) for x in terms)
+    entropy = masked_mean(token_entropy, mask, denominator)
+    if ref_logprobs is None:
+        kl = torch.zeros_like(policy_loss)
+    else:
+        kl_terms = kl_estimate(logprobs, ref_logprobs, estimator=kl_estimator)
+        kl = masked_mean(kl_terms, mask, denominator)
+    loss = policy_loss - entropy_coef * entropy + kl_coef * kl
+    if mask is not None:
+        logprobs, token_entropy = (x.masked_fill(~mask, 0.0) for x in (logprobs, token_entropy))
+    scalars = (policy_loss, entropy, kl, approx_kl, clip_fraction)
+    return loss, *(x.detach() for x in (*scalars, logprobs, token_entropy))
+
+
+def ppo_loss_(logits, *arguments):
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, *rest = ppo_loss(leaf, *arguments)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    logits.detach().copy_(grad)
+    return loss.detach(), *rest

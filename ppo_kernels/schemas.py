@@ -1,0 +1,176 @@
+"""Op name -> (schema, fake): the only place where either is written.
+
+`softmax_stats` (..., 2) is private to a backend: what its backward needs to know of a row besides
+the logits. Estimators are passed as indices into `reference.ESTIMATORS`, because a string that
+crosses the stable ABI is never freed. Per-token results are fp32, or fp64 for fp64 inputs.
+"""
+
+import torch
+
+NAMESPACE = {"native": "ppo_kernels_native"}
+
+_libraries = []
+
+
+def _result_dtype(*inputs):
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def _row(logits):
+    return logits.new_empty(logits.shape[:-1], dtype=_result_dtype(logits))
+
+
+def _stats(logits):
+    return logits.new_empty((*logits.shape[:-1], 2), dtype=_result_dtype(logits))
+
+
+def _scalars(x, n):
+    return tuple(x.new_empty((), dtype=_result_dtype(x)) for _ in range(n))
+
+
+def _token_logprobs(logits, tokens, temperature):
+    return _row(logits), _row(logits), _stats(logits)
+
+
+def _token_logprobs_backward(
+    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, temperature
+):
+    return logits.new_empty(logits.shape)
+
+
+def _kl_divergence(logits, ref_logits, temperature):
+    return _row(logits), _stats(logits), _stats(logits)
+
+
+def _kl_divergence_backward(
+    grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats, temperature
+):
+    return logits.new_empty(logits.shape)
+
+
+def _kl_estimate(logprobs, ref_logprobs, estimator):
+    result = logprobs.new_empty(logprobs.shape, dtype=_result_dtype(logprobs))
+    return result, torch.empty_like(result)
+
+
+def _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values):
+    result = rewards.new_empty(rewards.shape, dtype=_result_dtype(rewards, values))
+    return result, torch.empty_like(result)
+
+
+def _gae_packed(rewards, values, cu_seqlens, mask, gamma, lam, dones, bootstrap_values):
+    return _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values)
+
+
+def _ppo_loss_(logits, *_):
+    return *_scalars(logits, 6), _row(logits), _row(logits)
+
+
+def _ppo_loss(logits, *_):
+    return *_ppo_loss_(logits), _stats(logits), _row(logits), _row(logits)
+
+
+def _rescale_(grad, scale):
+    return None
+
+
+def _clipped_policy_loss(logprobs, *_):
+    grad = logprobs.new_empty(logprobs.shape, dtype=_result_dtype(logprobs))
+    return *_scalars(logprobs, 3), grad
+
+
+def _value_loss(values, *_):
+    grad = values.new_empty(values.shape, dtype=_result_dtype(values))
+    return *_scalars(values, 2), grad
+
+
+def _masked_mean(x, mask, denominator):
+    return _scalars(x, 2)
+
+
+def _masked_whiten(x, mask, eps):
+    return x.new_empty(x.shape, dtype=_result_dtype(x))
+
+
+_PPO_LOSS_ARGUMENTS = (
+    "Tensor tokens, Tensor old_logprobs, Tensor advantages, Tensor? mask, float clip_low, "
+    "float clip_high, float? dual_clip, float entropy_coef, float kl_coef, Tensor? ref_logprobs, "
+    "Tensor? denominator, float temperature, int kl_estimator"
+)
+_PPO_LOSS_RESULTS = (
+    "Tensor loss, Tensor policy_loss, Tensor entropy, Tensor kl, Tensor approx_kl, "
+    "Tensor clip_fraction, Tensor logprobs, Tensor token_entropy"
+)
+
+SCHEMAS = {
+    "token_logprobs": (
+        "(Tensor logits, Tensor tokens, float temperature)"
+        " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
+        _token_logprobs,
+    ),
+    "token_logprobs_backward": (
+        "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor tokens, "
+        "Tensor entropy, Tensor softmax_stats, float temperature) -> Tensor grad_logits",
+        _token_logprobs_backward,
+    ),
+    "kl_divergence": (
+        "(Tensor logits, Tensor ref_logits, float temperature)"
+        " -> (Tensor kl, Tensor softmax_stats, Tensor ref_softmax_stats)",
+        _kl_divergence,
+    ),
+    "kl_divergence_backward": (
+        "(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl, Tensor softmax_stats, "
+        "Tensor ref_softmax_stats, float temperature) -> Tensor grad_logits",
+        _kl_divergence_backward,
+    ),
+    "kl_estimate": (
+        "(Tensor logprobs, Tensor ref_logprobs, int estimator)"
+        " -> (Tensor kl, Tensor derivative)",
+        _kl_estimate,
+    ),
+    "gae": (
+        "(Tensor rewards, Tensor values, Tensor? mask, float gamma, float lam, Tensor? dones, "
+        "Tensor? bootstrap_values) -> (Tensor advantages, Tensor returns)",
+        _gae,
+    ),
+    "gae_packed": (
+        "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, float gamma, float lam, "
+        "Tensor? dones, Tensor? bootstrap_values) -> (Tensor advantages, Tensor returns)",
+        _gae_packed,
+    ),
+    "ppo_loss": (
+        f"(Tensor logits, {_PPO_LOSS_ARGUMENTS}) -> ({_PPO_LOSS_RESULTS}, "
+        "Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_token_entropy)",
+        _ppo_loss,
+    ),
+    "ppo_loss_": (
+        f"(Tensor(a!) logits, {_PPO_LOSS_ARGUMENTS}) -> ({_PPO_LOSS_RESULTS})",
+        _ppo_loss_,
+    ),
+    "rescale_": ("(Tensor(a!) grad, Tensor scale) -> ()", _rescale_),
+    "clipped_policy_loss": (
+        "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, float clip_low, "
+        "float clip_high, float? dual_clip, Tensor? denominator)"
+        " -> (Tensor loss, Tensor approx_kl, Tensor clip_fraction, Tensor grad_logprobs)",
+        _clipped_policy_loss,
+    ),
+    "value_loss": (
+        "(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float? clip, "
+        "Tensor? denominator) -> (Tensor loss, Tensor clip_fraction, Tensor grad_values)",
+        _value_loss,
+    ),
+    "masked_mean": (
+        "(Tensor x, Tensor? mask, Tensor? denominator) -> (Tensor mean, Tensor weight)",
+        _masked_mean,
+    ),
+    "masked_whiten": ("(Tensor x, Tensor? mask, float eps) -> Tensor", _masked_whiten),
+}
+
+
+def define(backend):
+    """Register every schema and fake under the backend's namespace; kernels are added by it."""
+    library = torch.library.Library(NAMESPACE[backend], "DEF")
+    for name, (schema, fake) in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE[backend]}::{name}", fake, lib=library)
+    _libraries.append(library)
