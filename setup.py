@@ -22,6 +22,7 @@ SOURCES = [
     "csrc/cpu/sweeps.cpp",
     "csrc/cpu/sweeps_avx2.cpp",
     "csrc/cpu/sweeps_avx512.cpp",
+    "csrc/cpu/sweeps_avx512_bf16.cpp",
     "csrc/cpu/sweeps_baseline.cpp",
 ]
 
@@ -50,7 +51,7 @@ def extension():
         ],
         # Contraction is written out where it is wanted: sums are then the same everywhere.
         extra_compile_args=["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden",
-            "-Wno-maybe-uninitialized"],
+            "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     )
     return {"ext_modules": [native], "cmdclass": {"build_ext": BuildExtension}}
 

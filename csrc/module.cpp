@@ -15,7 +15,7 @@ pybind11::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
 #if defined(__x86_64__)
-  info["simd_compiled"] = pybind11::make_tuple("avx512", "avx2", "baseline");
+  info["simd_compiled"] = pybind11::make_tuple("avx512_bf16", "avx512", "avx2", "baseline");
 #else
   info["simd_compiled"] = pybind11::make_tuple("baseline");
 #endif

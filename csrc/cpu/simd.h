@@ -1,6 +1,6 @@
 // Vectors of float and double for the instruction set that the including file chose by defining
-// PPO_AVX512, PPO_AVX2 or neither. Included inside a namespace of that set and under its target.
-// Loads widen half types to fp32; stores round to nearest even.
+// PPO_AVX512 (with or without PPO_AVX512_BF16), PPO_AVX2 or nothing. Included inside a namespace of that set
+// and under its target.
 
 #define PPO_INLINE inline __attribute__((always_inline))
 
@@ -14,7 +14,9 @@ constexpr int kBytes = 16;
 
 typedef float Floats __attribute__((vector_size(kBytes)));
 typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef uint32_t Words __attribute__((vector_size(kBytes)));
 typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef int64_t Longs __attribute__((vector_size(kBytes)));
 
 template <class T>
 struct VectorOf {
@@ -28,36 +30,21 @@ struct VectorOf<double> {
 template <class V>
 constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
 
+// Vectors worked on side by side, a stage of arithmetic at a time: one alone would wait for each of
+// its own results.
+#if defined(PPO_AVX512)
+constexpr int kPack = 4;
+#else
+constexpr int kPack = 2;
+#endif
+
 template <class V, class T>
 PPO_INLINE V broadcast(T x) {
   return V{} + static_cast<std::remove_reference_t<decltype(V{}[0])>>(x);
 }
 
-PPO_INLINE void load(const float* p, Floats& v) { memcpy(&v, p, sizeof(v)); }
-PPO_INLINE void load(const double* p, Doubles& v) { memcpy(&v, p, sizeof(v)); }
-PPO_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof(v)); }
-PPO_INLINE void store(double* p, Doubles v) { memcpy(p, &v, sizeof(v)); }
-
 #if defined(PPO_AVX512)
 
-PPO_INLINE void load(const BFloat16* p, Floats& v) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  v = (Floats)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-PPO_INLINE void load(const Half* p, Floats& v) {
-  v = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-}
-PPO_INLINE void store(BFloat16* p, Floats v) {
-  const __m512i bits = _mm512_castps_si512((__m512)v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_set1_epi32(rounded, nan, 0x7fc00000);
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-PPO_INLINE void store(Half* p, Floats v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-}
 PPO_INLINE Floats fma(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -67,26 +54,6 @@ PPO_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
 
 #elif defined(PPO_AVX2)
 
-PPO_INLINE void load(const BFloat16* p, Floats& v) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-  v = (Floats)_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-PPO_INLINE void load(const Half* p, Floats& v) {
-  v = (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-}
-PPO_INLINE void store(BFloat16* p, Floats v) {
-  const __m256i bits = _mm256_castps_si256((__m256)v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256 nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
-  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
-  const __m256i high = _mm256_srli_epi32(rounded, 16);
-  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(high),
-                                                 _mm256_extracti128_si256(high, 1)));
-}
-PPO_INLINE void store(Half* p, Floats v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-}
 PPO_INLINE Floats fma(Floats a, Floats b, Floats c) {
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
@@ -96,14 +63,6 @@ PPO_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
 
 #else
 
-template <class H>
-PPO_INLINE void load(const H* p, Floats& v) {
-  for (int i = 0; i < kLanes<Floats>; ++i) v[i] = static_cast<float>(p[i]);
-}
-template <class H>
-PPO_INLINE void store(H* p, Floats v) {
-  for (int i = 0; i < kLanes<Floats>; ++i) p[i] = static_cast<H>(float(v[i]));
-}
 template <class V>
 PPO_INLINE V fma(V a, V b, V c) {
   return a * b + c;
@@ -112,39 +71,194 @@ PPO_INLINE V fma(V a, V b, V c) {
 #endif
 
 // max that keeps a NaN of `x`.
-template <class V>
-PPO_INLINE V max(V bound, V x) {
+PPO_INLINE Floats max(Floats bound, Floats x) {
+#if defined(PPO_AVX512)
+  return (Floats)_mm512_max_ps((__m512)bound, (__m512)x);
+#elif defined(PPO_AVX2)
+  return (Floats)_mm256_max_ps((__m256)bound, (__m256)x);
+#else
   return bound > x ? bound : x;
-}
-
-// 2^t for t <= 0 (and a little above), to 1.5 ulp; 0 below -126 or in the subnormals, as the
-// probability of such a token is; NaN stays NaN. Minimax polynomial for 2^f, f in [0, 1].
-PPO_INLINE Floats exp2(Floats t) {
-#if defined(PPO_AVX512)
-  const Floats f = (Floats)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF);
-#else
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats bounded = max(broadcast<Floats>(-127.0f), t);
-  const Floats shifted = (bounded - 0.5f) + kRound;
-  const Floats f = bounded - (shifted - kRound);
-#endif
-  Floats p = broadcast<Floats>(1.86713e-3f);
-  p = fma(p, f, broadcast<Floats>(9.017031e-3f));
-  p = fma(p, f, broadcast<Floats>(5.5799913e-2f));
-  p = fma(p, f, broadcast<Floats>(2.4016444e-1f));
-  p = fma(p, f, broadcast<Floats>(6.931513e-1f));
-  p = fma(p, f, broadcast<Floats>(1.0f));
-#if defined(PPO_AVX512)
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)t);
-#else
-  const Ints scale = ((Ints)shifted << 23) + (127 << 23);
-  const Floats value = p * (Floats)scale;
-  return t < -126.0f ? broadcast<Floats>(0.0f) : value;
 #endif
 }
+PPO_INLINE Doubles max(Doubles bound, Doubles x) { return bound > x ? bound : x; }
 
-PPO_INLINE Doubles exp2(Doubles t) {
-  Doubles result;
-  for (int i = 0; i < kLanes<Doubles>; ++i) result[i] = std::exp2(t[i]);
-  return result;
+// Packs of N vectors in memory. Half types are widened to fp32 and rounded back to nearest even.
+// Lanes of a bf16 pack stand in an order of their own, the same for load and store.
+
+template <int N, class V, class T>
+PPO_INLINE void load(const T* p, V (&x)[N]) {
+  constexpr int L = kLanes<V>;
+  for (int i = 0; i < N; ++i) {
+    if constexpr (sizeof(T) == sizeof(V{}[0])) {
+      memcpy(&x[i], p + i * L, sizeof(V));
+    } else {
+      for (int lane = 0; lane < L; ++lane) x[i][lane] = static_cast<float>(p[i * L + lane]);
+    }
+  }
 }
+
+template <int N, class V, class T>
+PPO_INLINE void store(T* p, const V (&x)[N]) {
+  constexpr int L = kLanes<V>;
+  for (int i = 0; i < N; ++i) {
+    if constexpr (sizeof(T) == sizeof(V{}[0])) {
+      memcpy(p + i * L, &x[i], sizeof(V));
+    } else {
+      for (int lane = 0; lane < L; ++lane) p[i * L + lane] = static_cast<T>(float(x[i][lane]));
+    }
+  }
+}
+
+// A pair of vectors holds the even and the odd elements: widening is a shift and a mask.
+template <int N>
+PPO_INLINE void load(const BFloat16* p, Floats (&x)[N]) {
+  for (int i = 0; i < N; i += 2) {
+    Words pairs;
+    memcpy(&pairs, p + i * kLanes<Floats>, sizeof(pairs));
+    x[i] = (Floats)(pairs << 16);
+    x[i + 1] = (Floats)(pairs & 0xffff0000u);
+  }
+}
+
+#if defined(PPO_AVX512_BF16)
+
+template <int N>
+PPO_INLINE void store(BFloat16* p, const Floats (&x)[N]) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(kInterleave);
+  for (int i = 0; i < N; i += 2) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[i + 1], (__m512)x[i]);
+    const __m512i pairs = _mm512_permutexvar_epi16(order, halves);
+    memcpy(p + i * kLanes<Floats>, &pairs, sizeof(pairs));
+  }
+}
+
+#else
+
+// Nearest even, in the upper half. A NaN computed from bf16 has no low bits to carry into its sign.
+PPO_INLINE Words rounded_up(Floats x) {
+  const Words bits = (Words)x;
+  return bits + ((bits >> 16 & 1u) + 0x7fffu);
+}
+
+template <int N>
+PPO_INLINE void store(BFloat16* p, const Floats (&x)[N]) {
+  for (int i = 0; i < N; i += 2) {
+    const Words pairs = (rounded_up(x[i]) >> 16) | (rounded_up(x[i + 1]) & 0xffff0000u);
+    memcpy(p + i * kLanes<Floats>, &pairs, sizeof(pairs));
+  }
+}
+
+#endif
+
+#if defined(PPO_AVX512)
+
+template <int N>
+PPO_INLINE void load(const Half* p, Floats (&x)[N]) {
+  for (int i = 0; i < N; ++i) {
+    x[i] = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + i * 16)));
+  }
+}
+template <int N>
+PPO_INLINE void store(Half* p, const Floats (&x)[N]) {
+  for (int i = 0; i < N; ++i) {
+    _mm256_storeu_si256((__m256i*)(p + i * 16),
+                        _mm512_cvtps_ph((__m512)x[i], _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+
+#elif defined(PPO_AVX2)
+
+template <int N>
+PPO_INLINE void load(const Half* p, Floats (&x)[N]) {
+  for (int i = 0; i < N; ++i) {
+    x[i] = (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i * 8)));
+  }
+}
+template <int N>
+PPO_INLINE void store(Half* p, const Floats (&x)[N]) {
+  for (int i = 0; i < N; ++i) {
+    _mm_storeu_si128((__m128i*)(p + i * 8),
+                     _mm256_cvtps_ph((__m256)x[i], _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+
+#endif
+
+// The least exponent; 2^t is exactly 0 there, and a token excluded by a logit of -inf is put there.
+template <class V>
+constexpr float kFloor = -127.0f;
+template <>
+constexpr float kFloor<Doubles> = -1023.0f;
+
+// 2^t for kFloor <= t <= kHeadroom, exact at integers. Adding 1.5 * 2^(bits of the mantissa) rounds
+// t to an integer n in the low bits; a polynomial gives 2^f of the rest, |f| <= 1/2, and n is added
+// to its exponent. For a NaN the result is arbitrary.
+template <class Integers, int N, class V, class S, int K>
+PPO_INLINE void exp2(const V (&t)[N], V (&result)[N], S round, int mantissa, S leading,
+                     const S (&coefficients)[K]) {
+  V rounded[N], f[N], p[N];
+  for (int i = 0; i < N; ++i) rounded[i] = t[i] + round;
+  for (int i = 0; i < N; ++i) f[i] = t[i] - (rounded[i] - round);
+  for (int i = 0; i < N; ++i) p[i] = broadcast<V>(leading);
+  for (const S c : coefficients) {
+    for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], broadcast<V>(c));
+  }
+  for (int i = 0; i < N; ++i) {
+    result[i] = (V)((Integers)p[i] + ((Integers)rounded[i] << mantissa));
+  }
+}
+
+// The Taylor series, to 2e-16.
+template <int N>
+PPO_INLINE void exp2(const Doubles (&t)[N], Doubles (&result)[N]) {
+  constexpr double kCoefficients[] = {
+      2.5678435993488196e-11, 4.4455382718708101e-10, 7.0549116208011209e-09,
+      1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05,
+      0.00015403530393381606, 0.0013333558146428441, 0.0096181291076284769, 0.055504108664821576,
+      0.24022650695910069, 0.69314718055994529, 1.0};
+  exp2<Longs>(t, result, 6755399441055744.0, 52, 1.3691488853904124e-12, kCoefficients);
+}
+
+#if defined(PPO_AVX512)
+
+// To 1.5 ulp above the subnormals. Rounds to multiples of 1/32: the low five bits choose 2^(j / 32)
+// from a table, less j << 18, which the shift of the whole integer into the exponent puts back; the
+// rest, |f| <= 1/64, takes two terms of a minimax series.
+template <int N>
+PPO_INLINE void exp2(const Floats (&t)[N], Floats (&result)[N]) {
+  alignas(64) static constexpr uint32_t kTable[32] = {
+      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3,
+      0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b,
+      0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a,
+      0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
+      0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+  const __m512i low = _mm512_load_si512(kTable), high = _mm512_load_si512(kTable + 16);
+  constexpr float kRound = 12582912.0f / 32;
+  Floats rounded[N], f[N], power[N];
+  for (int i = 0; i < N; ++i) rounded[i] = t[i] + kRound;
+  for (int i = 0; i < N; ++i) f[i] = t[i] - (rounded[i] - kRound);
+  for (int i = 0; i < N; ++i) {
+    const Ints entry = (Ints)_mm512_permutex2var_epi32(low, (__m512i)rounded[i], high);
+    power[i] = (Floats)(entry + ((Ints)rounded[i] << 18));
+  }
+  for (int i = 0; i < N; ++i) {
+    const Floats series = fma(broadcast<Floats>(2.40228742e-1f), f[i],
+                              broadcast<Floats>(6.93157315e-1f));
+    result[i] = fma(power[i], f[i] * series, power[i]);
+  }
+}
+
+#else
+
+// A minimax polynomial, to 1.5 ulp above the subnormals.
+template <int N>
+PPO_INLINE void exp2(const Floats (&t)[N], Floats (&result)[N]) {
+  constexpr float kCoefficients[] = {9.67151299e-3f, 5.55073358e-2f, 2.4022242e-1f, 6.93146989e-1f,
+                                     1.0f};
+  exp2<Ints>(t, result, 12582912.0f, 23, 1.32647273e-3f, kCoefficients);
+}
+
+#endif

@@ -2,28 +2,28 @@
 #include "sweeps.h"
 
 #include <cstdlib>
-#include <cstring>
+#include <string>
 
 namespace ppo::cpu {
 namespace {
 
 const SweepTable& choose() {
 #if defined(__x86_64__)
-  const char* limit = std::getenv("PPO_KERNELS_SIMD");
-  const bool baseline = limit && !std::strcmp(limit, "baseline");
-  const bool avx2 = limit && !std::strcmp(limit, "avx2");
+  const char* variable = std::getenv("PPO_KERNELS_SIMD");
+  const std::string limit = variable ? variable : "";
   __builtin_cpu_init();
-  if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return kSweepsAVX512;
-  }
-  if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    return kSweepsAVX2;
-  }
-#endif
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (limit == "baseline" || !avx2) return kSweepsBaseline;
+  if (limit == "avx2" || !avx512) return kSweepsAVX2;
+  if (limit == "avx512" || !__builtin_cpu_supports("avx512bf16")) return kSweepsAVX512;
+  return kSweepsAVX512BF16;
+#else
   return kSweepsBaseline;
+#endif
 }
 
 }  // namespace

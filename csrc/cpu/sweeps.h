@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../ppo_math.h"
 #include "../softmax_state.h"
 
 namespace ppo::cpu {
@@ -41,6 +42,9 @@ struct Sweeps {
   // grad_j = 2^t_j (a + b (t_j - q_j))
   void (*kl_gradient)(const T* z, const T* ref, T* grad, int64_t n, R k, R shift, R ref_shift, R a,
                       R b);
+  // Of n tokens that all count and of which none is done; takes and gives what is carried back.
+  GAECarry<R> (*gae)(const R* rewards, const R* values, R* advantages, R* returns, int64_t n,
+                     R gamma, R gamma_lam, GAECarry<R> next);
 };
 
 struct SweepTable {
@@ -55,9 +59,11 @@ extern const SweepTable kSweepsBaseline;
 #if defined(__x86_64__)
 extern const SweepTable kSweepsAVX2;
 extern const SweepTable kSweepsAVX512;
+extern const SweepTable kSweepsAVX512BF16;
 #endif
 
-// The table for this processor; PPO_KERNELS_SIMD=avx2 or baseline in the environment asks for less.
+// The table for this processor; PPO_KERNELS_SIMD=avx512, avx2 or baseline in the environment asks
+// for less.
 const SweepTable& sweep_table();
 
 template <class T>

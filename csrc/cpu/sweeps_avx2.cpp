@@ -17,8 +17,7 @@ namespace {
 }  // namespace
 }  // namespace avx2
 
-extern const SweepTable kSweepsAVX2 = {avx2::sweeps_of<float>(), avx2::sweeps_of<double>(),
-    avx2::sweeps_of<BFloat16>(), avx2::sweeps_of<Half>(), "avx2"};
+constinit const SweepTable kSweepsAVX2 = avx2::sweep_table_of("avx2");
 
 }  // namespace ppo::cpu
 

@@ -17,8 +17,7 @@ namespace {
 }  // namespace
 }  // namespace avx512
 
-extern const SweepTable kSweepsAVX512 = {avx512::sweeps_of<float>(), avx512::sweeps_of<double>(),
-    avx512::sweeps_of<BFloat16>(), avx512::sweeps_of<Half>(), "avx512"};
+constinit const SweepTable kSweepsAVX512 = avx512::sweep_table_of("avx512");
 
 }  // namespace ppo::cpu
 

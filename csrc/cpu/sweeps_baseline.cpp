@@ -8,7 +8,6 @@ namespace {
 }  // namespace
 }  // namespace baseline
 
-extern const SweepTable kSweepsBaseline = {baseline::sweeps_of<float>(), baseline::sweeps_of<double>(),
-    baseline::sweeps_of<BFloat16>(), baseline::sweeps_of<Half>(), "baseline"};
+constinit const SweepTable kSweepsBaseline = baseline::sweep_table_of("baseline");
 
 }  // namespace ppo::cpu

@@ -1,7 +1,5 @@
 // The sweeps of sweeps.h, written once. Included under a target and inside its namespace, after
-// simd.h. Loops carry kUnroll independent accumulators to hide the latency of additions.
-
-constexpr int kUnroll = 4;
+// simd.h.
 
 template <class V>
 PPO_INLINE auto horizontal_sum(V v) {
@@ -19,104 +17,132 @@ PPO_INLINE auto horizontal_max(V v) {
   return largest;
 }
 
-// The last n < kLanes elements, padded with -inf, which no sweep counts.
-template <class V, class T>
-PPO_INLINE V load_tail(const T* p, int64_t n) {
-  T padded[kLanes<V>];
-  for (int i = 0; i < kLanes<V>; ++i) padded[i] = static_cast<T>(-INFINITY);
-  memcpy(padded, p, n * sizeof(T));
-  V v;
-  load(padded, v);
-  return v;
+// A pack from p; with kTail only the first n elements are there, and the rest is -inf, which no
+// sweep counts.
+template <bool kTail, int N, class V, class T>
+PPO_INLINE void load(const T* p, int64_t n, V (&x)[N]) {
+  if constexpr (kTail) {
+    T padded[N * kLanes<V>];
+    for (T& element : padded) element = static_cast<T>(-INFINITY);
+    memcpy(padded, p, n * sizeof(T));
+    load(padded, x);
+  } else {
+    load(p, x);
+  }
 }
 
-template <class V, class T>
-PPO_INLINE void store_tail(T* p, V v, int64_t n) {
-  T padded[kLanes<V>];
-  store(padded, v);
-  memcpy(p, padded, n * sizeof(T));
+template <bool kTail, int N, class V, class T>
+PPO_INLINE void store(T* p, int64_t n, const V (&x)[N]) {
+  if constexpr (kTail) {
+    T padded[N * kLanes<V>];
+    store(padded, x);
+    memcpy(p, padded, n * sizeof(T));
+  } else {
+    store(p, x);
+  }
+}
+
+// Calls f(tail, begin, count) for packs of vectors over n elements, tail true for the last, short one.
+template <class V, class F>
+PPO_INLINE void for_packs(int64_t n, const F& f) {
+  constexpr int64_t kElements = kPack * kLanes<V>;
+  int64_t i = 0;
+  for (; i + kElements <= n; i += kElements) f(std::false_type{}, i, kElements);
+  if (i < n) f(std::true_type{}, i, n - i);
+}
+
+#define PPO_LAMBDA __attribute__((always_inline))
+
+template <int N, class V>
+PPO_INLINE void raise(V (&largest)[N], const V (&x)[N]) {
+  for (int u = 0; u < N; ++u) largest[u] = max(largest[u], x[u]);
+}
+
+template <int N, class V>
+PPO_INLINE auto maximum(V (&lanes)[N]) {
+  for (int u = 1; u < N; ++u) lanes[0] = max(lanes[0], lanes[u]);
+  return horizontal_max(lanes[0]);
 }
 
 template <class V, class T>
 PPO_INLINE auto maximum(const T* z, int64_t n) {
-  constexpr int L = kLanes<V>;
-  V largest[kUnroll];
+  V largest[kPack];
   for (V& m : largest) m = broadcast<V>(-INFINITY);
-  int64_t i = 0;
-  for (; i + kUnroll * L <= n; i += kUnroll * L) {
-    for (int u = 0; u < kUnroll; ++u) {
-      V x;
-      load(z + i + u * L, x);
-      largest[u] = max(largest[u], x);
-    }
-  }
-  for (; i < n; i += L) {
-    V x;
-    if (i + L <= n) {
-      load(z + i, x);
-    } else {
-      x = load_tail<V>(z + i, n - i);
-    }
-    largest[0] = max(largest[0], x);
-  }
-  for (int u = 1; u < kUnroll; ++u) largest[0] = max(largest[0], largest[u]);
-  return horizontal_max(largest[0]);
+  for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
+    V x[kPack];
+    load<tail.value>(z + i, count, x);
+    raise(largest, x);
+  });
+  return maximum(largest);
 }
 
-// The exponent of an excluded token, finite so that 2^t t is 0 and not 0 * inf.
-constexpr float kFloor = -2048.0f;
+// A chunk is summed in one pass, relative to the maximum of its first elements; only if a later one
+// proves larger by kHeadroom (in base 2) is it summed again, relative to its true maximum.
+constexpr int64_t kSample = 64;
+constexpr float kHeadroom = 16.0f;
+
+// t = max(kFloor, k x + offset), finite so that 2^t t is 0 and not 0 * inf where x is -inf.
+template <int N, class V>
+PPO_INLINE void exponents(const V (&x)[N], V k, V offset, V (&t)[N]) {
+  for (int u = 0; u < N; ++u) t[u] = fma(x[u], k, offset);
+  for (int u = 0; u < N; ++u) t[u] = max(broadcast<V>(kFloor<V>), t[u]);
+}
+
+template <int N, class V>
+PPO_INLINE auto total(const V (&x)[N]) {
+  V sum = x[0];
+  for (int u = 1; u < N; ++u) sum += x[u];
+  return horizontal_sum(sum);
+}
+
+// The state relative to `centre`; `centre` becomes the true maximum.
+template <class T>
+PPO_INLINE SoftmaxState<Real<T>> statistics_about(const T* z, int64_t n, Real<T> k,
+                                                  Real<T>& centre) {
+  using V = typename VectorOf<T>::type;
+  const Real<T> shift = k * centre;
+  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
+  V sum[kPack] = {}, weighted[kPack] = {}, largest[kPack];
+  for (V& m : largest) m = broadcast<V>(centre);
+  for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
+    V x[kPack], t[kPack], e[kPack];
+    load<tail.value>(z + i, count, x);
+    raise(largest, x);
+    exponents(x, scale, offset, t);
+    exp2(t, e);
+    for (int u = 0; u < kPack; ++u) sum[u] += e[u];
+    for (int u = 0; u < kPack; ++u) weighted[u] = fma(e[u], t[u], weighted[u]);
+  });
+  centre = maximum(largest);
+  return {shift, total(sum), total(weighted)};
+}
 
 template <class T>
 SoftmaxState<Real<T>> statistics(const T* z, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  constexpr int L = kLanes<V>;
-  const R largest = maximum<V>(z, n);
-  if (largest == -R(INFINITY)) return SoftmaxState<R>::empty();
-  const R shift = k * largest;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift), floor = broadcast<V>(kFloor);
-  V sum[kUnroll] = {}, weighted[kUnroll] = {};
-  const auto add = [&](int u, V x) __attribute__((always_inline)) {
-    const V t = max(floor, fma(x, scale, offset));
-    const V e = exp2(t);
-    sum[u] += e;
-    weighted[u] = fma(e, t, weighted[u]);
-  };
-  int64_t i = 0;
-  for (; i + kUnroll * L <= n; i += kUnroll * L) {
-    for (int u = 0; u < kUnroll; ++u) {
-      V x;
-      load(z + i + u * L, x);
-      add(u, x);
-    }
-  }
-  for (; i + L <= n; i += L) {
-    V x;
-    load(z + i, x);
-    add(0, x);
-  }
-  if (i < n) add(0, load_tail<V>(z + i, n - i));
-  return {shift, horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])),
-          horizontal_sum((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]))};
+  R centre = maximum<V>(z, std::min(n, kSample));
+  if (centre == -R(INFINITY)) centre = maximum<V>(z, n);
+  if (centre == -R(INFINITY)) return SoftmaxState<R>::empty();
+  SoftmaxState<R> state{};
+  if (std::isfinite(centre)) state = statistics_about(z, n, k, centre);
+  if (!std::isfinite(centre)) return {R(NAN), R(NAN), R(NAN)};
+  if (k * centre - state.shift > R(kHeadroom)) state = statistics_about(z, n, k, centre);
+  return state;
 }
 
 template <class T>
 void gradient(const T* z, T* grad, int64_t n, Real<T> k, Real<T> shift, Real<T> a, Real<T> b) {
   using V = typename VectorOf<T>::type;
-  constexpr int L = kLanes<V>;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift), floor = broadcast<V>(kFloor);
-  const V constant = broadcast<V>(a), slope = broadcast<V>(b);
-  const auto at = [&](V x) __attribute__((always_inline)) {
-    const V t = max(floor, fma(x, scale, offset));
-    return exp2(t) * fma(slope, t, constant);
-  };
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    V x;
-    load(z + i, x);
-    store(grad + i, at(x));
-  }
-  if (i < n) store_tail(grad + i, at(load_tail<V>(z + i, n - i)), n - i);
+  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
+  for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
+    V x[kPack], t[kPack], e[kPack];
+    load<tail.value>(z + i, count, x);
+    exponents(x, scale, offset, t);
+    exp2(t, e);
+    for (int u = 0; u < kPack; ++u) x[u] = e[u] * fma(broadcast<V>(b), t[u], broadcast<V>(a));
+    store<tail.value>(grad + i, count, x);
+  });
 }
 
 // e (t - q), and 0 where e is 0, whatever the reference says of that token.
@@ -126,69 +152,141 @@ PPO_INLINE V weighted_ratio(V e, V t, V q) {
 }
 
 template <class T>
+PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, int64_t n,
+                                                      Real<T> k, Real<T>& centre,
+                                                      Real<T>& ref_centre) {
+  using R = Real<T>;
+  using V = typename VectorOf<T>::type;
+  const R shift = k * centre, ref_shift = k * ref_centre;
+  const V scale = broadcast<V>(k);
+  // A side without any finite logit has no centre; its exponents are all put at kFloor.
+  const V offset = broadcast<V>(shift == -R(INFINITY) ? R(0) : -shift);
+  const V ref_offset = broadcast<V>(ref_shift == -R(INFINITY) ? R(0) : -ref_shift);
+  V sum[kPack] = {}, ref_sum[kPack] = {}, cross[kPack] = {}, largest[kPack], ref_largest[kPack];
+  for (V& m : largest) m = broadcast<V>(centre);
+  for (V& m : ref_largest) m = broadcast<V>(ref_centre);
+  for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
+    V x[kPack], y[kPack], t[kPack], e[kPack];
+    load<tail.value>(z + i, count, x);
+    load<tail.value>(ref + i, count, y);
+    raise(largest, x);
+    raise(ref_largest, y);
+    exponents(x, scale, offset, t);
+    exp2(t, e);
+    for (int u = 0; u < kPack; ++u) sum[u] += e[u];
+    for (int u = 0; u < kPack; ++u) {
+      cross[u] += weighted_ratio(e[u], t[u], fma(y[u], scale, ref_offset));
+    }
+    exponents(y, scale, ref_offset, t);
+    exp2(t, e);
+    for (int u = 0; u < kPack; ++u) ref_sum[u] += e[u];
+  });
+  centre = maximum(largest);
+  ref_centre = maximum(ref_largest);
+  return {shift, total(sum), ref_shift, total(ref_sum), total(cross)};
+}
+
+template <class T>
 JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  constexpr int L = kLanes<V>;
-  const R largest = maximum<V>(z, n), ref_largest = maximum<V>(ref, n);
-  const R shift = k * largest, ref_shift = k * ref_largest;
-  const bool excluded = largest == -R(INFINITY), ref_excluded = ref_largest == -R(INFINITY);
-  const V scale = broadcast<V>(k), floor = broadcast<V>(kFloor);
-  const V offset = broadcast<V>(excluded ? R(0) : -shift);
-  const V ref_offset = broadcast<V>(ref_excluded ? R(0) : -ref_shift);
-  V sum[2] = {}, ref_sum[2] = {}, cross[2] = {};
-  const auto add = [&](int u, V x, V y) __attribute__((always_inline)) {
-    const V t = max(floor, fma(x, scale, offset));
-    const V q = fma(y, scale, ref_offset);
-    const V e = exp2(t);
-    sum[u] += e;
-    ref_sum[u] += exp2(max(floor, q));
-    cross[u] += weighted_ratio(e, t, q);
-  };
-  int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) {
-    for (int u = 0; u < 2; ++u) {
-      V x, y;
-      load(z + i + u * L, x);
-      load(ref + i + u * L, y);
-      add(u, x, y);
-    }
+  const auto undefined = [](R x) { return !(x < R(INFINITY)); };
+  R centre = maximum<V>(z, std::min(n, kSample));
+  R ref_centre = maximum<V>(ref, std::min(n, kSample));
+  if (centre == -R(INFINITY)) centre = maximum<V>(z, n);
+  if (ref_centre == -R(INFINITY)) ref_centre = maximum<V>(ref, n);
+  JointState<R> state{};
+  if (!undefined(centre) && !undefined(ref_centre)) {
+    state = joint_statistics_about(z, ref, n, k, centre, ref_centre);
   }
-  for (; i < n; i += L) {
-    const int64_t m = n - i < L ? n - i : L;
-    add(0, load_tail<V>(z + i, m), load_tail<V>(ref + i, m));
+  if (undefined(centre) || undefined(ref_centre)) {
+    return {R(NAN), R(NAN), R(NAN), R(NAN), R(NAN)};
   }
-  return {shift, horizontal_sum(sum[0] + sum[1]), ref_shift,
-          horizontal_sum(ref_sum[0] + ref_sum[1]), horizontal_sum(cross[0] + cross[1])};
+  if (k * centre - state.shift > R(kHeadroom) ||
+      k * ref_centre - state.ref_shift > R(kHeadroom)) {
+    state = joint_statistics_about(z, ref, n, k, centre, ref_centre);
+  }
+  return state;
 }
 
 template <class T>
 void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T> shift,
                  Real<T> ref_shift, Real<T> a, Real<T> b) {
   using V = typename VectorOf<T>::type;
-  constexpr int L = kLanes<V>;
   const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
-  const V ref_offset = broadcast<V>(-ref_shift), floor = broadcast<V>(kFloor);
-  const V constant = broadcast<V>(a), slope = broadcast<V>(b);
-  const auto at = [&](V x, V y) __attribute__((always_inline)) {
-    const V t = max(floor, fma(x, scale, offset));
-    const V e = exp2(t);
-    return fma(e, constant, slope * weighted_ratio(e, t, fma(y, scale, ref_offset)));
-  };
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    V x, y;
-    load(z + i, x);
-    load(ref + i, y);
-    store(grad + i, at(x, y));
+  const V ref_offset = broadcast<V>(-ref_shift);
+  for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
+    V x[kPack], y[kPack], t[kPack], e[kPack];
+    load<tail.value>(z + i, count, x);
+    load<tail.value>(ref + i, count, y);
+    exponents(x, scale, offset, t);
+    exp2(t, e);
+    for (int u = 0; u < kPack; ++u) {
+      const V ratio = weighted_ratio(e[u], t[u], fma(y[u], scale, ref_offset));
+      x[u] = fma(e[u], broadcast<V>(a), broadcast<V>(b) * ratio);
+    }
+    store<tail.value>(grad + i, count, x);
+  });
+}
+
+// The vector moved down by kStep lanes, zeros moving in.
+template <int kStep, class V, int... kLane>
+PPO_INLINE V shifted_down(V x, std::integer_sequence<int, kLane...>) {
+  constexpr int L = kLanes<V>;
+  return __builtin_shufflevector(x, V{}, (kLane + kStep < L ? kLane + kStep : L)...);
+}
+
+// Local scan by doubling, y_j = Σ_i c^i x_(j+i) over the vector; lanes beyond it count as 0.
+template <int kStep = 1, class V, class S>
+PPO_INLINE V suffix_sums(V x, S c) {
+  if constexpr (kStep < kLanes<V>) {
+    const V moved = shifted_down<kStep>(x, std::make_integer_sequence<int, kLanes<V>>());
+    return suffix_sums<2 * kStep>(fma(moved, broadcast<V>(c), x), c * c);
+  } else {
+    return x;
   }
-  if (i < n) {
-    const int64_t m = n - i;
-    store_tail(grad + i, at(load_tail<V>(z + i, m), load_tail<V>(ref + i, m)), m);
+}
+
+// Generalised advantages of an unbroken run of n tokens; formula in ppo_kernels/gae.py.
+template <class R>
+GAECarry<R> gae(const R* rewards, const R* values, R* advantages, R* returns, int64_t n, R gamma,
+                R gamma_lam, GAECarry<R> next) {
+  using V = typename VectorOf<R>::type;
+  constexpr int L = kLanes<V>;
+  int64_t t = n;
+  // To whole vectors, each with the value after it in memory.
+  while (t > 0 && (t == n || t % L != 0)) {
+    --t;
+    next = gae_step(rewards[t], values[t], false, gamma, gamma_lam, next);
+    advantages[t] = next.advantage;
+    returns[t] = next.advantage + values[t];
   }
+  if (t == 0) return next;
+  V decay;  // (γλ)^(L - lane), of the advantage after the vector
+  R power = gamma_lam;
+  for (int lane = L; lane-- > 0; power *= gamma_lam) decay[lane] = power;
+  V carry = broadcast<V>(next.advantage);
+  do {
+    t -= L;
+    V reward, value, next_value;
+    memcpy(&reward, rewards + t, sizeof(V));
+    memcpy(&value, values + t, sizeof(V));
+    memcpy(&next_value, values + t + 1, sizeof(V));
+    const V delta = fma(broadcast<V>(gamma), next_value, reward) - value;
+    const V advantage = fma(decay, carry, suffix_sums(delta, gamma_lam));
+    const V result = advantage + value;
+    memcpy(advantages + t, &advantage, sizeof(V));
+    memcpy(returns + t, &result, sizeof(V));
+    carry = broadcast<V>(advantage[0]);
+  } while (t > 0);
+  return {values[0], carry[0]};
 }
 
 template <class T>
 constexpr Sweeps<T> sweeps_of() {
-  return {statistics<T>, gradient<T>, joint_statistics<T>, kl_gradient<T>};
+  return {statistics<T>, gradient<T>, joint_statistics<T>, kl_gradient<T>, gae<Real<T>>};
+}
+
+constexpr SweepTable sweep_table_of(const char* level) {
+  return {sweeps_of<float>(), sweeps_of<double>(), sweeps_of<BFloat16>(), sweeps_of<Half>(), level};
 }
