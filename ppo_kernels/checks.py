@@ -1,10 +1,26 @@
 """Argument checks: each raises `TypeError` or `ValueError` naming the argument, the rule and the value."""
 
+import functools
 import math
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def first_order(backward):
+    """Make a Function's `backward` refuse `create_graph=True`, under which it would be a constant."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "ppo_kernels ops can be differentiated once, got create_graph=True; for a second "
+                "derivative use backend='reference'"
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def floating(name, x):

@@ -58,6 +58,13 @@ def resolve(backend, x):
     return backend
 
 
+def build_info():
+    """How the C++ extension was built (a dict); None without it."""
+    if _MISSING["native"] is not None:
+        return None
+    return importlib.import_module("ppo_kernels._C").build_info()
+
+
 def kernels(backend):
     """The registered ops of a backend: `kernels("native").gae(...)`."""
     return getattr(torch.ops, schemas.NAMESPACE[backend])

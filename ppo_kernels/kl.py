@@ -11,7 +11,6 @@ Estimators of KL(π || π_ref) from tokens sampled from π, with Δ = logprob - 
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve
@@ -26,7 +25,7 @@ class _KLDivergence(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @once_differentiable
+    @checks.first_order
     def backward(ctx, grad_kl):
         grad_logits = kernels(ctx.backend).kl_divergence_backward(
             grad_kl, *ctx.saved_tensors, ctx.temperature
@@ -73,7 +72,7 @@ class _KLEstimate(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @once_differentiable
+    @checks.first_order
     def backward(ctx, grad_kl):
         (derivative,) = ctx.saved_tensors
         grad, (dtype, ref_dtype) = grad_kl * derivative, ctx.dtypes

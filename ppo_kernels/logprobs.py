@@ -11,7 +11,6 @@ so one sweep over the row gives both, and one more gives the gradient of any fun
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve
@@ -34,7 +33,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @checks.first_order
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, tokens, entropy, stats = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:

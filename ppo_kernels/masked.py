@@ -7,7 +7,6 @@ zero: a NaN there stays there.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve
@@ -22,7 +21,7 @@ class _MaskedMean(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable
+    @checks.first_order
     def backward(ctx, grad_mean):
         mask, weight = ctx.saved_tensors
         grad = (grad_mean * weight).to(ctx.dtype).expand(ctx.shape)

@@ -15,7 +15,6 @@ per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so that (see `ppo_kernel
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve
@@ -68,7 +67,7 @@ class _PPOLoss(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @checks.first_order
     def backward(ctx, grad_loss, *_):
         logits, tokens, entropy, stats, grad_logprobs, grad_token_entropy = ctx.saved_tensors
         grad_logits = kernels(ctx.backend).token_logprobs_backward(
@@ -100,7 +99,7 @@ class _PPOLossInPlace(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @checks.first_order
     def backward(ctx, grad_loss, *_):
         if ctx.spent:
             raise RuntimeError(
@@ -289,7 +288,7 @@ class _ScalarLoss(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @checks.first_order
     def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
         return None, (grad_loss * grad).to(ctx.dtype), *(None,) * ctx.rest

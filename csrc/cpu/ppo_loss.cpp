@@ -121,8 +121,9 @@ struct Loss {
         },
         write);
     if (const int64_t row = impossible; row < std::numeric_limits<int64_t>::max()) {
-      value_error("tokens must have finite log-probability, got ", data<R>(logprobs)[row],
-                  " for token ", ids[row], " at ", position(out_shape, row),
+      const R logprob = data<R>(logprobs)[row];
+      value_error("tokens must have finite log-probability, got ",
+                  std::isnan(logprob) ? "nan" : "-inf", " for token ", ids[row], " at ", position(out_shape, row),
                   ": mask it out or mend its logits");
     }
     return summarise(objective, in, denominator, data<R>(logprobs), data<R>(entropy));
