@@ -1,45 +1,50 @@
 """Builds the C++ extension; everything else stands in pyproject.toml.
 
-Without a C++ compiler the package installs all the same and runs on the `reference` backend.
+Where it cannot be built the package installs all the same and runs on the `reference` backend.
 """
 
 import os
+import shlex
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 from setuptools import setup
 
 # The oldest libtorch whose stable ABI the extension uses: one binary serves it and later ones.
 TORCH_TARGET = (2, 10)
 
-SOURCES = [
-    "csrc/module.cpp",
-    "csrc/cpu/gae.cpp",
-    "csrc/cpu/kl.cpp",
-    "csrc/cpu/logprobs.cpp",
-    "csrc/cpu/masked.cpp",
-    "csrc/cpu/ppo_loss.cpp",
-    "csrc/cpu/sweeps.cpp",
-    "csrc/cpu/sweeps_avx2.cpp",
-    "csrc/cpu/sweeps_avx512.cpp",
-    "csrc/cpu/sweeps_avx512_bf16.cpp",
-    "csrc/cpu/sweeps_baseline.cpp",
-]
+SOURCES = ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+
+# Contraction is written out where it is wanted: sums are then the same everywhere. GCC warns of
+# the undefined values in its own AVX-512 header.
+FLAGS = (
+    "-std=c++20 -O3 -g0 -ffp-contract=off -fvisibility=hidden -Wall -Wno-uninitialized "
+    "-Wno-maybe-uninitialized"
+)
+
+
+def why_not():
+    """What is missing to build the extension; None when nothing is."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler})"
+    include = sysconfig.get_paths()["include"]
+    if not Path(include, "Python.h").exists():
+        return f"there are no Python headers in {include} (Debian: apt install python3-dev)"
+    return None
 
 
 def extension():
-    """Keyword arguments of setup() that build `ppo_kernels._C`; none when nothing can build it."""
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
-        print(
-            f"ppo_kernels: no C++ compiler ({compiler}): installing without the native backend, "
-            "ops run on plain PyTorch (several times slower on the CPU)",
-            file=sys.stderr,
+    try:
+        import pybind11
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        sys.exit(
+            f"ppo_kernels is built against what is installed, and {error.name} is not: "
+            "pip install torch ninja pybind11, then pip install --no-build-isolation ."
         )
-        return {}
-    import pybind11
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
     major, minor = TORCH_TARGET
     native = CppExtension(
         "ppo_kernels._C",
@@ -49,11 +54,16 @@ def extension():
             ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000"),
             ("PPO_TORCH_TARGET", f'"{major}.{minor}"'),
         ],
-        # Contraction is written out where it is wanted: sums are then the same everywhere.
-        extra_compile_args=["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden",
-            "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+        extra_compile_args=FLAGS.split(),
     )
     return {"ext_modules": [native], "cmdclass": {"build_ext": BuildExtension}}
 
 
-setup(**extension())
+reason = why_not()
+if reason is not None:
+    print(
+        f"ppo_kernels: installed without the native backend, because {reason}; "
+        "ops run on plain PyTorch, many times slower on the CPU",
+        file=sys.stderr,
+    )
+setup(**(extension() if reason is None else {}))

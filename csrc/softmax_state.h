@@ -1,9 +1,9 @@
 // Mergeable state of a softmax over part of a row, and what follows from it. Host and device.
 //
 // Everything is in base 2, the base in which processors exponentiate: with k = log2(e) / τ a logit
-// z stands for the exponent t = k z - shift, where shift is k times the maximum, or near it, so that
-// sums neither overflow nor cancel, however large the logits. `shift` is carried as the very number
-// that was subtracted; it must not be recomputed under floating-point contraction.
+// z stands for the exponent t = k z - shift, where shift is k times the maximum, or near it, so
+// that sums neither overflow nor cancel, however large the logits. `shift` is carried as the very
+// number that was subtracted; it must not be recomputed under floating-point contraction.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-"""Argument checks: each raises `TypeError` or `ValueError` naming the argument, the rule and the value."""
+"""Argument checks: each raises TypeError or ValueError naming argument, rule and value."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def first_order(backward):
-    """Make a Function's `backward` refuse `create_graph=True`, under which it would be a constant."""
+    """Make a Function's `backward` refuse `create_graph=True`: it would be taken as constant."""
 
     @functools.wraps(backward)
     def checked(ctx, *grads):
@@ -70,9 +70,7 @@ def logits_and_tokens(logits, tokens):
 
 def vocabulary(logits):
     if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(
-            f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
-        )
+        raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
 
 
 def number(name, x, *, above=None, at_least=None, at_most=None):

@@ -1,6 +1,7 @@
 """Which backend runs a call, and why one cannot."""
 
 import importlib
+import warnings
 
 import torch
 
@@ -18,7 +19,13 @@ def _load_native():
     try:
         importlib.import_module("ppo_kernels._C")
     except ImportError as error:
-        return f"the C++ extension ppo_kernels._C is not built or does not load: {error}"
+        reason = f"the C++ extension ppo_kernels._C is not built or does not load: {error}"
+        warnings.warn(
+            f"ppo_kernels: no native backend, ops run on plain PyTorch, many times slower on the "
+            f"CPU ({reason})",
+            stacklevel=2,
+        )
+        return reason
     return None
 
 

@@ -1,4 +1,4 @@
-r"""Kullback-Leibler divergence per token: exact, from two sets of logits, or estimated from samples.
+r"""Kullback-Leibler divergence per token: exact, from two logits, or estimated from samples.
 
 Exact, with p = softmax(z / τ), q = softmax(z_ref / τ)::
 

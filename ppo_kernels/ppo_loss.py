@@ -60,9 +60,7 @@ class _PPOLoss(torch.autograd.Function):
             logits, tokens, *rest, temperature, kl_estimator
         )
         ctx.mark_non_differentiable(*results[1:])
-        ctx.save_for_backward(
-            logits, tokens, results[-1], stats, grad_logprobs, grad_token_entropy
-        )
+        ctx.save_for_backward(logits, tokens, results[-1], stats, grad_logprobs, grad_token_entropy)
         ctx.backend, ctx.temperature, ctx.rest = backend, temperature, len(rest)
         return tuple(results)
 
@@ -248,7 +246,7 @@ def ppo_loss_(
     denominator=None,
     backend="auto",
 ):
-    """`ppo_loss` that leaves ∂loss/∂logits in the storage of `logits`: two sweeps, no second tensor.
+    """`ppo_loss` that leaves ∂loss/∂logits in the storage of `logits`: two sweeps, no copy.
 
     The logits are gone afterwards, whether or not they require grad (and also when a counted token
     of log-probability -inf raises). Their version counter moves, so a graph that still needs them

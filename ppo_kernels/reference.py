@@ -1,8 +1,11 @@
 """Every op in plain PyTorch with autograd: the specification, and the only oracle.
 
-Half-precision inputs are computed in fp32, fp64 in fp64. Vocabulary-sized intermediates are made freely
-here; that is what the other backends exist to avoid.
+Half-precision inputs are computed in fp32, fp64 in fp64. Vocabulary-sized intermediates are made
+freely here; that is what the other backends exist to avoid. A public docstring in the file of the
+op family gives shapes, units and errors.
 """
+
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -118,9 +121,10 @@ def gae_packed(
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != rewards.shape[0] or bounds != sorted(bounds):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to {rewards.shape[0]}, the length of rewards, got {bounds}"
+            f"cu_seqlens must rise from 0 to {rewards.shape[0]}, the length of rewards, "
+            f"got {bounds}"
         )
-    for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         row = slice(begin, end)
         advantages[row], returns[row] = (
             x.squeeze(0)
@@ -203,9 +207,7 @@ def clipped_policy_loss(
     dual_clip=None,
     denominator=None,
 ):
-    terms = _policy_terms(
-        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip
-    )
+    terms = _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip)
     return tuple(masked_mean(x, mask, denominator) for x in terms)
 
 
@@ -248,9 +250,7 @@ def ppo_loss(
         tokens = tokens.masked_fill(~mask, 0)
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     _refuse_impossible(logprobs, tokens)
-    terms = _policy_terms(
-        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip
-    )
+    terms = _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip)
     policy_loss, approx_kl, clip_fraction = (masked_mean(x, mask, denominator) for x in terms)
     entropy = masked_mean(token_entropy, mask, denominator)
     if ref_logprobs is None:

@@ -124,8 +124,7 @@ SCHEMAS = {
         _kl_divergence_backward,
     ),
     "kl_estimate": (
-        "(Tensor logprobs, Tensor ref_logprobs, int estimator)"
-        " -> (Tensor kl, Tensor derivative)",
+        "(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (Tensor kl, Tensor derivative)",
         _kl_estimate,
     ),
     "gae": (

@@ -54,9 +54,7 @@ T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-inline std::vector<int64_t> shape(const Tensor& x) {
-  return {x.sizes().begin(), x.sizes().end()};
-}
+inline std::vector<int64_t> shape(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 template <class R>
 Tensor empty(const std::vector<int64_t>& shape) {
@@ -104,8 +102,7 @@ const T* data_or_null(const OptionalTensor& x) {
 // Ids of either integer type.
 class Ids {
  public:
-  explicit Ids(const Tensor& x)
-      : tensor_(packed(x)), wide_(x.scalar_type() == ScalarType::Long) {}
+  explicit Ids(const Tensor& x) : tensor_(packed(x)), wide_(x.scalar_type() == ScalarType::Long) {}
   int64_t operator[](int64_t i) const {
     return wide_ ? data<int64_t>(tensor_)[i] : data<int32_t>(tensor_)[i];
   }
@@ -216,16 +213,14 @@ void sweep_rows(const std::vector<int64_t>& rows, int64_t length, const Statisti
     return;
   }
   std::vector<State> states(n * chunks);
-  parallel(n * chunks, kChunk, [&](int64_t i) {
-    states[i] = on_chunk(statistics, rows[i / chunks], i % chunks);
-  });
+  parallel(n * chunks, kChunk,
+           [&](int64_t i) { states[i] = on_chunk(statistics, rows[i / chunks], i % chunks); });
   for (int64_t i = 0; i < n; ++i) {
     State state = State::empty();
     for (int64_t c = 0; c < chunks; ++c) state = merge(state, states[i * chunks + c]);
     finish(rows[i], state);
   }
-  parallel(n * chunks, kChunk,
-           [&](int64_t i) { on_chunk(write, rows[i / chunks], i % chunks); });
+  parallel(n * chunks, kChunk, [&](int64_t i) { on_chunk(write, rows[i / chunks], i % chunks); });
 }
 
 // write(row, begin, n) for every chunk of every row.

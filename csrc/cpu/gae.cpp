@@ -35,8 +35,8 @@ struct Scan {
 template <class R, class F>
 std::tuple<Tensor, Tensor> scan(const Tensor& rewards, const Tensor& values,
                                 const OptionalTensor& mask, double gamma, double lam,
-                                const OptionalTensor& dones,
-                                const OptionalTensor& bootstrap_values, const F& f) {
+                                const OptionalTensor& dones, const OptionalTensor& bootstrap_values,
+                                const F& f) {
   const Tensor r = as<R>(rewards), v = as<R>(values);
   const OptionalTensor m = packed(mask), d = packed(dones), bootstrap = as<R>(bootstrap_values);
   const Tensor advantages = empty<R>(shape(r)), returns = empty<R>(shape(r));
@@ -48,12 +48,11 @@ std::tuple<Tensor, Tensor> scan(const Tensor& rewards, const Tensor& values,
 
 template <class F>
 std::tuple<Tensor, Tensor> scan_in_result_type(const Tensor& rewards, const Tensor& values,
-                                               const OptionalTensor& mask, double gamma,
-                                               double lam, const OptionalTensor& dones,
-                                               const OptionalTensor& bootstrap_values,
-                                               const F& f) {
-  const bool wide = rewards.scalar_type() == ScalarType::Double ||
-                    values.scalar_type() == ScalarType::Double;
+                                               const OptionalTensor& mask, double gamma, double lam,
+                                               const OptionalTensor& dones,
+                                               const OptionalTensor& bootstrap_values, const F& f) {
+  const bool wide =
+      rewards.scalar_type() == ScalarType::Double || values.scalar_type() == ScalarType::Double;
   return wide ? scan<double>(rewards, values, mask, gamma, lam, dones, bootstrap_values, f)
               : scan<float>(rewards, values, mask, gamma, lam, dones, bootstrap_values, f);
 }
@@ -61,12 +60,11 @@ std::tuple<Tensor, Tensor> scan_in_result_type(const Tensor& rewards, const Tens
 std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTensor mask, double gamma,
                                double lam, OptionalTensor dones, OptionalTensor bootstrap_values) {
   const int64_t batch = rewards.size(0), length = rewards.size(1);
-  return scan_in_result_type(rewards, values, mask, gamma, lam, dones, bootstrap_values,
-                             [&](const auto& scan, const auto& bootstrap) {
-                               parallel(batch, length, [&](int64_t i) {
-                                 scan.row(i * length, length, bootstrap(i));
-                               });
-                             });
+  return scan_in_result_type(
+      rewards, values, mask, gamma, lam, dones, bootstrap_values,
+      [&](const auto& scan, const auto& bootstrap) {
+        parallel(batch, length, [&](int64_t i) { scan.row(i * length, length, bootstrap(i)); });
+      });
 }
 
 std::tuple<Tensor, Tensor> gae_packed(Tensor rewards, Tensor values, Tensor cu_seqlens,

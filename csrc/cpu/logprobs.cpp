@@ -52,9 +52,9 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
   const R k = kLog2E / temperature;
   write_rows(z.count, z.length, [&](int64_t row, int64_t begin, int64_t n) {
     const int64_t token = ids[row];
-    const auto gradient = row_gradient(g ? g[row] : R(0), h ? h[row] : R(0),
-                                       data<R>(entropies)[row], data<RowStats<R>>(stats)[row],
-                                       R(temperature), R(z[row][token]), k);
+    const auto gradient =
+        row_gradient(g ? g[row] : R(0), h ? h[row] : R(0), data<R>(entropies)[row],
+                     data<RowStats<R>>(stats)[row], R(temperature), R(z[row][token]), k);
     write_gradient(gradient, z[row], data<T>(grad_logits) + row * z.length, begin, n, token, k);
   });
   return grad_logits;

@@ -14,9 +14,7 @@ struct Scored {
 template <class R>
 Scored<R> score(const SoftmaxState<R>& state, R logit, R k) {
   const R log2 = log2_sum(state);
-  return {{state.shift, log2},
-          R(kLn2) * (std::fma(k, logit, -state.shift) - log2),
-          entropy(state)};
+  return {{state.shift, log2}, R(kLn2) * (std::fma(k, logit, -state.shift) - log2), entropy(state)};
 }
 
 // Gradient of g logprob + h entropy in one row of logits, ready for Sweeps::gradient:

@@ -123,8 +123,8 @@ struct Loss {
     if (const int64_t row = impossible; row < std::numeric_limits<int64_t>::max()) {
       const R logprob = data<R>(logprobs)[row];
       value_error("tokens must have finite log-probability, got ",
-                  std::isnan(logprob) ? "nan" : "-inf", " for token ", ids[row], " at ", position(out_shape, row),
-                  ": mask it out or mend its logits");
+                  std::isnan(logprob) ? "nan" : "-inf", " for token ", ids[row], " at ",
+                  position(out_shape, row), ": mask it out or mend its logits");
     }
     return summarise(objective, in, denominator, data<R>(logprobs), data<R>(entropy));
   }
@@ -138,12 +138,8 @@ auto with_loss(const Tensor& logits, const Tensor& tokens, const Tensor& old_log
                const OptionalTensor& denominator, double temperature, int64_t kl_estimator,
                const F& f) {
   using R = Real<T>;
-  const Objective<R> objective{R(clip_low),
-                               R(clip_high),
-                               R(dual_clip.value_or(INFINITY)),
-                               R(entropy_coef),
-                               R(kl_coef),
-                               KLEstimator(kl_estimator)};
+  const Objective<R> objective{R(clip_low),     R(clip_high), R(dual_clip.value_or(INFINITY)),
+                               R(entropy_coef), R(kl_coef),   KLEstimator(kl_estimator)};
   Loss<T> loss(logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
                objective, denominator, temperature);
   return f(loss);
@@ -183,8 +179,8 @@ Result ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advant
 InPlaceResult ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
                         OptionalTensor mask, double clip_low, double clip_high,
                         std::optional<double> dual_clip, double entropy_coef, double kl_coef,
-                        OptionalTensor ref_logprobs, OptionalTensor denominator,
-                        double temperature, int64_t kl_estimator) {
+                        OptionalTensor ref_logprobs, OptionalTensor denominator, double temperature,
+                        int64_t kl_estimator) {
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
@@ -233,8 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(
     using R = Real<decltype(type)>;
     const TokenInputs<R> in(old_logprobs, advantages, std::nullopt, mask);
     const Tensor x = as<R>(logprobs), grad = zeros<R>(shape(logprobs));
-    const Objective<R> objective{R(clip_low), R(clip_high), R(dual_clip.value_or(INFINITY)), 0, 0,
-                                 KLEstimator::k1};
+    const Objective<R> objective{R(clip_low), R(clip_high),   R(dual_clip.value_or(INFINITY)), 0,
+                                 0,           KLEstimator::k1};
     const double count = denominator_of(denominator, in.rows.size());
     double loss = 0, approx_kl = 0, clipped = 0;
     for (const int64_t row : in.rows) {

@@ -1,6 +1,6 @@
 // Vectors of float and double for the instruction set that the including file chose by defining
-// PPO_AVX512 (with or without PPO_AVX512_BF16), PPO_AVX2 or nothing. Included inside a namespace of that set
-// and under its target.
+// PPO_AVX512 (with or without PPO_AVX512_BF16), PPO_AVX2 or nothing. Included inside a namespace of
+// that set and under its target.
 
 #define PPO_INLINE inline __attribute__((always_inline))
 
@@ -214,11 +214,19 @@ PPO_INLINE void exp2(const V (&t)[N], V (&result)[N], S round, int mantissa, S l
 // The Taylor series, to 2e-16.
 template <int N>
 PPO_INLINE void exp2(const Doubles (&t)[N], Doubles (&result)[N]) {
-  constexpr double kCoefficients[] = {
-      2.5678435993488196e-11, 4.4455382718708101e-10, 7.0549116208011209e-09,
-      1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05,
-      0.00015403530393381606, 0.0013333558146428441, 0.0096181291076284769, 0.055504108664821576,
-      0.24022650695910069, 0.69314718055994529, 1.0};
+  constexpr double kCoefficients[] = {2.5678435993488196e-11,
+                                      4.4455382718708101e-10,
+                                      7.0549116208011209e-09,
+                                      1.0178086009239696e-07,
+                                      1.3215486790144305e-06,
+                                      1.5252733804059838e-05,
+                                      0.00015403530393381606,
+                                      0.0013333558146428441,
+                                      0.0096181291076284769,
+                                      0.055504108664821576,
+                                      0.24022650695910069,
+                                      0.69314718055994529,
+                                      1.0};
   exp2<Longs>(t, result, 6755399441055744.0, 52, 1.3691488853904124e-12, kCoefficients);
 }
 
@@ -245,8 +253,8 @@ PPO_INLINE void exp2(const Floats (&t)[N], Floats (&result)[N]) {
     power[i] = (Floats)(entry + ((Ints)rounded[i] << 18));
   }
   for (int i = 0; i < N; ++i) {
-    const Floats series = fma(broadcast<Floats>(2.40228742e-1f), f[i],
-                              broadcast<Floats>(6.93157315e-1f));
+    const Floats series =
+        fma(broadcast<Floats>(2.40228742e-1f), f[i], broadcast<Floats>(6.93157315e-1f));
     result[i] = fma(power[i], f[i] * series, power[i]);
   }
 }

@@ -42,7 +42,8 @@ PPO_INLINE void store(T* p, int64_t n, const V (&x)[N]) {
   }
 }
 
-// Calls f(tail, begin, count) for packs of vectors over n elements, tail true for the last, short one.
+// Calls f(tail, begin, count) for packs of vectors over n elements, tail true for the last, short
+// one.
 template <class V, class F>
 PPO_INLINE void for_packs(int64_t n, const F& f) {
   constexpr int64_t kElements = kPack * kLanes<V>;
@@ -202,8 +203,7 @@ JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T
   if (undefined(centre) || undefined(ref_centre)) {
     return {R(NAN), R(NAN), R(NAN), R(NAN), R(NAN)};
   }
-  if (k * centre - state.shift > R(kHeadroom) ||
-      k * ref_centre - state.ref_shift > R(kHeadroom)) {
+  if (k * centre - state.shift > R(kHeadroom) || k * ref_centre - state.ref_shift > R(kHeadroom)) {
     state = joint_statistics_about(z, ref, n, k, centre, ref_centre);
   }
   return state;

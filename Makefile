@@ -1,0 +1,41 @@
+# Each target sets up what it needs: `make demo` and `make test` work on a fresh machine with
+# Python >= 3.10 and a C++ compiler, and are quick when repeated.
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+INSTALLED = $(VENV)/.ppo_kernels
+
+.PHONY: install demo test bench lint clean
+
+install: $(INSTALLED)
+
+# torch comes first: whatever else asks for it then takes the one that is there.
+$(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(PIP) install -q "$(TORCH)"
+	$(PIP) install -q "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(PIP) install -q --no-build-isolation -e ".[dev]"
+	$(VENV)/bin/python -m ppo_kernels
+	touch $@
+
+demo: install
+	$(VENV)/bin/rlhf demo --output_dir runs/demo --overwrite_output_dir
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+bench: install
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-json=.benchmarks/latest.json
+	$(VENV)/bin/python -m benchmarks.report .benchmarks/latest.json
+
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+clean:
+	rm -rf build *.egg-info ppo_kernels/_C.*.so $(INSTALLED)
