@@ -1,6 +1,4 @@
 // ppo_loss, ppo_loss_ and the losses of log-probs and values; formulas in ppo_kernels/ppo_loss.py.
-#include <limits>
-
 #include "../ppo_math.h"
 #include "logprobs.h"
 
@@ -99,7 +97,6 @@ struct Loss {
 
   template <class Finish, class Write>
   Scalars run(const Finish& finish, const Write& write) {
-    std::atomic<int64_t> impossible{std::numeric_limits<int64_t>::max()};
     sweep_rows<SoftmaxState<R>>(
         in.rows, z.length,
         [&](int64_t row, int64_t begin, int64_t n) {
@@ -109,102 +106,85 @@ struct Loss {
           const Scored<R> scored = score(state, R(z[row][ids[row]]), k);
           data<R>(logprobs)[row] = scored.logprob;
           data<R>(entropy)[row] = scored.entropy;
-          if (!std::isfinite(scored.logprob)) {
-            int64_t seen = impossible;
-            while (row < seen && !impossible.compare_exchange_weak(seen, row)) {
-            }
-          }
           const auto terms = token_terms(objective, in, row, scored.logprob);
           finish(row, scored,
                  R((terms.policy.grad + objective.kl_coef * terms.kl.grad) / denominator),
                  R(-objective.entropy_coef / denominator));
         },
         write);
-    if (const int64_t row = impossible; row < std::numeric_limits<int64_t>::max()) {
+    for (const int64_t row : in.rows) {
       const R logprob = data<R>(logprobs)[row];
-      value_error("tokens must have finite log-probability, got ",
-                  std::isnan(logprob) ? "nan" : "-inf", " for token ", ids[row], " at ",
-                  position(out_shape, row), ": mask it out or mend its logits");
+      if (!std::isfinite(logprob)) {
+        value_error("tokens must have finite log-probability, got ",
+                    std::isnan(logprob) ? "nan" : "-inf", " for token ", ids[row], " at ",
+                    position(out_shape, row), ": mask it out or mend its logits");
+      }
     }
     return summarise(objective, in, denominator, data<R>(logprobs), data<R>(entropy));
   }
 };
 
-template <class T, class F>
-auto with_loss(const Tensor& logits, const Tensor& tokens, const Tensor& old_logprobs,
-               const Tensor& advantages, const OptionalTensor& mask, double clip_low,
-               double clip_high, std::optional<double> dual_clip, double entropy_coef,
-               double kl_coef, const OptionalTensor& ref_logprobs,
-               const OptionalTensor& denominator, double temperature, int64_t kl_estimator,
-               const F& f) {
-  using R = Real<T>;
-  const Objective<R> objective{R(clip_low),     R(clip_high), R(dual_clip.value_or(INFINITY)),
-                               R(entropy_coef), R(kl_coef),   KLEstimator(kl_estimator)};
-  Loss<T> loss(logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
-               objective, denominator, temperature);
-  return f(loss);
-}
-
 using InPlaceResult = decltype(std::tuple_cat(Scalars{}, std::tuple<Tensor, Tensor>{}));
-using Result = decltype(std::tuple_cat(InPlaceResult{}, std::tuple<Tensor, Tensor, Tensor>{}));
+using SavedResult = decltype(std::tuple_cat(InPlaceResult{}, std::tuple<Tensor, Tensor, Tensor>{}));
 
-Result ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
-                OptionalTensor mask, double clip_low, double clip_high,
-                std::optional<double> dual_clip, double entropy_coef, double kl_coef,
-                OptionalTensor ref_logprobs, OptionalTensor denominator, double temperature,
-                int64_t kl_estimator) {
-  return dispatch(logits.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    using R = Real<T>;
-    return with_loss<T>(
-        logits, tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip,
-        entropy_coef, kl_coef, ref_logprobs, denominator, temperature, kl_estimator,
-        [&](Loss<T>& loss) -> Result {
-          auto stats_shape = loss.out_shape;
-          stats_shape.push_back(2);
-          const Tensor stats = zeros<R>(stats_shape);
-          const Tensor g = zeros<R>(loss.out_shape), h = zeros<R>(loss.out_shape);
-          const Scalars scalars = loss.run(
-              [&](int64_t row, const Scored<R>& scored, R grad_logprob, R grad_entropy) {
-                data<RowStats<R>>(stats)[row] = scored.stats;
-                data<R>(g)[row] = grad_logprob;
-                data<R>(h)[row] = grad_entropy;
-              },
-              no_write);
-          return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy, stats, g, h));
-        });
-  });
+// The gradient takes the place of the logits while a row is in cache.
+template <class T>
+InPlaceResult in_place(Loss<T>& loss) {
+  using R = Real<T>;
+  const auto& z = loss.z;
+  std::vector<RowGradient<R>> gradients(z.count);
+  const Scalars scalars = loss.run(
+      [&](int64_t row, const Scored<R>& scored, R g, R h) {
+        gradients[row] = row_gradient(g, h, scored.entropy, scored.stats, loss.temperature,
+                                      R(z[row][loss.ids[row]]), loss.k);
+      },
+      [&](int64_t row, int64_t begin, int64_t n) {
+        write_gradient(gradients[row], z[row], z[row], begin, n, loss.ids[row], loss.k);
+      });
+  if (loss.in.mask) {
+    parallel(z.count, z.length, [&](int64_t row) {
+      if (!data<bool>(*loss.in.mask)[row]) std::fill_n(z[row], z.length, T(0));
+    });
+  }
+  return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy));
 }
 
-InPlaceResult ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
-                        OptionalTensor mask, double clip_low, double clip_high,
-                        std::optional<double> dual_clip, double entropy_coef, double kl_coef,
-                        OptionalTensor ref_logprobs, OptionalTensor denominator, double temperature,
-                        int64_t kl_estimator) {
+// What the backward needs is kept: `softmax_stats`, ∂loss/∂logprob and ∂loss/∂H of each row.
+template <class T>
+SavedResult saved(Loss<T>& loss) {
+  using R = Real<T>;
+  auto stats_shape = loss.out_shape;
+  stats_shape.push_back(2);
+  const Tensor stats = zeros<R>(stats_shape);
+  const Tensor g = zeros<R>(loss.out_shape), h = zeros<R>(loss.out_shape);
+  const Scalars scalars = loss.run(
+      [&](int64_t row, const Scored<R>& scored, R grad_logprob, R grad_entropy) {
+        data<RowStats<R>>(stats)[row] = scored.stats;
+        data<R>(g)[row] = grad_logprob;
+        data<R>(h)[row] = grad_entropy;
+      },
+      no_write);
+  return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy, stats, g, h));
+}
+
+template <bool kInPlace>
+std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
+    Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages, OptionalTensor mask,
+    double clip_low, double clip_high, std::optional<double> dual_clip, double entropy_coef,
+    double kl_coef, OptionalTensor ref_logprobs, OptionalTensor denominator, double temperature,
+    int64_t kl_estimator) {
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
-    return with_loss<T>(
-        logits, tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip,
-        entropy_coef, kl_coef, ref_logprobs, denominator, temperature, kl_estimator,
-        [&](Loss<T>& loss) -> InPlaceResult {
-          const auto& z = loss.z;
-          std::vector<RowGradient<R>> gradients(z.count);
-          const Scalars scalars = loss.run(
-              [&](int64_t row, const Scored<R>& scored, R g, R h) {
-                gradients[row] = row_gradient(g, h, scored.entropy, scored.stats, loss.temperature,
-                                              R(z[row][loss.ids[row]]), loss.k);
-              },
-              [&](int64_t row, int64_t begin, int64_t n) {
-                write_gradient(gradients[row], z[row], z[row], begin, n, loss.ids[row], loss.k);
-              });
-          if (loss.in.mask) {
-            parallel(z.count, z.length, [&](int64_t row) {
-              if (!data<bool>(*loss.in.mask)[row]) std::fill_n(z[row], z.length, T(0));
-            });
-          }
-          return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy));
-        });
+    Loss<T> loss(logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
+                 Objective<R>{R(clip_low), R(clip_high), R(dual_clip.value_or(INFINITY)),
+                              R(entropy_coef), R(kl_coef), KLEstimator(kl_estimator)},
+                 denominator, temperature);
+    if constexpr (kInPlace) {
+      return in_place(loss);
+    } else {
+      return saved(loss);
+    }
   });
 }
 
@@ -269,8 +249,8 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("ppo_loss", TORCH_BOX(&ppo_loss));
-  m.impl("ppo_loss_", TORCH_BOX(&ppo_loss_));
+  m.impl("ppo_loss", TORCH_BOX(&ppo_loss<false>));
+  m.impl("ppo_loss_", TORCH_BOX(&ppo_loss<true>));
   m.impl("rescale_", TORCH_BOX(&rescale_));
   m.impl("clipped_policy_loss", TORCH_BOX(&clipped_policy_loss));
   m.impl("value_loss", TORCH_BOX(&value_loss));
