@@ -101,14 +101,18 @@ const T* data_or_null(const OptionalTensor& x) {
 // Ids of either integer type.
 class Ids {
  public:
-  explicit Ids(const Tensor& x) : tensor_(packed(x)), wide_(x.scalar_type() == ScalarType::Long) {}
+  explicit Ids(const Tensor& x)
+      : tensor_(packed(x)),
+        data_(data<void>(tensor_)),
+        wide_(x.scalar_type() == ScalarType::Long) {}
   int64_t operator[](int64_t i) const {
-    return wide_ ? data<int64_t>(tensor_)[i] : data<int32_t>(tensor_)[i];
+    return wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
   }
   int64_t size() const { return tensor_.numel(); }
 
  private:
   Tensor tensor_;
+  const void* data_;
   bool wide_;
 };
 

@@ -73,13 +73,15 @@ template <class R>
 std::tuple<Tensor, Tensor> estimate(const Tensor& logprobs, const Tensor& ref_logprobs,
                                     KLEstimator estimator) {
   const Tensor x = as<R>(logprobs), ref = as<R>(ref_logprobs);
-  const Tensor value = empty<R>(shape(x)), derivative = empty<R>(shape(x));
+  const Tensor values = empty<R>(shape(x)), derivatives = empty<R>(shape(x));
+  const R *p = data<R>(x), *q = data<R>(ref);
+  R *value = data<R>(values), *derivative = data<R>(derivatives);
   parallel(x.numel(), 8, [&](int64_t i) {
-    const KLTerm<R> term = kl_term(estimator, data<R>(x)[i] - data<R>(ref)[i]);
-    data<R>(value)[i] = term.value;
-    data<R>(derivative)[i] = term.grad;
+    const KLTerm<R> term = kl_term(estimator, p[i] - q[i]);
+    value[i] = term.value;
+    derivative[i] = term.grad;
   });
-  return {value, derivative};
+  return {values, derivatives};
 }
 
 std::tuple<Tensor, Tensor> kl_estimate(Tensor logprobs, Tensor ref_logprobs, int64_t estimator) {

@@ -16,6 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   const Tensor logprobs = empty<R>(out_shape), entropy = empty<R>(out_shape);
   out_shape.push_back(2);
   const Tensor stats = empty<R>(out_shape);
+  R *logprob_of = data<R>(logprobs), *entropy_of = data<R>(entropy);
+  auto* stats_of = data<RowStats<R>>(stats);
   const R k = kLog2E / temperature;
   sweep_rows<SoftmaxState<R>>(
       rows, z.length,
@@ -24,9 +26,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
       },
       [&](int64_t row, const SoftmaxState<R>& state) {
         const Scored<R> scored = score(state, R(z[row][ids[row]]), k);
-        data<R>(logprobs)[row] = scored.logprob;
-        data<R>(entropy)[row] = scored.entropy;
-        data<RowStats<R>>(stats)[row] = scored.stats;
+        logprob_of[row] = scored.logprob;
+        entropy_of[row] = scored.entropy;
+        stats_of[row] = scored.stats;
       },
       no_write);
   return {logprobs, entropy, stats};
@@ -49,13 +51,22 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
   const auto g_tensor = as<R>(grad_logprobs), h_tensor = as<R>(grad_entropy);
   const R *g = data_or_null<R>(g_tensor), *h = data_or_null<R>(h_tensor);
   const Tensor entropies = packed(entropy), stats = packed(softmax_stats);
+  const R* entropy_of = data<R>(entropies);
+  const auto* stats_of = data<RowStats<R>>(stats);
+  T* grads = data<T>(grad_logits);
   const R k = kLog2E / temperature;
   write_rows(z.count, z.length, [&](int64_t row, int64_t begin, int64_t n) {
+    T* grad = grads + row * z.length;
+    const R g_row = g ? g[row] : R(0), h_row = h ? h[row] : R(0);
+    // Also a row that a mask excludes, whose token may be anything.
+    if (g_row == R(0) && h_row == R(0)) {
+      std::fill_n(grad + begin, n, T(0));
+      return;
+    }
     const int64_t token = ids[row];
-    const auto gradient =
-        row_gradient(g ? g[row] : R(0), h ? h[row] : R(0), data<R>(entropies)[row],
-                     data<RowStats<R>>(stats)[row], R(temperature), R(z[row][token]), k);
-    write_gradient(gradient, z[row], data<T>(grad_logits) + row * z.length, begin, n, token, k);
+    const auto gradient = row_gradient(g_row, h_row, entropy_of[row], stats_of[row], R(temperature),
+                                       R(z[row][token]), k);
+    write_gradient(gradient, z[row], grad, begin, n, token, k);
   });
   return grad_logits;
 }

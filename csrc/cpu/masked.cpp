@@ -7,11 +7,12 @@ namespace {
 std::tuple<Tensor, Tensor> masked_mean(Tensor x, OptionalTensor mask, OptionalTensor denominator) {
   return dispatch(x.scalar_type(), [&](auto type) {
     using R = Real<decltype(type)>;
-    const Tensor values = as<R>(x);
+    const Tensor input = as<R>(x);
+    const R* values = data<R>(input);
     const auto rows = counted_rows(packed(mask), x.numel());
     const double count = denominator_of(denominator, rows.size());
     double sum = 0;
-    for (const int64_t i : rows) sum += data<R>(values)[i];
+    for (const int64_t i : rows) sum += values[i];
     return std::tuple(scalar(R(sum / count)), scalar(R(1 / count)));
   });
 }
@@ -19,17 +20,19 @@ std::tuple<Tensor, Tensor> masked_mean(Tensor x, OptionalTensor mask, OptionalTe
 Tensor masked_whiten(Tensor x, OptionalTensor mask, double eps) {
   return dispatch(x.scalar_type(), [&](auto type) {
     using R = Real<decltype(type)>;
-    const Tensor values = as<R>(x), result = zeros<R>(shape(x));
+    const Tensor input = as<R>(x), result = zeros<R>(shape(x));
+    const R* values = data<R>(input);
+    R* whitened = data<R>(result);
     const auto rows = counted_rows(packed(mask), x.numel());
     const double count = denominator_of(std::nullopt, rows.size());
     double sum = 0, squares = 0;
-    for (const int64_t i : rows) sum += data<R>(values)[i];
+    for (const int64_t i : rows) sum += values[i];
     const double mean = sum / count;
     for (const int64_t i : rows) {
-      squares += (data<R>(values)[i] - mean) * (data<R>(values)[i] - mean);
+      squares += (values[i] - mean) * (values[i] - mean);
     }
     const double scale = 1 / std::sqrt(squares / count + eps);
-    for (const int64_t i : rows) data<R>(result)[i] = R((data<R>(values)[i] - mean) * scale);
+    for (const int64_t i : rows) whitened[i] = R((values[i] - mean) * scale);
     return result;
   });
 }

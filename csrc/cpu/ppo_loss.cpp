@@ -1,4 +1,6 @@
 // ppo_loss, ppo_loss_ and the losses of log-probs and values; formulas in ppo_kernels/ppo_loss.py.
+#include <array>
+
 #include "../ppo_math.h"
 #include "logprobs.h"
 
@@ -11,20 +13,22 @@ struct Objective {
   KLEstimator kl_estimator;
 };
 
-// Per-token inputs, contiguous, in R; `ref_logprobs` may be null.
+// Per-token inputs, contiguous, in R; `ref_logprobs` and `mask` may be null.
 template <class R>
 struct TokenInputs {
-  Tensor old_logprobs, advantages;
-  OptionalTensor ref_logprobs, mask;
+  std::array<OptionalTensor, 4> held;  // what the pointers point into
+  const R *old_logprobs, *advantages, *ref_logprobs;
+  const bool* mask;
   std::vector<int64_t> rows;  // those that count
 
   TokenInputs(const Tensor& old_logprobs, const Tensor& advantages,
               const OptionalTensor& ref_logprobs, const OptionalTensor& mask)
-      : old_logprobs(as<R>(old_logprobs)),
-        advantages(as<R>(advantages)),
-        ref_logprobs(as<R>(ref_logprobs)),
-        mask(packed(mask)),
-        rows(counted_rows(this->mask, advantages.numel())) {}
+      : held{as<R>(old_logprobs), as<R>(advantages), as<R>(ref_logprobs), packed(mask)},
+        old_logprobs(data_or_null<R>(held[0])),
+        advantages(data_or_null<R>(held[1])),
+        ref_logprobs(data_or_null<R>(held[2])),
+        mask(data_or_null<bool>(held[3])),
+        rows(counted_rows(held[3], advantages.numel())) {}
 };
 
 template <class R>
@@ -36,12 +40,11 @@ struct TokenTerms {
 template <class R>
 TokenTerms<R> token_terms(const Objective<R>& objective, const TokenInputs<R>& in, int64_t row,
                           R logprob) {
-  TokenTerms<R> terms{
-      policy_term(logprob - data<R>(in.old_logprobs)[row], data<R>(in.advantages)[row],
-                  objective.clip_low, objective.clip_high, objective.dual_clip),
-      {}};
+  TokenTerms<R> terms{policy_term(logprob - in.old_logprobs[row], in.advantages[row],
+                                  objective.clip_low, objective.clip_high, objective.dual_clip),
+                      {}};
   if (in.ref_logprobs) {
-    terms.kl = kl_term(objective.kl_estimator, logprob - data<R>(*in.ref_logprobs)[row]);
+    terms.kl = kl_term(objective.kl_estimator, logprob - in.ref_logprobs[row]);
   }
   return terms;
 }
@@ -79,6 +82,7 @@ struct Loss {
   R temperature, k;
   double denominator;
   Tensor logprobs, entropy;
+  R *logprob_of, *entropy_of;  // their elements
 
   Loss(const Tensor& logits, const Tensor& tokens, TokenInputs<R> inputs, Objective<R> objective,
        const OptionalTensor& denominator, double temperature)
@@ -91,7 +95,9 @@ struct Loss {
         k(kLog2E / temperature),
         denominator(denominator_of(denominator, in.rows.size())),
         logprobs(zeros<R>(out_shape)),
-        entropy(zeros<R>(out_shape)) {
+        entropy(zeros<R>(out_shape)),
+        logprob_of(data<R>(logprobs)),
+        entropy_of(data<R>(entropy)) {
     check_ids(ids, in.rows, z.length, out_shape);
   }
 
@@ -104,8 +110,8 @@ struct Loss {
         },
         [&](int64_t row, const SoftmaxState<R>& state) {
           const Scored<R> scored = score(state, R(z[row][ids[row]]), k);
-          data<R>(logprobs)[row] = scored.logprob;
-          data<R>(entropy)[row] = scored.entropy;
+          logprob_of[row] = scored.logprob;
+          entropy_of[row] = scored.entropy;
           const auto terms = token_terms(objective, in, row, scored.logprob);
           finish(row, scored,
                  R((terms.policy.grad + objective.kl_coef * terms.kl.grad) / denominator),
@@ -113,14 +119,14 @@ struct Loss {
         },
         write);
     for (const int64_t row : in.rows) {
-      const R logprob = data<R>(logprobs)[row];
+      const R logprob = logprob_of[row];
       if (!std::isfinite(logprob)) {
         value_error("tokens must have finite log-probability, got ",
                     std::isnan(logprob) ? "nan" : "-inf", " for token ", ids[row], " at ",
                     position(out_shape, row), ": mask it out or mend its logits");
       }
     }
-    return summarise(objective, in, denominator, data<R>(logprobs), data<R>(entropy));
+    return summarise(objective, in, denominator, logprob_of, entropy_of);
   }
 };
 
@@ -143,7 +149,7 @@ InPlaceResult in_place(Loss<T>& loss) {
       });
   if (loss.in.mask) {
     parallel(z.count, z.length, [&](int64_t row) {
-      if (!data<bool>(*loss.in.mask)[row]) std::fill_n(z[row], z.length, T(0));
+      if (!loss.in.mask[row]) std::fill_n(z[row], z.length, T(0));
     });
   }
   return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy));
@@ -157,11 +163,13 @@ SavedResult saved(Loss<T>& loss) {
   stats_shape.push_back(2);
   const Tensor stats = zeros<R>(stats_shape);
   const Tensor g = zeros<R>(loss.out_shape), h = zeros<R>(loss.out_shape);
+  auto* stats_of = data<RowStats<R>>(stats);
+  R *g_of = data<R>(g), *h_of = data<R>(h);
   const Scalars scalars = loss.run(
       [&](int64_t row, const Scored<R>& scored, R grad_logprob, R grad_entropy) {
-        data<RowStats<R>>(stats)[row] = scored.stats;
-        data<R>(g)[row] = grad_logprob;
-        data<R>(h)[row] = grad_entropy;
+        stats_of[row] = scored.stats;
+        g_of[row] = grad_logprob;
+        h_of[row] = grad_entropy;
       },
       no_write);
   return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy, stats, g, h));
@@ -208,20 +216,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(
   return dispatch(logprobs.scalar_type(), [&](auto type) {
     using R = Real<decltype(type)>;
     const TokenInputs<R> in(old_logprobs, advantages, std::nullopt, mask);
-    const Tensor x = as<R>(logprobs), grad = zeros<R>(shape(logprobs));
+    const Tensor input = as<R>(logprobs), result = zeros<R>(shape(logprobs));
+    const R* x = data<R>(input);
+    R* grad = data<R>(result);
     const Objective<R> objective{R(clip_low), R(clip_high),   R(dual_clip.value_or(INFINITY)), 0,
                                  0,           KLEstimator::k1};
     const double count = denominator_of(denominator, in.rows.size());
     double loss = 0, approx_kl = 0, clipped = 0;
     for (const int64_t row : in.rows) {
-      const auto policy = token_terms(objective, in, row, data<R>(x)[row]).policy;
+      const auto policy = token_terms(objective, in, row, x[row]).policy;
       loss += policy.loss;
       approx_kl += policy.approx_kl;
       clipped += policy.clipped;
-      data<R>(grad)[row] = policy.grad / count;
+      grad[row] = policy.grad / count;
     }
     return std::tuple(scalar(R(loss / count)), scalar(R(approx_kl / count)),
-                      scalar(R(clipped / count)), grad);
+                      scalar(R(clipped / count)), result);
   });
 }
 
@@ -230,19 +240,20 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, 
                                               OptionalTensor denominator) {
   return dispatch(values.scalar_type(), [&](auto type) {
     using R = Real<decltype(type)>;
-    const Tensor x = as<R>(values), old = as<R>(old_values), target = as<R>(returns);
-    const Tensor grad = zeros<R>(shape(values));
-    const auto rows = counted_rows(packed(mask), x.numel());
+    const Tensor inputs[] = {as<R>(values), as<R>(old_values), as<R>(returns)};
+    const R *x = data<R>(inputs[0]), *old = data<R>(inputs[1]), *target = data<R>(inputs[2]);
+    const Tensor result = zeros<R>(shape(values));
+    R* grad = data<R>(result);
+    const auto rows = counted_rows(packed(mask), values.numel());
     const double count = denominator_of(denominator, rows.size());
     double loss = 0, clipped = 0;
     for (const int64_t row : rows) {
-      const auto term = value_term(data<R>(x)[row], data<R>(old)[row], data<R>(target)[row],
-                                   R(clip.value_or(INFINITY)));
+      const auto term = value_term(x[row], old[row], target[row], R(clip.value_or(INFINITY)));
       loss += term.loss;
       clipped += term.clipped;
-      data<R>(grad)[row] = term.grad / count;
+      grad[row] = term.grad / count;
     }
-    return std::tuple(scalar(R(loss / count)), scalar(R(clipped / count)), grad);
+    return std::tuple(scalar(R(loss / count)), scalar(R(clipped / count)), result);
   });
 }
 
