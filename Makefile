@@ -15,7 +15,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(PIP) install -q "$(TORCH)"
-	$(PIP) install -q "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(PIP) install -q "setuptools>=64" wheel ninja "pybind11>=2.13" numpy
 	$(PIP) install -q --no-build-isolation -e ".[dev]"
 	$(VENV)/bin/python -m ppo_kernels
 	touch $@

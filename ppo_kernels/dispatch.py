@@ -23,7 +23,7 @@ def _load_native():
         warnings.warn(
             f"ppo_kernels: no native backend, ops run on plain PyTorch, many times slower on the "
             f"CPU ({reason})",
-            stacklevel=2,
+            stacklevel=1,
         )
         return reason
     return None
