@@ -1,0 +1,1 @@
+"""RLHF from end to end: supervised fine-tuning, a reward model, and PPO."""

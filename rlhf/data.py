@@ -1,0 +1,203 @@
+"""Reading data sets, tokenizing them, and cutting them into batches."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, load_from_disk
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import SupervisedConfig
+from rlhf.errors import UserError
+
+
+class Text(NamedTuple):
+    """A token sequence to learn by heart from position `start` (>= 1) on."""
+
+    ids: list[int]
+    start: int
+
+
+def load_rows(path: str) -> Dataset:
+    """A .jsonl file (one object a line), a .json file (a list of objects), or a saved data set."""
+    source = Path(path)
+    if source.is_dir():
+        try:
+            dataset = load_from_disk(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not a saved data set: {error}") from error
+        if not isinstance(dataset, Dataset):
+            raise UserError(f"{path} holds the splits {list(dataset)}: name the folder of one")
+    elif source.is_file():
+        dataset = Dataset.from_list(_read_json(source))
+    else:
+        raise UserError(f"data file {path} does not exist: give a .jsonl file")
+    if len(dataset) == 0:
+        raise UserError(f"data set {path} is empty: it must have at least one row")
+    return dataset
+
+
+def _read_json(source: Path) -> list[dict[str, Any]]:
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {source}: {error}") from error
+    rows = []
+    if source.suffix == ".json":
+        parts = [(1, text)]
+    else:
+        parts = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, part in parts:
+        try:
+            value = json.loads(part)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{source}, line {number}: not valid JSON: {error.msg}") from error
+        rows.extend(value if source.suffix == ".json" and isinstance(value, list) else [value])
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{source}, row {number}: must be an object, got {row!r:.60}")
+    return rows
+
+
+def _column(dataset: Dataset, path: str, name: str, kind: type = str) -> list:
+    values = dataset[name][:]
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, kind):
+            raise UserError(
+                f"{path}, row {number}: {name} must be a {kind.__name__}, got {value!r:.60}"
+            )
+    return values
+
+
+def _missing_columns(dataset: Dataset, path: str, wanted: str) -> UserError:
+    return UserError(f"{path} must have the columns {wanted}, it has {dataset.column_names}")
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int
+) -> list[list[int]]:
+    """Token ids as the tokenizer begins a text, without EOS at the end, the last `max_length`.
+
+    An empty prompt becomes BOS (EOS for a tokenizer without), so that there is a first position.
+    """
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = [_without_eos(tokenizer, row) for row in tokenizer(prompts).input_ids]
+    return [row[-max_length:] or [first] for row in ids]
+
+
+def _without_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def load_texts(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Text]:
+    """SFT data: `text`, learnt whole, or `prompt` + `completion`, of which the latter is learnt.
+    EOS is appended."""
+    dataset = load_rows(path)
+    columns = dataset.column_names
+    eos = [tokenizer.eos_token_id]
+    if {"prompt", "completion"} <= set(columns):
+        prompts = tokenize_prompts(tokenizer, _column(dataset, path, "prompt"), max_length)
+        completions = tokenizer(_column(dataset, path, "completion"), add_special_tokens=False)
+        texts = [
+            Text((prompt + completion + eos)[:max_length], len(prompt))
+            for prompt, completion in zip(prompts, completions.input_ids, strict=True)
+        ]
+    elif "text" in columns:
+        ids = tokenizer(_column(dataset, path, "text")).input_ids
+        texts = [Text((_without_eos(tokenizer, row) + eos)[:max_length], 1) for row in ids]
+    else:
+        raise _missing_columns(dataset, path, "text, or prompt and completion")
+    texts = [text for text in texts if len(text.ids) > text.start]
+    if not texts:
+        raise UserError(f"{path}: no text leaves anything to learn within max_length {max_length}")
+    return texts
+
+
+def load_rankings(
+    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, append_eos: bool
+) -> list[list[list[int]]]:
+    """Reward data: for each row the token ids of prompt + answer, best answer first.
+
+    Columns `prompt` and `ranking` (a list of answers, best first), or `prompt`, `chosen`,
+    `rejected`. A sequence longer than `max_length` keeps its last tokens.
+    """
+    dataset = load_rows(path)
+    columns = set(dataset.column_names)
+    if {"prompt", "ranking"} <= columns:
+        rankings = _column(dataset, path, "ranking", list)
+    elif {"prompt", "chosen", "rejected"} <= columns:
+        chosen, rejected = (_column(dataset, path, name) for name in ("chosen", "rejected"))
+        rankings = [list(pair) for pair in zip(chosen, rejected, strict=True)]
+    else:
+        raise _missing_columns(dataset, path, "prompt and ranking, or prompt, chosen, rejected")
+    for number, ranking in enumerate(rankings, 1):
+        if len(ranking) < 2 or not all(isinstance(answer, str) for answer in ranking):
+            raise UserError(
+                f"{path}, row {number}: ranking must hold at least 2 strings, got {ranking!r:.60}"
+            )
+    prompts = tokenize_prompts(tokenizer, _column(dataset, path, "prompt"), max_length)
+    answers = tokenizer(
+        [answer for ranking in rankings for answer in ranking], add_special_tokens=False
+    ).input_ids
+    eos = [tokenizer.eos_token_id] if append_eos else []
+    answers = iter(answers)
+    return [
+        [(prompt + next(answers) + eos)[-max_length:] for _ in ranking]
+        for prompt, ranking in zip(prompts, rankings, strict=True)
+    ]
+
+
+def load_prompts(path: str) -> list[str]:
+    """PPO data: the column `prompt`."""
+    dataset = load_rows(path)
+    if "prompt" not in dataset.column_names:
+        raise _missing_columns(dataset, path, "prompt")
+    return _column(dataset, path, "prompt")
+
+
+def pad(rows: list[list[int]], pad_token_id: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] and their bool mask, padded on `side` to the longest row."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad_token_id)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        span = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, span] = torch.tensor(row)
+        mask[i, span] = True
+    return ids, mask
+
+
+def count_steps(num_examples: int, config: SupervisedConfig) -> int:
+    """Optimizer steps of a run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * math.ceil(num_examples / _batch_size(config)))
+
+
+def _batch_size(config: SupervisedConfig) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def micro_batches(
+    lengths: list[int], config: SupervisedConfig, generator: torch.Generator
+) -> Iterator[list[list[int]]]:
+    """For each optimizer step, without end, its micro-batches of indices.
+
+    An epoch is a shuffle of the examples. Within a window of 32 batches they are sorted by length,
+    so that a batch holds little padding, and the batches are shuffled again.
+    """
+    batch_size = _batch_size(config)
+    size = config.per_device_train_batch_size
+    while True:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        batches = []
+        for start in range(0, len(order), 32 * batch_size):
+            window = sorted(order[start : start + 32 * batch_size], key=lengths.__getitem__)
+            batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            batch = batches[index]
+            yield [batch[i : i + size] for i in range(0, len(batch), size)]

@@ -1,0 +1,54 @@
+"""Measuring a policy before and after PPO, on prompts that no stage has seen."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_kernels import kl_divergence
+from rlhf.config import PPOConfig
+from rlhf.data import tokenize_prompts
+from rlhf.models import freeze, load_causal_lm, load_tokenizer
+from rlhf.rollout import Responses, decode_responses, response_logits, sample_responses
+
+
+class Sampler:
+    """A saved policy that answers prompts under the sampling settings of a PPO configuration."""
+
+    def __init__(self, path: Path, config: PPOConfig, seed: int):
+        self.config = config
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(str(path))
+        self.policy: PreTrainedModel = freeze(load_causal_lm(str(path)))
+        self.generator = torch.Generator(self.policy.device).manual_seed(seed)
+
+    def sample(self, prompts: list[str]) -> Responses:
+        ids = tokenize_prompts(self.tokenizer, prompts, self.config.max_prompt_length)
+        return sample_responses(self.policy, self.tokenizer, ids, self.config, self.generator)
+
+    def decode(self, responses: Responses) -> list[str]:
+        return decode_responses(self.tokenizer, responses)
+
+    def complete(self, prompts: list[str]) -> list[str]:
+        """A response to each prompt, as text."""
+        return self.decode(self.sample(prompts))
+
+    @torch.no_grad()
+    def kl(self, reference: "Sampler", responses: Responses) -> float:
+        """KL(policy || reference) in nats per sequence: the exact divergence of the next-token
+        distributions, summed over each of the policy's own responses, mean over responses."""
+        total = 0.0
+        rows = torch.arange(len(responses.tokens), device=responses.tokens.device)
+        for index in responses.by_length(rows, self.config.per_device_eval_batch_size):
+            part = responses.select(index)
+            logits, ref_logits = (
+                response_logits(
+                    sampler.policy,
+                    part,
+                    self.tokenizer.eos_token_id,
+                    self.config.min_response_length,
+                )
+                for sampler in (self, reference)
+            )
+            kl = kl_divergence(logits, ref_logits, temperature=self.config.temperature)
+            total += kl[part.mask].sum().item()
+        return total / len(rows)

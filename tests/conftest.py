@@ -1,0 +1,111 @@
+"""Backends, awkward rows of logits and closed-form fp64 truth for the tests of ppo_kernels."""
+
+import pytest
+import torch
+
+from ppo_kernels import dispatch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=dispatch.BACKENDS)
+def backend(request):
+    """Every backend that can run on the CPU."""
+    reason = dispatch.why_not(request.param, "cpu")
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_nan_filled():
+    """Fresh outputs start as NaN, so that an element which is never written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def set_threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def _with_value(row, position, value):
+    row[position] = value
+    return row
+
+
+def awkward_rows(vocabulary):
+    """(rows, V) fp64 logits that break careless softmaxes, all representable in fp16."""
+    base = torch.randn(vocabulary, dtype=torch.float64).clamp(-4, 4)
+    late, half = vocabulary - 1, vocabulary // 2
+    rows = {
+        "ordinary": 3 * base,
+        "all negative": base - 90,
+        "all equal": torch.full_like(base, 2.5),
+        "one-hot-like": _with_value(base.clone(), half, 500),
+        "ascending": (5 * base).sort().values,
+        "descending": (5 * base).sort(descending=True).values,
+        # 16 bits are 11.1 nats: just below and above that, and far above it.
+        "late outlier within 16 bits": _with_value(base.clone(), late, 14.5),
+        "late outlier beyond 16 bits": _with_value(base.clone(), late, 18.0),
+        "huge late outlier": _with_value(base.clone(), late, 3e4),
+        "huge early outlier": _with_value(base.clone(), 0, 3e4),
+        "-inf first": torch.where(torch.arange(vocabulary) < late, -torch.inf, base),
+        "-inf but one": _with_value(torch.full_like(base, -torch.inf), half, -3.0),
+        "-inf every third": torch.where(torch.arange(vocabulary) % 3 == 1, -torch.inf, base),
+    }
+    if vocabulary > 5000:
+        first_blocks = torch.arange(vocabulary) < 5000
+        rows["-inf first blocks"] = torch.where(first_blocks, -torch.inf, base)
+        rows["low first blocks"] = torch.where(first_blocks, -6e4, base)
+        rows["-inf last blocks"] = torch.where(first_blocks, base, -torch.inf)
+    return torch.stack(list(rows.values())).half().double()
+
+
+def softmax_truth(logits, tokens, temperature):
+    """Closed forms in fp64: logprobs, entropy (...), and their derivatives in the logits (..., V)."""
+    log_p = torch.log_softmax(logits.double() / temperature, -1)
+    p = log_p.exp()
+    log_p = log_p.masked_fill(p == 0, 0)
+    entropy = -(p * log_p).sum(-1)
+    one_hot = torch.nn.functional.one_hot(tokens.long(), logits.shape[-1])
+    logprobs = torch.log_softmax(logits.double() / temperature, -1)
+    logprobs = logprobs.gather(-1, tokens.long()[..., None])[..., 0]
+    grad_logprobs = (one_hot - p) / temperature
+    grad_entropy = -p * (log_p + entropy[..., None]) / temperature
+    return logprobs, entropy, grad_logprobs, grad_entropy
+
+
+def assert_as_exact_as_eager(result, eager, truth, slack=8):
+    """The error against fp64 is at most eager's, plus `slack` units of rounding at the largest."""
+    assert result.shape == truth.shape
+    assert result.isfinite().all()
+    unit = torch.finfo(torch.promote_types(result.dtype, torch.float32)).eps
+    allowed = (eager.double() - truth).abs().max() + slack * unit * truth.abs().max()
+    error = (result.double() - truth).abs().max()
+    assert error <= allowed, f"error {error:.3g}, eager's with slack {allowed:.3g}"
+
+
+def likeliest(logits):
+    """A token of finite logit in each row: the likeliest."""
+    return logits.argmax(-1)
+
+
+def loss_inputs(batch, length, vocabulary, dtype=torch.float32):
+    """Arguments of `ppo_loss`, in part clipped, one in five masked out."""
+    logits = (2 * torch.randn(batch, length, vocabulary)).to(dtype)
+    tokens = torch.randint(vocabulary, (batch, length))
+    logprobs = torch.log_softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
+    return {
+        "logits": logits,
+        "tokens": tokens,
+        "old_logprobs": logprobs + 0.3 * torch.randn(batch, length, dtype=torch.float64),
+        "advantages": torch.randn(batch, length, dtype=torch.float64),
+        "mask": torch.arange(batch * length).reshape(batch, length) % 5 != 3,
+        "ref_logprobs": logprobs + 0.3 * torch.randn(batch, length, dtype=torch.float64),
+    }
