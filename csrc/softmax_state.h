@@ -30,13 +30,19 @@ PPO_HD T shift_change(T from, T to) {
   return from == -T(INFINITY) ? T(0) : from - to;
 }
 
+// weight * x, and 0 for a weight of 0, though x may have overflowed.
+template <class T>
+PPO_HD T weighed(T weight, T x) {
+  return weight == T(0) ? T(0) : weight * x;
+}
+
 template <class T>
 PPO_HD SoftmaxState<T> merge(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
   const T shift = a.shift > b.shift || std::isnan(a.shift) ? a.shift : b.shift;
   const T da = shift_change(a.shift, shift), db = shift_change(b.shift, shift);
   const T fa = std::exp2(da), fb = std::exp2(db);
   return {shift, fa * a.sum + fb * b.sum,
-          fa * (a.weighted + da * a.sum) + fb * (b.weighted + db * b.sum)};
+          weighed(fa, a.weighted + da * a.sum) + weighed(fb, b.weighted + db * b.sum)};
 }
 
 // log2 Σ 2^t, the log-sum-exp beyond `shift`.
@@ -64,9 +70,9 @@ struct JointState {
 template <class T>
 PPO_HD T shifted_cross(const JointState<T>& s, T shift, T ref_shift) {
   if (s.sum == T(0)) return T(0);
-  if (std::isinf(s.cross)) return s.cross;
-  const T change = shift_change(s.shift, shift);
-  return std::exp2(change) * (s.cross + s.sum * (change - shift_change(s.ref_shift, ref_shift)));
+  const T change = shift_change(s.shift, shift), weight = std::exp2(change);
+  if (std::isinf(s.cross)) return weighed(weight, s.cross);
+  return weighed(weight, s.cross + s.sum * (change - shift_change(s.ref_shift, ref_shift)));
 }
 
 template <class T>

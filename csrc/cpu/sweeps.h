@@ -27,9 +27,9 @@ template <class T>
 using Real = typename RealOf<T>::type;
 
 // A row is reduced in chunks of this many elements, merged in order: the result does not depend on
-// how chunks are shared out over threads. A chunk of fp32 stays in a 32 KiB L1 between its maximum
-// and its sums.
-constexpr int64_t kChunk = 4096;
+// how chunks are shared out over threads. Long enough that merging costs little beside summing,
+// short enough to share a row of a large vocabulary out over several threads.
+constexpr int64_t kChunk = 16384;
 
 // With t_j = k z_j - shift and q_j = k ref_j - ref_shift, over n elements:
 template <class T>

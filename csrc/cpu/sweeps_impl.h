@@ -122,12 +122,13 @@ template <class T>
 SoftmaxState<Real<T>> statistics(const T* z, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
+  // A logit so low that k z overflows, such as the lowest of its type, counts as -inf.
   R centre = maximum<V>(z, std::min(n, kSample));
-  if (centre == -R(INFINITY)) centre = maximum<V>(z, n);
-  if (centre == -R(INFINITY)) return SoftmaxState<R>::empty();
+  if (k * centre == -R(INFINITY)) centre = maximum<V>(z, n);
+  if (k * centre == -R(INFINITY)) return SoftmaxState<R>::empty();
   SoftmaxState<R> state{};
-  if (std::isfinite(centre)) state = statistics_about(z, n, k, centre);
-  if (!std::isfinite(centre)) return {R(NAN), R(NAN), R(NAN)};
+  if (std::isfinite(k * centre)) state = statistics_about(z, n, k, centre);
+  if (!std::isfinite(k * centre)) return {R(NAN), R(NAN), R(NAN)};
   if (k * centre - state.shift > R(kHeadroom)) state = statistics_about(z, n, k, centre);
   return state;
 }
@@ -191,11 +192,11 @@ template <class T>
 JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  const auto undefined = [](R x) { return !(x < R(INFINITY)); };
+  const auto undefined = [k](R x) { return !(k * x < R(INFINITY)); };
   R centre = maximum<V>(z, std::min(n, kSample));
   R ref_centre = maximum<V>(ref, std::min(n, kSample));
-  if (centre == -R(INFINITY)) centre = maximum<V>(z, n);
-  if (ref_centre == -R(INFINITY)) ref_centre = maximum<V>(ref, n);
+  if (k * centre == -R(INFINITY)) centre = maximum<V>(z, n);
+  if (k * ref_centre == -R(INFINITY)) ref_centre = maximum<V>(ref, n);
   JointState<R> state{};
   if (!undefined(centre) && !undefined(ref_centre)) {
     state = joint_statistics_about(z, ref, n, k, centre, ref_centre);
