@@ -36,7 +36,7 @@ def claim_output_dir(path: str | Path, *, run_file: str, overwrite: bool) -> Pat
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to output_dir {path}: {error.strerror}") from error
+        raise UserError(f"cannot write to output_dir {path}: {error}") from error
     return path
 
 
@@ -59,6 +59,7 @@ def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     """
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):

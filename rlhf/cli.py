@@ -28,12 +28,14 @@ DEMO = "all three stages on a small built-in task, or on a labelled text file"
 
 
 class OptionFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling of each option, and no default where there is none."""
+    """One spelling of each option; a default only where there is one."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        return f"--{action.dest}"
+        return action.option_strings[0]
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} (required)"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -102,7 +104,7 @@ def parse_config(stage: str, argv: list[str]) -> config.TrainConfig:
     names = [field.name for field in fields(config_class)]
     for option in argv:
         name = option.removeprefix("--").split("=")[0].replace("-", "_")
-        if option.startswith("--") and name not in (*names, "help"):
+        if option.startswith("--") and name.removeprefix("no_") not in (*names, "help"):
             nearest = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean --{nearest[0]}?" if nearest else f"see {parser.prog} --help"
             raise UserError(f"unknown option {option}: {hint}")

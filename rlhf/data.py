@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset, load_from_disk
@@ -33,7 +33,7 @@ def load_rows(path: str) -> Dataset:
         if not isinstance(dataset, Dataset):
             raise UserError(f"{path} holds the splits {list(dataset)}: name the folder of one")
     elif source.is_file():
-        dataset = Dataset.from_list(_read_json(source))
+        dataset = _read_json(source)
     else:
         raise UserError(f"data file {path} does not exist: give a .jsonl file")
     if len(dataset) == 0:
@@ -41,26 +41,33 @@ def load_rows(path: str) -> Dataset:
     return dataset
 
 
-def _read_json(source: Path) -> list[dict[str, Any]]:
+def _read_json(source: Path) -> Dataset:
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {source}: {error}") from error
-    rows = []
     if source.suffix == ".json":
-        parts = [(1, text)]
+        rows = _parse(source, 1, text)
+        if not isinstance(rows, list):
+            raise UserError(f"{source} must hold a list of objects, got {text.strip():.60}")
     else:
-        parts = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for number, part in parts:
-        try:
-            value = json.loads(part)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{source}, line {number}: not valid JSON: {error.msg}") from error
-        rows.extend(value if source.suffix == ".json" and isinstance(value, list) else [value])
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_parse(source, number, line) for number, line in lines if line.strip()]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{source}, row {number}: must be an object, got {row!r:.60}")
-    return rows
+    try:
+        return Dataset.from_list(rows)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: a column holds values of different types: {error}") from error
+
+
+def _parse(source: Path, first_line: int, text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{source}, line {line}: not valid JSON: {error.msg}") from error
 
 
 def _column(dataset: Dataset, path: str, name: str, kind: type = str) -> list:

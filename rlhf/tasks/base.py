@@ -1,12 +1,16 @@
-"""What every world starts from: files of examples, a tokenizer and a model, all made on the spot."""
+"""What every world starts from: files of examples, and a tokenizer and a model made on the spot."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.checkpoint import save_model
+
+MAX_LENGTH = 256
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
 
@@ -39,20 +43,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def small_llama(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int, max_length: int
-) -> LlamaForCausalLM:
-    """An untrained Llama with heads of 32 channels and tied embeddings, from the global seed."""
+def make_base(
+    path: Path, texts: Sequence[str], vocab_size: int, hidden_size: int, num_layers: int, seed: int
+) -> PreTrainedTokenizerFast:
+    """Saves an untrained Llama and a tokenizer of the texts in `path`; returns the tokenizer.
+
+    The model has heads of 32 channels and ties its embeddings.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_size // 32,
-        max_position_embeddings=max_length,
+        max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    save_model(path, LlamaForCausalLM(config), tokenizer)
+    return tokenizer

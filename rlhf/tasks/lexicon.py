@@ -1,59 +1,64 @@
 """The words of the built-in world: neutral ones, and opinions with the sentiment they carry."""
 
-GENRES = (
-    "thriller drama comedy western romance mystery musical documentary fable satire sequel remake "
-    "adventure epic biopic farce melodrama whodunit"
-).split()
-NAMES = (
+
+def _listed(words: str) -> list[str]:
+    return words.split("|")
+
+
+GENRES = _listed(
+    "thriller|drama|comedy|western|romance|mystery|musical|documentary|fable|satire|sequel|remake|"
+    "adventure|epic|biopic|farce|melodrama|whodunit"
+)
+NAMES = _listed(
     "Anna Moreau|Boris Kline|Clara Voss|Daniel Okoro|Elena Ruiz|Felix Brandt|Grace Tanaka|"
     "Henry Walsh|Irene Novak|Jonas Lund|Karim Haddad|Laura Bianchi|Marcus Reed|Nadia Petrov|"
     "Oscar Lindqvist|Priya Nair|Rosa Delgado|Samuel Okafor|Teresa Costa|Victor Hale"
-).split("|")
-PLACES = "Lisbon Prague Oslo Cairo Dublin Lima Naples Osaka Boston Geneva Havana Delhi".split()
-ROLES = (
-    "nurse teacher sailor detective farmer painter pilot widow soldier lawyer baker thief singer "
-    "doctor butler gambler student priest juggler captain"
-).split()
-GOALS = (
+)
+PLACES = _listed("Lisbon|Prague|Oslo|Cairo|Dublin|Lima|Naples|Osaka|Boston|Geneva|Havana|Delhi")
+ROLES = _listed(
+    "nurse|teacher|sailor|detective|farmer|painter|pilot|widow|soldier|lawyer|baker|thief|singer|"
+    "doctor|butler|gambler|student|priest|juggler|captain"
+)
+GOALS = _listed(
     "moves to <place>|returns home from <place>|inherits a hotel|loses a brother|opens a bakery|"
     "finds a hidden letter|robs a bank|adopts a stray dog|solves a murder|crosses the desert|"
     "falls in love with a <role>|searches for a lost <role>|trains a young <role>"
-).split("|")
-OCCASIONS = (
+)
+OCCASIONS = _listed(
     "last night|last week|on Sunday|on Friday|with my sister|with two friends|at the festival|"
     "on a long flight|in a full house|on the first day"
-).split("|")
+)
 
 # What a review talks about, by grammatical number.
-SINGULAR = (
+SINGULAR = _listed(
     "acting|plot|story|pace|script|dialogue|music|score|ending|camera work|direction|lighting|"
     "editing|cast|humour|opening|climax|soundtrack|lead actor|lead actress|first half|second half|"
     "final act|romance|premise|photography|sound|villain|hero|set design|narration|finale|"
     "choreography|chase|atmosphere|middle part"
-).split("|")
-PLURAL = (
+)
+PLURAL = _listed(
     "performances|characters|jokes|songs|costumes|effects|action scenes|actors|twists|visuals|"
     "stunts|supporting actors|flashbacks|dances|lines|landscapes|fights|child actors|love scenes|"
     "close-ups|chase scenes|set pieces|subplots|details"
-).split("|")
+)
 # Those that can be counted: "it has a superb <part>".
-PARTS = (
+PARTS = _listed(
     "script|plot|story|score|ending|cast|opening|climax|soundtrack|premise|villain|hero|finale|"
     "lead actor|lead actress|final act"
-).split("|")
-FILMS = "film|movie|picture|production".split("|")
-CIRCUMSTANCES = (
+)
+FILMS = _listed("film|movie|picture|production")
+CIRCUMSTANCES = _listed(
     "in every scene|from start to finish|for most of the film|after the first hour|throughout|"
     "in the second half|at times|until the credits|more than once|as the story unfolds"
-).split("|")
+)
 
 STRONG, MILD = 1.0, 0.5
 
 
 def _opinions(**groups: str) -> dict[str, float]:
-    """Words separated by "|" in the groups `loved`, `liked`, `disliked` and `hated` -> sentiment."""
+    """Expression -> sentiment, from lists named `loved`, `liked`, `disliked` and `hated`."""
     strength = {"loved": STRONG, "liked": MILD, "disliked": -MILD, "hated": -STRONG}
-    return {word: strength[name] for name, words in groups.items() for word in words.split("|")}
+    return {word: strength[name] for name, words in groups.items() for word in _listed(words)}
 
 
 ADJECTIVES = _opinions(
@@ -100,7 +105,7 @@ VERDICTS = _opinions(
     disliked="I expected more|I looked at my watch",
     hated="I want my money back|it is the worst film of the year",
 )
-TASKS = "shot written filmed edited directed staged paced told performed recorded designed".split()
+TASKS = _listed("shot|written|filmed|edited|directed|staged|paced|told|performed|recorded|designed")
 
 NEGATORS = ("not", "never", "hardly", "nothing", "neither", "nor")
 # How a word just before an opinion changes its strength.

@@ -13,7 +13,7 @@ from functools import cache
 
 from rlhf.tasks import lexicon
 
-LABELLER_TEMPERATURE = 0.05
+LABELLER_TEMPERATURE = 0.03
 OPINIONS_FOR_FULL_WEIGHT = 3
 
 
@@ -167,11 +167,12 @@ def gold_score(text: str) -> float:
     """How good a review says the film is, and how well it says it, in [-1, 1].
 
     score = mean sentiment of the different opinions · min(1, their number / 3)
-            − share of flawed sentences,   clipped to [-1, 1]
+            − half the share of flawed sentences,   clipped to [-1, 1]
 
     A sentence is flawed when the grammar cannot write it (broken words, no full stop, wrong
-    agreement) or when it repeats an opinion word or a whole sentence of the same text. One word of
-    praise said over and over, or praise without grammar, therefore earns nothing.
+    agreement) or when it repeats an opinion word or a whole sentence of the same text. Praise
+    without grammar costs half a point, and one word of praise said over and over, which counts as
+    one opinion in flawed sentences, ends below 0.
     """
     sentences = [sentence.strip() for sentence in _SENTENCE.findall(text)]
     values: dict[str, float] = {}
@@ -187,7 +188,7 @@ def gold_score(text: str) -> float:
         return 0.0
     weight = min(1.0, len(values) / OPINIONS_FOR_FULL_WEIGHT)
     sentiment = math.fsum(values.values()) / max(len(values), 1)
-    return max(-1.0, min(1.0, weight * sentiment - flawed / len(sentences)))
+    return max(-1.0, min(1.0, weight * sentiment - 0.5 * flawed / len(sentences)))
 
 
 def _clause(rng: random.Random, sign: int) -> str:

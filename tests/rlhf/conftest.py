@@ -1,6 +1,5 @@
 """A world of ten words: reviews of two to four words that end with a full stop."""
 
-import json
 import random
 from pathlib import Path
 
@@ -20,14 +19,10 @@ from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.models import load_scorer
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
+from rlhf.tasks.base import write_jsonl
 
 GOOD, BAD = ("good", "fine", "great"), ("bad", "dull", "weak")
 WORDS = ("<pad>", "<bos>", "<eos>", "film", "plot", "is", ".", *GOOD, *BAD)
-
-
-def write_jsonl(path: Path, rows: list) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def review(rng: random.Random, words: tuple[str, ...] = GOOD + BAD) -> str:

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import yaml
-from conftest import write_jsonl
 
-from rlhf.cli import main
+from rlhf.cli import main, parse_config
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.errors import UserError
+from rlhf.tasks.base import write_jsonl
 
 
 @pytest.fixture
@@ -92,6 +92,14 @@ def test_wrong_options(options, capsys, extra, expected):
     fails(capsys, options("sft") + extra, *expected)
 
 
+def test_switches(options):
+    argv = options("ppo")[1:]
+    assert parse_config("ppo", argv).whiten_advantages
+    assert not parse_config("ppo", [*argv, "--no_whiten_advantages"]).whiten_advantages
+    assert not parse_config("ppo", [*argv, "--whiten_advantages", "false"]).whiten_advantages
+    assert parse_config("ppo", [*argv, "--bf16"]).bf16
+
+
 def test_missing_options_are_named(capsys):
     fails(capsys, ["sft"], "--model_name_or_path", "--dataset_name", "--output_dir")
 
@@ -114,6 +122,9 @@ def test_ppo_ranges(options, capsys):
         ("sft", "[1]\n", ["row 1", "must be an object"]),
         ("sft", '{"txt": "film"}\n', ["must have the columns text", "['txt']"]),
         ("sft", '{"text": "film"}\n{"text": null}\n', ["row 2", "text must be a str", "None"]),
+        ("sft", '{"text": "film"}\n{"text": 3}\n', ["values of different types"]),
+        ("sft", '{"text": "film"}\n{"txt": "film"}\n', ["row 2", "text must be a str"]),
+        ("sft", '{"text": 3}\n', ["row 1", "text must be a str", "3"]),
         ("reward", '{"prompt": "film", "chosen": "good"}\n', ["rejected", "['prompt', 'chosen']"]),
         ("reward", '{"prompt": "film", "ranking": ["good"]}\n', ["row 1", "at least 2"]),
         ("ppo", '{"text": "film"}\n', ["must have the columns prompt", "['text']"]),
@@ -161,7 +172,8 @@ def test_a_language_model_is_no_reward_model(options, capsys, world):
 
 
 def test_sequences_must_fit_the_model(options, capsys, tmp_path):
-    path = write_jsonl(tmp_path / "long.jsonl", [{"text": "film " * 100}])
+    path = tmp_path / "long.jsonl"
+    write_jsonl(path, [{"text": "film " * 100}])
     fails(capsys, options("sft", dataset_name=path), "101 tokens", "64 positions", "max_length")
     fails(capsys, options("ppo", response_length=62), "65 tokens", "lower max_prompt_length")
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,13 @@ from rlhf.rollout import (
 )
 
 EOS = 2
+METRICS = {
+    *("objective/scores", "objective/kl", "objective/kl_per_token", "objective/entropy"),
+    *("objective/rlhf_reward", "objective/non_score_reward", "policy/approxkl", "policy/clipfrac"),
+    *("policy/ratio", "policy/ratio_max", "policy/entropy", "loss/policy", "loss/value"),
+    *("val/explained_variance", "tokens/response_len", "tokens/eos_rate", "tokens_per_second"),
+    *("time/generate", "time/evaluate", "time/update", "kl_coef", "lr"),
+}
 
 
 @pytest.fixture
@@ -233,6 +240,16 @@ def test_worked_example_of_the_augmented_reward():
     torch.testing.assert_close(rewards, expected)
 
 
+def test_scores_are_in_units_of_the_training_data(make_trainer):
+    trainer = make_trainer()
+    batch = collect(trainer)
+    ids, mask = batch.responses.input_ids, batch.responses.attention_mask
+    mean, std = trainer.reward_model.config.reward_mean, trainer.reward_model.config.reward_std
+    expected = (sequence_scores(trainer.reward_model, ids, mask) - mean) / std
+    torch.testing.assert_close(batch.experience.scores, expected, atol=1e-5, rtol=1e-5)
+    assert abs(std - 1) > 0.1
+
+
 def test_missing_eos_is_penalised_and_scores_are_clipped(ppo_config):
     config = ppo_config(output_dir="unused", missing_eos_penalty=1.5, score_clip=2.0)
     scores = torch.tensor([0.5, 0.5, -9.0])
@@ -277,6 +294,7 @@ def test_training_raises_the_score_and_saves_policy_and_critic(
     last = train_ppo(config)
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 16))
+    assert set(records[0]) >= METRICS
     assert last["objective/scores"] > records[0]["objective/scores"] + 0.5
     assert records[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert last["objective/kl"] > 0.1

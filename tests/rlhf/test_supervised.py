@@ -7,9 +7,9 @@ from itertools import chain, combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.checkpoint import save_model
 from rlhf.data import (
     Text,
     count_steps,
@@ -24,19 +24,22 @@ from rlhf.models import load_causal_lm, load_scorer
 from rlhf.optim import clip_gradients, make_optimizer
 from rlhf.reward import pair_indices, score_answers, train_reward
 from rlhf.sft import token_loss, train_sft
+from rlhf.tasks.base import write_jsonl
 
 BOS, EOS = 1, 2
 
 
 def test_text_is_learnt_whole_and_ends_with_eos(tokenizer, tmp_path):
-    path = write_jsonl(tmp_path / "data.jsonl", [{"text": "film is good"}, {"text": "plot"}])
+    path = str(tmp_path / "data.jsonl")
+    write_jsonl(tmp_path / "data.jsonl", [{"text": "film is good"}, {"text": "plot"}])
     assert load_texts(path, tokenizer, 64) == [Text([3, 5, 7, EOS], 1), Text([4, EOS], 1)]
     assert load_texts(path, tokenizer, 3) == [Text([3, 5, 7], 1), Text([4, EOS], 1)]
 
 
 def test_of_prompt_and_completion_the_completion_is_learnt(tokenizer, tmp_path):
     rows = [{"prompt": "film is", "completion": "good ."}, {"prompt": "", "completion": "plot"}]
-    texts = load_texts(write_jsonl(tmp_path / "data.jsonl", rows), tokenizer, 64)
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    texts = load_texts(str(tmp_path / "data.jsonl"), tokenizer, 64)
     assert texts == [Text([3, 5, 7, 6, EOS], 2), Text([BOS, 4, EOS], 1)]
 
 
@@ -56,7 +59,8 @@ def test_saved_data_sets_and_json_lists_are_read(tmp_path):
 
 def test_chosen_and_rejected_are_a_ranking_of_two(tokenizer, tmp_path):
     rows = [{"prompt": "film", "chosen": "good", "rejected": "bad"}]
-    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    path = str(tmp_path / "pairs.jsonl")
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
     assert load_rankings(path, tokenizer, 64, True) == [[[3, 7, EOS], [3, 10, EOS]]]
     assert load_rankings(path, tokenizer, 2, False) == [[[3, 7], [3, 10]]]
 
@@ -177,6 +181,25 @@ def test_reward_model_learns_and_its_folder_scores(reward_config, tokenizer, wor
     scores = score_answers(model, answers, 0, bf16=False)
     assert model.config.reward_mean == pytest.approx(scores.mean().item(), abs=1e-4)
     assert model.config.reward_std == pytest.approx(scores.std(correction=0).item(), abs=1e-4)
+
+
+def test_a_model_is_saved_whole_or_not_at_all(world, tokenizer, tmp_path, monkeypatch):
+    model = load_causal_lm(str(world / "llama"))
+
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(tmp_path / "out", model, tokenizer)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".saving"]
+    (tmp_path / "out" / ".saving" / "left-over").write_text("")
+    monkeypatch.undo()
+    save_model(tmp_path / "out", model, tokenizer)
+    saved = load_causal_lm(str(tmp_path / "out"))
+    torch.testing.assert_close(saved.state_dict(), model.state_dict(), atol=0, rtol=0)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert not names & {".saving", "left-over"}
 
 
 def test_bf16_trains_too(sft_config, tmp_path):

@@ -1,0 +1,150 @@
+"""`rlhf demo` end to end, in the smallest size that goes through every stage."""
+
+import json
+from argparse import ArgumentParser
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from rlhf import demo
+from rlhf.cli import main
+from rlhf.errors import UserError
+from rlhf.tasks.labelled import LABELS
+from tests.rlhf.test_tasks import examples, write
+
+REVIEWS = demo.ReviewsSizes(
+    num_reviews=200,
+    num_rankings=32,
+    num_heldout_rankings=8,
+    num_prompts=32,
+    num_eval_prompts=16,
+    vocab_size=600,
+    hidden_size=32,
+    num_layers=1,
+    response_length=12,
+    sft_steps=6,
+    reward_steps=4,
+    total_episodes=128,
+)
+LABELLED = demo.LabelledSizes(
+    num_prompts=32,
+    num_eval_prompts=20,
+    vocab_size=400,
+    hidden_size=32,
+    num_layers=1,
+    sft_epochs=1,
+    reward_epochs=0.5,
+    total_episodes=128,
+)
+
+
+@pytest.fixture(scope="module")
+def labelled_file(tmp_path_factory):
+    rows = [
+        {"text": f"{text} and more of the same", "label": LABELS[positive]}
+        for text, positive in examples(200)
+    ]
+    return write(tmp_path_factory.mktemp("data") / "texts.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def reviews_run(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("runs") / "reviews"
+    return output_dir, demo.run_demo(output_dir, 3, REVIEWS)
+
+
+def check_models(output_dir):
+    tokenizer = AutoTokenizer.from_pretrained(output_dir / "ppo")
+    inputs = tokenizer(["The film"], return_tensors="pt")
+    policy = AutoModelForCausalLM.from_pretrained(output_dir / "ppo")
+    generated = policy.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    assert generated.shape == (1, inputs["input_ids"].shape[1] + 3)
+    scorer = AutoModelForSequenceClassification.from_pretrained(output_dir / "reward")
+    assert scorer(**inputs).logits.shape == (1, 1)
+    before = AutoModelForCausalLM.from_pretrained(output_dir / "sft").state_dict()
+    after = policy.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_reviews_run_leaves_a_summary_and_models_that_open(reviews_run):
+    output_dir, summary = reviews_run
+    assert json.loads((output_dir / "summary.json").read_text()) == summary
+    assert summary["seed"] == 3 and summary["seconds"] > 0
+    assert 0 <= summary["reward"]["accuracy"] <= 1
+    assert set(summary["ppo"]) == {"gold_before", "gold_after", "kl"}
+    assert all(-1 <= summary["ppo"][name] <= 1 for name in ("gold_before", "gold_after"))
+    assert 0 < summary["ppo"]["kl"] < 20
+    assert set(summary["stage_seconds"]) >= {"sft", "reward", "ppo"}
+    check_models(output_dir)
+
+
+def test_rankings_hold_four_answers_of_prompts_that_evaluation_does_not_see(reviews_run):
+    output_dir, _ = reviews_run
+    rows = [
+        json.loads(line) for line in (output_dir / "data" / "rankings.jsonl").open(encoding="utf-8")
+    ]
+    heldout = [
+        json.loads(line)
+        for line in (output_dir / "data" / "heldout_rankings.jsonl").open(encoding="utf-8")
+    ]
+    assert (len(rows), len(heldout)) == (32, 8)
+    assert all(len(row["ranking"]) == 4 for row in rows + heldout)
+
+
+def test_same_seed_same_figures(reviews_run, tmp_path):
+    summary = demo.run_demo(tmp_path / "again", 3, REVIEWS)
+    assert (summary["ppo"], summary["reward"]) == (reviews_run[1]["ppo"], reviews_run[1]["reward"])
+
+
+def test_a_run_is_replaced_only_when_asked_and_only_by_its_kind(reviews_run, labelled_file):
+    output_dir, _ = reviews_run
+    with pytest.raises(UserError, match="overwrite_output_dir"):
+        demo.run_demo(output_dir, 0, REVIEWS)
+    with pytest.raises(UserError, match="not overwritten"):
+        demo.run_demo(output_dir / "sft", 0, REVIEWS, overwrite_output_dir=True)
+    assert (output_dir / "summary.json").exists() and (output_dir / "sft" / "sft.yaml").exists()
+
+
+def test_labelled_run(labelled_file, tmp_path):
+    output_dir = tmp_path / "labelled"
+    output_dir.mkdir()
+    (output_dir / demo.RUN_FILE).write_text("left by a run that was interrupted")
+    summary = demo.run_demo(output_dir, 0, LABELLED, data=labelled_file, overwrite_output_dir=True)
+    assert json.loads((output_dir / "summary.json").read_text()) == summary
+    assert summary["judge"]["accuracy"] > 0.9
+    assert set(summary["ppo"]) == {"judge_before", "judge_after", "kl"}
+    assert all(0 <= summary["ppo"][name] <= 1 for name in ("judge_before", "judge_after"))
+    assert 0 < summary["ppo"]["kl"] < 20
+    check_models(output_dir)
+    parts = [
+        {row[column] for row in map(json.loads, (output_dir / "data" / name).open()) if column}
+        for name, column in (("pairs.jsonl", "chosen"), ("heldout_pairs.jsonl", "chosen"))
+    ]
+    assert parts[0].isdisjoint(parts[1])
+
+
+def test_wrong_data_file_costs_no_earlier_run(reviews_run, tmp_path, capsys):
+    output_dir, _ = reviews_run
+    options = ["--output_dir", str(output_dir), "--overwrite_output_dir"]
+    assert main(["demo", "--data", str(tmp_path / "none.jsonl"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "none.jsonl does not exist" in error
+    assert (output_dir / "summary.json").exists()
+
+
+def test_command_runs_the_reviews_by_default_and_shows_the_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "ReviewsSizes", lambda: REVIEWS)
+    parser = ArgumentParser()
+    demo.add_arguments(parser)
+    defaults = parser.parse_args([])
+    assert (defaults.seed, str(defaults.output_dir), defaults.data) == (0, "runs/demo", None)
+    assert main(["demo", "--output_dir", str(tmp_path / "run"), "--seed", "1"]) == 0
+    shown = capsys.readouterr().out
+    for figure in ("reward.accuracy", "ppo.gold_before", "ppo.gold_after", "ppo.kl"):
+        assert figure in shown
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["seed"] == 1
