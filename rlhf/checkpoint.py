@@ -47,8 +47,16 @@ def start_run(config: TrainConfig, stage: str) -> Path:
         config.output_dir, run_file=run_file, overwrite=config.overwrite_output_dir
     )
     values = asdict(config) | {"overwrite_output_dir": False}
-    (path / run_file).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_run_file(path / run_file, values)
     return path
+
+
+def write_run_file(path: Path, values: dict) -> None:
+    """Writes the settings by which a run is known, as YAML."""
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to output_dir {path.parent}: {error}") from error
 
 
 def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

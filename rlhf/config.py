@@ -58,6 +58,7 @@ class TrainConfig:
             *("learning_rate", "weight_decay"),
         )
         self._check("must be in [0, 1]", lambda x: 0 <= x <= 1, "warmup_ratio")
+        self._check("must be in [0, 2**63)", lambda x: 0 <= x < 2**63, "seed")
         self._check(
             "must be >= 1",
             lambda x: x >= 1,

@@ -58,8 +58,8 @@ def _read_json(source: Path) -> Dataset:
             raise UserError(f"{source}, row {number}: must be an object, got {row!r:.60}")
     try:
         return Dataset.from_list(rows)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: a column holds values of different types: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{source}: a column holds values that do not fit: {error}") from error
 
 
 def _parse(source: Path, first_line: int, text: str):
@@ -68,6 +68,8 @@ def _parse(source: Path, first_line: int, text: str):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{source}, line {line}: not valid JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}, line {first_line}: JSON nested too deeply") from error
 
 
 def _column(dataset: Dataset, path: str, name: str, kind: type = str) -> list:

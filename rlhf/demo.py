@@ -10,23 +10,33 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.checkpoint import claim_output_dir
+from rlhf.checkpoint import claim_output_dir, write_run_file
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
 from rlhf.tasks import labelled, reviews
 from rlhf.tasks.base import make_base, write_jsonl
-from rlhf.tasks.evaluation import Sampler
+from rlhf.tasks.evaluation import Sampler, compare
 from rlhf.tasks.judge import Judge
 
 RUN_FILE = "demo.yaml"
 ANSWERS_PER_PROMPT = 4
 PARTNERS = 4
+PPO_SETTINGS = {
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 256,
+    "num_mini_batches": 2,
+    "num_ppo_epochs": 2,
+    "learning_rate": 3e-4,
+    "critic_learning_rate": 1e-3,
+    "warmup_ratio": 0.05,
+    "kl_coef": 0.05,
+    "logging_steps": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -34,17 +44,17 @@ class ReviewsSizes:
     """How much of everything the demo on the built-in reviews uses."""
 
     num_reviews: int = 5000
-    num_rankings: int = 4000
-    num_heldout_rankings: int = 400
+    num_rankings: int = 3000
+    num_heldout_rankings: int = 300
     num_prompts: int = 4000
     num_eval_prompts: int = 512
     vocab_size: int = 1536
     hidden_size: int = 128
     num_layers: int = 2
     response_length: int = 72
-    sft_steps: int = 800
-    reward_steps: int = 800
-    total_episodes: int = 5120
+    sft_steps: int = 700
+    reward_steps: int = 650
+    total_episodes: int = 3840
 
 
 @dataclass(frozen=True)
@@ -88,11 +98,20 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
     sft, reward, ppo = output_dir / "sft", output_dir / "reward", output_dir / "ppo"
     data.mkdir()
 
+    seen: set[str] = set()
+
     def openings(count: int) -> list[str]:
-        return [reviews.write_review(rng)[0] for _ in range(count)]
+        """Openings that have not been given out yet."""
+        fresh = []
+        while len(fresh) < count:
+            opening = reviews.write_opening(rng)
+            if opening not in seen:
+                seen.add(opening)
+                fresh.append(opening)
+        return fresh
 
     with timed("world"):
-        texts = ["".join(reviews.write_review(rng)) for _ in range(sizes.num_reviews)]
+        texts = [opening + reviews.write_body(rng) for opening in openings(sizes.num_reviews)]
         write_jsonl(data / "reviews.jsonl", ({"text": text} for text in texts))
         write_jsonl(data / "prompts.jsonl", ({"prompt": p} for p in openings(sizes.num_prompts)))
         make_base(base, texts, sizes.vocab_size, sizes.hidden_size, sizes.num_layers, seed)
@@ -120,17 +139,9 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
         output_dir=str(ppo),
         total_episodes=sizes.total_episodes,
         response_length=sizes.response_length,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        num_mini_batches=2,
-        num_ppo_epochs=2,
-        learning_rate=3e-4,
-        critic_learning_rate=1e-3,
-        warmup_ratio=0.05,
-        kl_coef=0.05,
         missing_eos_penalty=1.0,
         seed=seed,
-        logging_steps=5,
+        **PPO_SETTINGS,
     )
     with timed("labelling"):
         author = Sampler(sft, ppo_config, seed)
@@ -154,7 +165,7 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
                 max_steps=sizes.reward_steps,
                 per_device_train_batch_size=16,
                 per_device_eval_batch_size=128,
-                learning_rate=2e-3,
+                learning_rate=1e-3,
                 warmup_ratio=0.1,
                 lr_scheduler_type="cosine",
                 seed=seed,
@@ -166,15 +177,10 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
 
     with timed("evaluation"):
         prompts = openings(sizes.num_eval_prompts)
-        before = author.complete(prompts)
-        policy = Sampler(ppo, ppo_config, seed)
-        responses = policy.sample(prompts)
-        after = policy.decode(responses)
-        kl = policy.kl(author, responses)
+        before, after, kl = compare(author, Sampler(ppo, ppo_config, seed), prompts)
 
-    def gold(answers: list[str]) -> float:
-        pairs = zip(prompts, answers, strict=True)
-        return statistics.fmean(reviews.gold_score(prompt + answer) for prompt, answer in pairs)
+    def gold(texts: list[str]) -> float:
+        return statistics.fmean(map(reviews.gold_score, texts))
 
     return {
         "reward": {"accuracy": reward_metrics["eval/accuracy"]},
@@ -183,8 +189,10 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
     }
 
 
-def run_labelled(file: Path, output_dir: Path, seed: int, sizes: LabelledSizes) -> dict:
-    """SFT, reward model and PPO on a file of labelled texts; returns the summary.
+def run_labelled(
+    examples: list[labelled.Example], output_dir: Path, seed: int, sizes: LabelledSizes
+) -> dict:
+    """SFT, reward model and PPO on labelled texts; returns the summary.
 
     The judge, trained on texts that no stage sees, says which share of the policy's texts is
     positive before and after.
@@ -196,7 +204,7 @@ def run_labelled(file: Path, output_dir: Path, seed: int, sizes: LabelledSizes) 
     data.mkdir()
 
     with timed("judge"):
-        parts = labelled.split(labelled.read_examples(file), rng)
+        parts = labelled.split(examples, rng)
         judge = Judge(parts.judge)
         judge_accuracy = judge.accuracy(parts.heldout)
         print(f"judge: accuracy {judge_accuracy:.3f} on {len(parts.heldout)} held-out texts")
@@ -208,7 +216,8 @@ def run_labelled(file: Path, output_dir: Path, seed: int, sizes: LabelledSizes) 
         )
         pairs = labelled.preference_pairs(parts.train, PARTNERS, rng)
         heldout_pairs = labelled.preference_pairs(parts.heldout, PARTNERS, rng)
-        prompts = labelled.prompts(parts.heldout, sizes.num_prompts, tokenizer, rng)
+        half = len(parts.heldout) // 2
+        prompts = labelled.prompts(parts.heldout[:half], sizes.num_prompts, tokenizer, rng)
         write_jsonl(data / "texts.jsonl", ({"text": text} for text in texts))
         write_jsonl(data / "pairs.jsonl", pairs)
         write_jsonl(data / "heldout_pairs.jsonl", heldout_pairs)
@@ -259,30 +268,18 @@ def run_labelled(file: Path, output_dir: Path, seed: int, sizes: LabelledSizes) 
         response_length=sizes.response_length,
         min_response_length=sizes.min_response_length,
         sample_response_length=True,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        num_mini_batches=2,
-        num_ppo_epochs=2,
-        learning_rate=3e-4,
-        critic_learning_rate=1e-3,
-        warmup_ratio=0.05,
-        kl_coef=0.05,
         seed=seed,
-        logging_steps=5,
+        **PPO_SETTINGS,
     )
     with timed("ppo"):
         train_ppo(ppo_config)
 
     with timed("evaluation"):
-        prompts = labelled.prompts(parts.heldout, sizes.num_eval_prompts, tokenizer, rng)
+        prompts = labelled.prompts(parts.heldout[half:], sizes.num_eval_prompts, tokenizer, rng)
         author, policy = Sampler(sft, ppo_config, seed), Sampler(ppo, ppo_config, seed)
-        before = author.complete(prompts)
-        responses = policy.sample(prompts)
-        after = policy.decode(responses)
-        kl = policy.kl(author, responses)
+        before, after, kl = compare(author, policy, prompts)
 
-    def share_positive(answers: list[str]) -> float:
-        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    def share_positive(texts: list[str]) -> float:
         return judge.positive(texts).float().mean().item()
 
     return {
@@ -311,15 +308,15 @@ def run_demo(
     built-in reviews are used, and `sizes` are ReviewsSizes.
     """
     start = time.perf_counter()
-    if data is not None:
-        labelled.read_examples(data)  # a wrong file costs no earlier run
+    # The file is read first, so that a wrong one costs no earlier run.
+    examples = None if data is None else labelled.read_examples(data)
     claim_output_dir(output_dir, run_file=RUN_FILE, overwrite=overwrite_output_dir)
     settings = {"seed": seed, "data": data and str(data), **asdict(sizes)}
-    (output_dir / RUN_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
-    if data is None:
+    write_run_file(output_dir / RUN_FILE, settings)
+    if examples is None:
         results = run_reviews(output_dir, seed, sizes)
     else:
-        results = run_labelled(data, output_dir, seed, sizes)
+        results = run_labelled(examples, output_dir, seed, sizes)
     summary = {"seed": seed, "seconds": round(time.perf_counter() - start, 1), **results}
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -75,10 +75,12 @@ def _open_scorer(
 def _open(auto_class, path: str, **kwargs):
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged folder raises whatever its reader raises
         kind = "folder" if Path(path).is_dir() else "hub id (there is no such folder)"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot open the {kind} {str(path)!r}: {reason}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot open the {kind} {str(path)!r}: {type(error).__name__}: {reason:.300}"
+        ) from error
 
 
 def check_fits(

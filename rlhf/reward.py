@@ -98,7 +98,8 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
         )
     model = load_scorer(config.model_name_or_path, tokenizer)
     lengths = [max(len(answer) for answer in ranking) for ranking in rankings]
-    check_fits(model, tokenizer, max(lengths), "lower max_length")
+    eval_lengths = [len(answer) for ranking in eval_rankings or [] for answer in ranking]
+    check_fits(model, tokenizer, max(lengths + eval_lengths), "lower max_length")
     output_dir = start_run(config, "reward")
 
     num_steps = count_steps(len(rankings), config)
@@ -137,10 +138,10 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
                 margins = []
         _, scores = evaluate(model, tokenizer, rankings, config)
         set_score_normalisation(model, scores)
+        save_model(output_dir, model, tokenizer)
         if eval_rankings is not None:
             eval_metrics, _ = evaluate(model, tokenizer, eval_rankings, config)
             log.write(num_steps, eval_metrics)
             metrics |= eval_metrics
-    save_model(output_dir, model, tokenizer)
     plot_metrics(output_dir, {"reward": ("loss", "accuracy", "margin")})
     return metrics | {"steps": num_steps, "seconds": time.perf_counter() - start_time}

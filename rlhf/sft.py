@@ -1,6 +1,5 @@
 """Supervised fine-tuning: next-token cross-entropy on texts, or on completions of prompts."""
 
-import math
 import time
 
 import torch
@@ -44,12 +43,12 @@ def evaluate(
     model.eval()
     texts = sorted(texts, key=lambda text: len(text.ids))
     size, total = config.per_device_eval_batch_size, count_learnt(texts)
-    loss = 0.0
+    loss = torch.zeros(())
     for start in range(0, len(texts), size):
         with autocast(config.bf16):
             batch = texts[start : start + size]
-            loss += token_loss(model, batch, tokenizer.pad_token_id, total).item()
-    return {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
+            loss += token_loss(model, batch, tokenizer.pad_token_id, total).cpu()
+    return {"eval/loss": loss.item(), "eval/perplexity": loss.exp().item()}
 
 
 def train_sft(config: SFTConfig) -> dict[str, float]:
@@ -101,10 +100,9 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
                 }
                 log.write(step, metrics)
                 losses, num_tokens, since = [], 0, time.perf_counter()
-        model.eval()
+        save_model(output_dir, model, tokenizer)
         if eval_texts is not None:
             metrics |= evaluate(model, tokenizer, eval_texts, config)
             log.write(num_steps, {k: v for k, v in metrics.items() if k.startswith("eval/")})
-    save_model(output_dir, model, tokenizer)
     plot_metrics(output_dir, {"loss": ("loss",)})
     return metrics | {"steps": num_steps, "seconds": time.perf_counter() - start_time}

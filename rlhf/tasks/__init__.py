@@ -1,0 +1,1 @@
+"""The worlds of `rlhf demo`: built-in reviews, and labelled text."""

@@ -25,12 +25,9 @@ class Sampler:
         ids = tokenize_prompts(self.tokenizer, prompts, self.config.max_prompt_length)
         return sample_responses(self.policy, self.tokenizer, ids, self.config, self.generator)
 
-    def decode(self, responses: Responses) -> list[str]:
-        return decode_responses(self.tokenizer, responses)
-
     def complete(self, prompts: list[str]) -> list[str]:
         """A response to each prompt, as text."""
-        return self.decode(self.sample(prompts))
+        return decode_responses(self.tokenizer, self.sample(prompts))
 
     @torch.no_grad()
     def kl(self, reference: "Sampler", responses: Responses) -> float:
@@ -52,3 +49,13 @@ class Sampler:
             kl = kl_divergence(logits, ref_logits, temperature=self.config.temperature)
             total += kl[part.mask].sum().item()
         return total / len(rows)
+
+
+def compare(
+    before: Sampler, after: Sampler, prompts: list[str]
+) -> tuple[list[str], list[str], float]:
+    """Whole texts (prompt and response) of both policies, and the KL of the second to the first."""
+    responses = after.sample(prompts)
+    answers = (before.complete(prompts), decode_responses(after.tokenizer, responses))
+    texts = [[p + a for p, a in zip(prompts, part, strict=True)] for part in answers]
+    return *texts, after.kl(before, responses)

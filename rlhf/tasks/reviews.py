@@ -13,6 +13,7 @@ from functools import cache
 
 from rlhf.tasks import lexicon
 
+# Labellers agree with the gold score on about 95 % of the pairs of an SFT model's answers.
 LABELLER_TEMPERATURE = 0.03
 OPINIONS_FOR_FULL_WEIGHT = 3
 
@@ -209,9 +210,13 @@ def write_sentence(rng: random.Random, leaning: float) -> str:
     return _capitalised(sentence)
 
 
-def write_review(rng: random.Random) -> tuple[str, str]:
-    """(opening, rest) of a review that reuses no opinion word, by a reviewer of random leaning."""
-    opening = _capitalised(_expand("<opening>", rng))
+def write_opening(rng: random.Random) -> str:
+    return _expand("<opening>", rng)
+
+
+def write_body(rng: random.Random) -> str:
+    """What follows the opening: two or three sentences by a reviewer of random leaning, who uses
+    no opinion word twice."""
     leaning = rng.betavariate(0.7, 0.7)
     sentences: list[str] = []
     length = rng.randint(2, 3)
@@ -222,7 +227,7 @@ def write_review(rng: random.Random) -> tuple[str, str]:
         if used.isdisjoint(words) and len(set(words)) == len(words):
             sentences.append(sentence)
             used.update(words)
-    return opening, " " + " ".join(sentences)
+    return " " + " ".join(sentences)
 
 
 def rank(texts: Sequence[str], rng: random.Random) -> list[int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import yaml
@@ -85,6 +86,7 @@ def test_help(command, capsys):
         (["--learning_rate", "nan"], ["learning_rate must be >= 0", "nan"]),
         (["--max_grad_norm", "0"], ["max_grad_norm must be > 0", "0.0"]),
         (["--lr_scheduler_type", "square"], ["lr_scheduler_type", "cosine", "'square'"]),
+        (["--seed", str(2**70)], ["seed must be in [0, 2**63)"]),
         (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size must be >= 1"]),
     ],
 )
@@ -122,9 +124,11 @@ def test_ppo_ranges(options, capsys):
         ("sft", "[1]\n", ["row 1", "must be an object"]),
         ("sft", '{"txt": "film"}\n', ["must have the columns text", "['txt']"]),
         ("sft", '{"text": "film"}\n{"text": null}\n', ["row 2", "text must be a str", "None"]),
-        ("sft", '{"text": "film"}\n{"text": 3}\n', ["values of different types"]),
+        ("sft", '{"text": "film"}\n{"text": 3}\n', ["values that do not fit"]),
         ("sft", '{"text": "film"}\n{"txt": "film"}\n', ["row 2", "text must be a str"]),
         ("sft", '{"text": 3}\n', ["row 1", "text must be a str", "3"]),
+        ("sft", f'{{"text": "film", "n": {2**70}}}\n', ["values that do not fit"]),
+        ("sft", "[" * 100_000, ["line 1", "nested too deeply"]),
         ("reward", '{"prompt": "film", "chosen": "good"}\n', ["rejected", "['prompt', 'chosen']"]),
         ("reward", '{"prompt": "film", "ranking": ["good"]}\n', ["row 1", "at least 2"]),
         ("ppo", '{"text": "film"}\n', ["must have the columns prompt", "['text']"]),
@@ -143,7 +147,16 @@ def test_missing_files(options, capsys, tmp_path):
         capsys, options("sft", model_name_or_path=tmp_path), str(tmp_path), "cannot open the folder"
     )
     fails(capsys, ["sft", "nowhere.yaml"], "cannot read nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes("output_dir: café".encode("latin-1"))
+    fails(capsys, ["sft", str(tmp_path / "latin.yaml")], "cannot read", "utf-8")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_model_folder(options, capsys, world, tmp_path):
+    shutil.copytree(world / "llama", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    fails(capsys, options("sft", model_name_or_path=tmp_path / "cut"), "cannot open the folder")
 
 
 def test_an_output_folder_in_use_is_kept(options, capsys, tmp_path):
@@ -175,6 +188,9 @@ def test_sequences_must_fit_the_model(options, capsys, tmp_path):
     path = tmp_path / "long.jsonl"
     write_jsonl(path, [{"text": "film " * 100}])
     fails(capsys, options("sft", dataset_name=path), "101 tokens", "64 positions", "max_length")
+    pairs = tmp_path / "long_pairs.jsonl"
+    write_jsonl(pairs, [{"prompt": "", "chosen": "film " * 100, "rejected": "film"}])
+    fails(capsys, options("reward", eval_dataset_name=pairs), "102 tokens", "lower max_length")
     fails(capsys, options("ppo", response_length=62), "65 tokens", "lower max_prompt_length")
     assert not (tmp_path / "out").exists()
 

@@ -83,17 +83,16 @@ def test_reviews_run_leaves_a_summary_and_models_that_open(reviews_run):
     check_models(output_dir)
 
 
-def test_rankings_hold_four_answers_of_prompts_that_evaluation_does_not_see(reviews_run):
-    output_dir, _ = reviews_run
-    rows = [
-        json.loads(line) for line in (output_dir / "data" / "rankings.jsonl").open(encoding="utf-8")
-    ]
-    heldout = [
-        json.loads(line)
-        for line in (output_dir / "data" / "heldout_rankings.jsonl").open(encoding="utf-8")
-    ]
-    assert (len(rows), len(heldout)) == (32, 8)
-    assert all(len(row["ranking"]) == 4 for row in rows + heldout)
+def test_stages_and_evaluation_share_no_prompt(reviews_run):
+    data = reviews_run[0] / "data"
+    rankings, heldout, prompts, texts = (
+        [json.loads(line) for line in (data / f"{name}.jsonl").open(encoding="utf-8")]
+        for name in ("rankings", "heldout_rankings", "prompts", "reviews")
+    )
+    assert all(len(row["ranking"]) == 4 for row in rankings + heldout)
+    openings = [row["prompt"] for row in rankings + heldout + prompts]
+    assert len(openings) == len(set(openings)) == 32 + 8 + 32
+    assert not any(row["text"].startswith(tuple(openings)) for row in texts)
 
 
 def test_same_seed_same_figures(reviews_run, tmp_path):

@@ -16,17 +16,21 @@ from rlhf.tasks.labelled import Example
 from rlhf.tasks.lexicon import plural_verb
 
 
+def write_review(rng: random.Random) -> str:
+    return reviews.write_opening(rng) + reviews.write_body(rng)
+
+
 @pytest.fixture(scope="module")
 def written() -> list[str]:
     rng = random.Random(0)
-    return ["".join(reviews.write_review(rng)) for _ in range(1000)]
+    return [write_review(rng) for _ in range(1000)]
 
 
 # --- the reviews ------------------------------------------------------------------------------
 
 
 def test_reviews_depend_on_the_seed_alone():
-    first, again, other = (reviews.write_review(random.Random(seed)) for seed in (1, 1, 2))
+    first, again, other = (write_review(random.Random(seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -49,7 +53,7 @@ def test_reviews_are_varied_mixed_and_without_flaw(written):
 
 def test_opening_carries_no_sentiment():
     rng = random.Random(3)
-    assert all(reviews.opinions(reviews.write_review(rng)[0]) == [] for _ in range(300))
+    assert all(reviews.opinions(reviews.write_opening(rng)) == [] for _ in range(300))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,7 @@ def test_tokenizer_keeps_text_and_splits_where_prompts_end(written):
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     rng = random.Random(5)
     for _ in range(20):
-        opening, rest = reviews.write_review(rng)
+        opening, rest = reviews.write_opening(rng), reviews.write_body(rng)
         ids = tokenizer(opening + rest).input_ids
         assert ids[0] == tokenizer.convert_tokens_to_ids(BOS)
         assert tokenizer.decode(ids, skip_special_tokens=True) == opening + rest
