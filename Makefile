@@ -28,7 +28,8 @@ test: install
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest
 
 bench: install
-	$(VENV)/bin/python -m pytest benchmarks --benchmark-json=.benchmarks/latest.json
+	mkdir -p .benchmarks
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-quiet --benchmark-json=.benchmarks/latest.json
 	$(VENV)/bin/python -m benchmarks.report .benchmarks/latest.json
 
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

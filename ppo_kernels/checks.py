@@ -26,6 +26,8 @@ def first_order(backward):
 def floating(name, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
 
@@ -108,7 +110,8 @@ def denominator(x, device):
             raise ValueError(f"denominator must be on {device}, got {x.device}")
         return x.detach().to(device, torch.float64).reshape(())
     number("denominator", x, at_least=0)
-    return torch.tensor(x, dtype=torch.float64, device=device)
+    # A product: `torch.tensor` would copy to the device and wait, and recompile for each number.
+    return torch.ones((), dtype=torch.float64, device=device) * x
 
 
 def writable(name, x):
@@ -116,8 +119,13 @@ def writable(name, x):
     stride = x.stride()
     if x.shape[-1] > 1 and stride[-1] != 1:
         raise ValueError(f"{name} must have stride 1 in its last dimension, got strides {stride}")
-    if any(step == 0 and size > 1 for size, step in zip(x.shape, stride, strict=True)):
-        raise ValueError(f"{name} must not be expanded, got strides {stride}")
+    dims = [(step, size) for step, size in zip(stride, x.shape, strict=True) if size > 1]
+    for step, size in dims:
+        spanned = sum(s * (n - 1) for s, n in dims if s <= step) - step * (size - 1)
+        if step <= spanned:
+            raise ValueError(
+                f"{name} must not be expanded or have overlapping rows, got strides {stride}"
+            )
 
 
 def boundaries(name, x, like):

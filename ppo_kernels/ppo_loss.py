@@ -53,6 +53,11 @@ class ValueLoss(NamedTuple):
     clip_fraction: torch.Tensor
 
 
+def _chained(upstream, grad):
+    """upstream · grad, with the zeros of `grad` kept under an upstream that is not finite."""
+    return torch.where(grad == 0, 0.0, upstream * grad)
+
+
 class _PPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, temperature, kl_estimator, logits, tokens, *rest):
@@ -69,8 +74,8 @@ class _PPOLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         logits, tokens, entropy, stats, grad_logprobs, grad_token_entropy = ctx.saved_tensors
         grad_logits = kernels(ctx.backend).token_logprobs_backward(
-            grad_loss * grad_logprobs,
-            grad_loss * grad_token_entropy,
+            _chained(grad_loss, grad_logprobs),
+            _chained(grad_loss, grad_token_entropy),
             logits,
             tokens,
             entropy,
@@ -251,8 +256,11 @@ def ppo_loss_(
     The logits are gone afterwards, whether or not they require grad (and also when a counted token
     of log-probability -inf raises). Their version counter moves, so a graph that still needs them
     raises. `loss.backward()` hands the stored gradient on, scaled by the upstream gradient; it can
-    be called once. Arguments, results and errors are otherwise those of `ppo_loss`; rows of
-    `logits` must not overlap and the vocabulary must have stride 1 (ValueError).
+    be called once. A leaf's `.grad` then shares the leaf's storage. Parts of one tensor share its
+    version: differentiate the loss of one before the call on another.
+
+    Arguments, results and errors are otherwise those of `ppo_loss`; rows of `logits` must not
+    overlap and the vocabulary must have stride 1 (ValueError).
     """
     arguments = _checked(
         logits,
@@ -289,7 +297,7 @@ class _ScalarLoss(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
-        return None, (grad_loss * grad).to(ctx.dtype), *(None,) * ctx.rest
+        return None, _chained(grad_loss, grad).to(ctx.dtype), *(None,) * ctx.rest
 
 
 def clipped_policy_loss(

@@ -67,8 +67,8 @@ def token_logprobs(logits, tokens, *, temperature=1.0):
 def kl_divergence(logits, ref_logits, *, temperature=1.0):
     log_p = _log_softmax(logits, temperature)
     log_q = _log_softmax(ref_logits.detach(), temperature)
-    log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)
-    return (log_p.exp() * log_ratio).sum(-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def kl_estimate(logprobs, ref_logprobs, *, estimator):
@@ -150,6 +150,8 @@ def _denominator(x, mask, denominator):
     if denominator is None:
         denominator = x.numel() if mask is None else mask.sum()
     denominator = torch.as_tensor(denominator, dtype=x.dtype, device=x.device)
+    if _value_checks_run(denominator) and not denominator >= 0:
+        raise ValueError(f"denominator must be >= 0, got {denominator.item()}")
     return torch.where(denominator == 0, 1.0, denominator)
 
 
@@ -266,9 +268,11 @@ def ppo_loss(
 
 
 def ppo_loss_(logits, *arguments):
-    leaf = logits.detach().requires_grad_()
-    with torch.enable_grad():
-        loss, *rest = ppo_loss(leaf, *arguments)
-    (grad,) = torch.autograd.grad(loss, leaf)
+    # Inference mode has no autograd, and tensors made in it take none.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
+        constants = (x.clone() if isinstance(x, torch.Tensor) else x for x in arguments)
+        loss, *rest = ppo_loss(leaf, *constants)
+        (grad,) = torch.autograd.grad(loss, leaf)
     logits.detach().copy_(grad)
     return loss.detach(), *rest

@@ -51,7 +51,7 @@ def test_matches_torch_distributions(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocabulary", (1, 2, 7, 1031, 4096, 4097, 50257, 151936, 262144))
+@pytest.mark.parametrize("vocabulary", (1, 2, 7, 1031, 4096, 16384, 16385, 50257, 151936, 262144))
 def test_as_exact_as_eager(backend, vocabulary, dtype):
     rows = 2 if vocabulary > 10000 else 20
     logits, ref_logits = (2 * torch.randn(2, rows, vocabulary)).to(dtype)
@@ -61,15 +61,13 @@ def test_as_exact_as_eager(backend, vocabulary, dtype):
     )
     plain = value_and_gradient(lambda z: eager(z, ref_logits, 0.8), logits, upstream)
     kl, grad = truth_of(logits, ref_logits, 0.8)
-    for ours, theirs, truth in zip(
-        result, plain, (kl, grad * upstream[:, None]), strict=True
-    ):
+    for ours, theirs, truth in zip(result, plain, (kl, grad * upstream[:, None]), strict=True):
         assert_as_exact_as_eager(ours, theirs, truth)
     assert result[1].dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocabulary", (130, 9000))
+@pytest.mark.parametrize("vocabulary", (130, 40000))
 def test_awkward_rows(backend, vocabulary, dtype):
     """Each against an ordinary reference, and each as the reference of an ordinary row."""
     rows = awkward_rows(vocabulary).to(dtype)
@@ -88,26 +86,26 @@ def test_awkward_rows(backend, vocabulary, dtype):
             assert (result[1][logits == -torch.inf] == 0).all()
 
 
-@pytest.mark.parametrize("vocabulary", (130, 9000))
+@pytest.mark.parametrize("vocabulary", (130, 40000))
 def test_both_exclude_the_same_tokens(backend, vocabulary):
     excluded = torch.arange(vocabulary) < vocabulary - 40
     logits, ref_logits = torch.randn(2, 3, vocabulary).masked_fill(excluded, -torch.inf)
-    kl, grad = value_and_gradient(
-        lambda z: kl_divergence(z, ref_logits, backend=backend), logits
-    )
+    kl, grad = value_and_gradient(lambda z: kl_divergence(z, ref_logits, backend=backend), logits)
     truth = truth_of(logits[:, -40:], ref_logits[:, -40:], 1.0)
     torch.testing.assert_close(kl.double(), truth[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(grad[:, -40:].double(), truth[1], atol=1e-6, rtol=0)
     assert (grad[:, :-40] == 0).all()
 
 
-@pytest.mark.parametrize("vocabulary", (130, 9000))
+@pytest.mark.parametrize("vocabulary", (130, 40000))
 def test_lowest_number_in_both_counts_as_excluded(backend, vocabulary):
     excluded = torch.arange(vocabulary) < vocabulary - 40
     logits, ref_logits = torch.randn(2, 3, vocabulary)
     results = [
         value_and_gradient(
-            lambda z, f=fill: kl_divergence(z, ref_logits.masked_fill(excluded, f), backend=backend),
+            lambda z, f=fill: kl_divergence(
+                z, ref_logits.masked_fill(excluded, f), backend=backend
+            ),
             logits.masked_fill(excluded, fill),
         )
         for fill in (-torch.inf, torch.finfo(torch.float32).min)
@@ -116,36 +114,36 @@ def test_lowest_number_in_both_counts_as_excluded(backend, vocabulary):
         torch.testing.assert_close(with_lowest, with_inf, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("position", (3, 5000))
+@pytest.mark.parametrize("position", (3, 25000))
 def test_infinite_where_the_reference_excludes_what_the_policy_allows(backend, position):
-    logits, ref_logits = torch.randn(2, 3, 9000)
+    logits, ref_logits = torch.randn(2, 3, 40000)
     ref_logits[1, position] = -torch.inf
     kl = kl_divergence(logits, ref_logits, backend=backend)
     assert kl[1] == torch.inf
     assert kl[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("position", (3, 5000))
+@pytest.mark.parametrize("position", (3, 25000))
 def test_reference_may_exclude_what_has_probability_zero(backend, position):
     """Whether the policy's logit there is -inf or only too low for a probability."""
-    logits, ref_logits = torch.randn(2, 2, 9000)
+    logits, ref_logits = torch.randn(2, 2, 40000)
     logits[:, position] = torch.tensor([-torch.inf, -1e4])
     ref_logits[:, position] = -torch.inf
     kl = kl_divergence(logits, ref_logits, backend=backend)
-    kept = torch.arange(9000) != position
+    kept = torch.arange(40000) != position
     truth = truth_of(logits[:, kept], ref_logits[:, kept], 1.0)[0]
     torch.testing.assert_close(kl.double(), truth, atol=1e-5, rtol=0)
 
 
 def test_a_constant_added_to_logits_changes_nothing(backend):
-    logits, ref_logits = (2 * torch.randn(2, 8, 9000) + 1e4) - 1e4
+    logits, ref_logits = (2 * torch.randn(2, 8, 40000) + 1e4) - 1e4
     plain = kl_divergence(logits, ref_logits, backend=backend)
     shifted = kl_divergence(logits + 1e4, ref_logits - 1e4, backend=backend)
     torch.testing.assert_close(shifted, plain, atol=1e-3, rtol=0)
 
 
 def test_of_a_row_with_itself_is_zero(backend):
-    logits = torch.randn(4, 9000).bfloat16()
+    logits = torch.randn(4, 40000).bfloat16()
     kl, grad = value_and_gradient(lambda z: kl_divergence(z, logits, backend=backend), logits)
     assert kl.abs().max() < 1e-6
     assert grad.abs().max() < 1e-8
@@ -174,7 +172,7 @@ def test_views_and_stride_0_upstream(backend):
 
 
 def test_rows_without_upstream_get_exactly_zero(backend):
-    logits, ref_logits = torch.randn(2, 3, 5000)
+    logits, ref_logits = torch.randn(2, 3, 40000)
     upstream = torch.tensor([1.0, 0.0, 2.0])
     _, grad = value_and_gradient(
         lambda z: kl_divergence(z, ref_logits, backend=backend), logits, upstream
@@ -184,8 +182,8 @@ def test_rows_without_upstream_get_exactly_zero(backend):
 
 
 def test_a_row_is_bitwise_the_same_wherever_it_stands(set_threads):
-    row, ref_row = 2 * torch.randn(2, 1, 20011)
-    filler, ref_filler = torch.randn(2, 20, 20011)
+    row, ref_row = 2 * torch.randn(2, 1, 40009)
+    filler, ref_filler = torch.randn(2, 20, 40009)
     seen = []
     for threads in (1, 2, 4):
         set_threads(threads)

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <sstream>
@@ -58,6 +62,22 @@ inline std::vector<int64_t> shape(const Tensor& x) { return {x.sizes().begin(), 
 template <class R>
 Tensor empty(const std::vector<int64_t>& shape) {
   return torch::stable::empty(shape, kDtype<R>);
+}
+
+// An uninitialised tensor of vocabulary size, on huge pages where the system grants them: clearing
+// its pages one by one would take longer than writing it.
+inline Tensor empty_logits(const Tensor& like) {
+  Tensor result = torch::stable::empty(shape(like), like.scalar_type());
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t end = start + result.numel() * result.element_size();
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage;
+  if (first + kPage <= end) {
+    madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);
+  }
+#endif
+  return result;
 }
 
 template <class R>
@@ -129,6 +149,7 @@ inline std::string position(const std::vector<int64_t>& shape, int64_t i) {
 // The denominator of a mean: the caller's, or the count; 0 counts as 1.
 inline double denominator_of(const OptionalTensor& denominator, int64_t count) {
   const double value = denominator ? *data<double>(*denominator) : double(count);
+  if (!(value >= 0)) value_error("denominator must be >= 0, got ", value);
   return value == 0 ? 1.0 : value;
 }
 

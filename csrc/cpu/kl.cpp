@@ -41,7 +41,7 @@ Tensor backward(const Tensor& grad_kl, const Tensor& logits, const Tensor& ref_l
                 double temperature) {
   using R = Real<T>;
   const Rows<T> z(logits), ref(ref_logits);
-  const Tensor grad_logits = torch::stable::empty(shape(logits), logits.scalar_type());
+  const Tensor grad_logits = empty_logits(logits);
   const Tensor upstream = as<R>(grad_kl), divergence = packed(kl);
   const Tensor stats = packed(softmax_stats), ref_stats = packed(ref_softmax_stats);
   const R k = kLog2E / temperature;

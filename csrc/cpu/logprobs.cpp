@@ -47,7 +47,7 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
   using R = Real<T>;
   const Rows<T> z(logits);
   const Ids ids(tokens);
-  const Tensor grad_logits = torch::stable::empty(shape(logits), logits.scalar_type());
+  const Tensor grad_logits = empty_logits(logits);
   const auto g_tensor = as<R>(grad_logprobs), h_tensor = as<R>(grad_entropy);
   const R *g = data_or_null<R>(g_tensor), *h = data_or_null<R>(h_tensor);
   const Tensor entropies = packed(entropy), stats = packed(softmax_stats);
@@ -55,10 +55,15 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
   const auto* stats_of = data<RowStats<R>>(stats);
   T* grads = data<T>(grad_logits);
   const R k = kLog2E / temperature;
+  // A row without upstream gradient may be one that a mask excluded, whose token is anything.
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < z.count; ++row) {
+    if ((g && g[row] != R(0)) || (h && h[row] != R(0))) rows.push_back(row);
+  }
+  check_ids(ids, rows, z.length, shape(tokens));
   write_rows(z.count, z.length, [&](int64_t row, int64_t begin, int64_t n) {
     T* grad = grads + row * z.length;
     const R g_row = g ? g[row] : R(0), h_row = h ? h[row] : R(0);
-    // Also a row that a mask excludes, whose token may be anything.
     if (g_row == R(0) && h_row == R(0)) {
       std::fill_n(grad + begin, n, T(0));
       return;

@@ -13,6 +13,8 @@ struct Scored {
 
 template <class R>
 Scored<R> score(const SoftmaxState<R>& state, R logit, R k) {
+  // Nothing with probability: a row of -inf throughout.
+  if (state.sum == R(0)) return {{state.shift, R(0)}, R(NAN), R(NAN)};
   const R log2 = log2_sum(state);
   return {{state.shift, log2}, R(kLn2) * (std::fma(k, logit, -state.shift) - log2), entropy(state)};
 }

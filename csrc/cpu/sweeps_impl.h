@@ -85,7 +85,7 @@ constexpr float kHeadroom = 16.0f;
 // t = max(kFloor, k x + offset), finite so that 2^t t is 0 and not 0 * inf where x is -inf.
 template <int N, class V>
 PPO_INLINE void exponents(const V (&x)[N], V k, V offset, V (&t)[N]) {
-  for (int u = 0; u < N; ++u) t[u] = fma(x[u], k, offset);
+  for (int u = 0; u < N; ++u) t[u] = exact_fma(x[u], k, offset);
   for (int u = 0; u < N; ++u) t[u] = max(broadcast<V>(kFloor<V>), t[u]);
 }
 
@@ -96,7 +96,23 @@ PPO_INLINE auto total(const V (&x)[N]) {
   return horizontal_sum(sum);
 }
 
-// The state relative to `centre`; `centre` becomes the true maximum.
+// Sums run over blocks of this many elements and then over blocks: lanes that added up a whole
+// chunk one by one would lose digits.
+constexpr int64_t kBlock = 1024;
+
+// Calls f(begin, count) for the blocks of n elements.
+template <class F>
+PPO_INLINE void for_blocks(int64_t n, const F& f) {
+  for (int64_t begin = 0; begin < n; begin += kBlock) f(begin, std::min(kBlock, n - begin));
+}
+
+template <int N, class V>
+PPO_INLINE void add(V (&sum)[N], const V (&x)[N]) {
+  for (int u = 0; u < N; ++u) sum[u] += x[u];
+}
+
+// The state relative to `centre`; `centre` becomes the true maximum. A NaN among the logits makes
+// `weighted` NaN.
 template <class T>
 PPO_INLINE SoftmaxState<Real<T>> statistics_about(const T* z, int64_t n, Real<T> k,
                                                   Real<T>& centre) {
@@ -105,14 +121,19 @@ PPO_INLINE SoftmaxState<Real<T>> statistics_about(const T* z, int64_t n, Real<T>
   const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
   V sum[kPack] = {}, weighted[kPack] = {}, largest[kPack];
   for (V& m : largest) m = broadcast<V>(centre);
-  for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
-    V x[kPack], t[kPack], e[kPack];
-    load<tail.value>(z + i, count, x);
-    raise(largest, x);
-    exponents(x, scale, offset, t);
-    exp2(t, e);
-    for (int u = 0; u < kPack; ++u) sum[u] += e[u];
-    for (int u = 0; u < kPack; ++u) weighted[u] = fma(e[u], t[u], weighted[u]);
+  for_blocks(n, [&](int64_t begin, int64_t size) PPO_LAMBDA {
+    V block_sum[kPack] = {}, block_weighted[kPack] = {};
+    for_packs<V>(size, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
+      V x[kPack], t[kPack], e[kPack];
+      load<tail.value>(z + begin + i, count, x);
+      raise(largest, x);
+      exponents(x, scale, offset, t);
+      exp2(t, e);
+      add(block_sum, e);
+      for (int u = 0; u < kPack; ++u) block_weighted[u] = fma(e[u], t[u], block_weighted[u]);
+    });
+    add(sum, block_sum);
+    add(weighted, block_weighted);
   });
   centre = maximum(largest);
   return {shift, total(sum), total(weighted)};
@@ -122,13 +143,14 @@ template <class T>
 SoftmaxState<Real<T>> statistics(const T* z, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  // A logit so low that k z overflows, such as the lowest of its type, counts as -inf.
   R centre = maximum<V>(z, std::min(n, kSample));
-  if (k * centre == -R(INFINITY)) centre = maximum<V>(z, n);
-  if (k * centre == -R(INFINITY)) return SoftmaxState<R>::empty();
-  SoftmaxState<R> state{};
-  if (std::isfinite(k * centre)) state = statistics_about(z, n, k, centre);
-  if (!std::isfinite(k * centre)) return {R(NAN), R(NAN), R(NAN)};
+  if (!(k * centre > -R(INFINITY))) centre = maximum<V>(z, n);
+  // Excluded throughout, or so far below what fp32 holds that it might as well be.
+  const bool excluded = k * centre == -R(INFINITY);
+  if (excluded) centre = R(0);
+  SoftmaxState<R> state = statistics_about(z, n, k, centre);
+  if (!(centre < R(INFINITY)) || std::isnan(state.weighted)) return {R(NAN), R(NAN), R(NAN)};
+  if (excluded) return SoftmaxState<R>::empty();
   if (k * centre - state.shift > R(kHeadroom)) state = statistics_about(z, n, k, centre);
   return state;
 }
@@ -153,38 +175,48 @@ PPO_INLINE V weighted_ratio(V e, V t, V q) {
   return e > 0 ? e * (t - q) : V{};
 }
 
+// The state relative to two centres, which become the true maxima; `defined` says whether all
+// logits are numbers. A side whose exponents are all at kFloor has no centre, and 0 for one.
 template <class T>
 PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, int64_t n,
                                                       Real<T> k, Real<T>& centre,
-                                                      Real<T>& ref_centre) {
+                                                      Real<T>& ref_centre, bool& defined) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
   const R shift = k * centre, ref_shift = k * ref_centre;
-  const V scale = broadcast<V>(k);
-  // A side without any finite logit has no centre; its exponents are all put at kFloor.
-  const V offset = broadcast<V>(shift == -R(INFINITY) ? R(0) : -shift);
-  const V ref_offset = broadcast<V>(ref_shift == -R(INFINITY) ? R(0) : -ref_shift);
-  V sum[kPack] = {}, ref_sum[kPack] = {}, cross[kPack] = {}, largest[kPack], ref_largest[kPack];
+  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
+  const V ref_offset = broadcast<V>(-ref_shift);
+  V sum[kPack] = {}, ref_sum[kPack] = {}, cross[kPack] = {}, exponent_sum[kPack] = {};
+  V largest[kPack], ref_largest[kPack];
   for (V& m : largest) m = broadcast<V>(centre);
   for (V& m : ref_largest) m = broadcast<V>(ref_centre);
-  for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
-    V x[kPack], y[kPack], t[kPack], e[kPack];
-    load<tail.value>(z + i, count, x);
-    load<tail.value>(ref + i, count, y);
-    raise(largest, x);
-    raise(ref_largest, y);
-    exponents(x, scale, offset, t);
-    exp2(t, e);
-    for (int u = 0; u < kPack; ++u) sum[u] += e[u];
-    for (int u = 0; u < kPack; ++u) {
-      cross[u] += weighted_ratio(e[u], t[u], fma(y[u], scale, ref_offset));
-    }
-    exponents(y, scale, ref_offset, t);
-    exp2(t, e);
-    for (int u = 0; u < kPack; ++u) ref_sum[u] += e[u];
+  for_blocks(n, [&](int64_t begin, int64_t size) PPO_LAMBDA {
+    V block_sum[kPack] = {}, block_ref_sum[kPack] = {}, block_cross[kPack] = {};
+    for_packs<V>(size, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
+      V x[kPack], y[kPack], t[kPack], e[kPack];
+      load<tail.value>(z + begin + i, count, x);
+      load<tail.value>(ref + begin + i, count, y);
+      raise(largest, x);
+      raise(ref_largest, y);
+      exponents(x, scale, offset, t);
+      exp2(t, e);
+      add(block_sum, e);
+      add(exponent_sum, t);
+      for (int u = 0; u < kPack; ++u) {
+        block_cross[u] += weighted_ratio(e[u], t[u], exact_fma(y[u], scale, ref_offset));
+      }
+      exponents(y, scale, ref_offset, t);
+      exp2(t, e);
+      add(block_ref_sum, e);
+      add(exponent_sum, t);
+    });
+    add(sum, block_sum);
+    add(ref_sum, block_ref_sum);
+    add(cross, block_cross);
   });
   centre = maximum(largest);
   ref_centre = maximum(ref_largest);
+  defined = !std::isnan(total(exponent_sum)) && centre < R(INFINITY) && ref_centre < R(INFINITY);
   return {shift, total(sum), ref_shift, total(ref_sum), total(cross)};
 }
 
@@ -192,21 +224,21 @@ template <class T>
 JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  const auto undefined = [k](R x) { return !(k * x < R(INFINITY)); };
-  R centre = maximum<V>(z, std::min(n, kSample));
-  R ref_centre = maximum<V>(ref, std::min(n, kSample));
-  if (k * centre == -R(INFINITY)) centre = maximum<V>(z, n);
-  if (k * ref_centre == -R(INFINITY)) ref_centre = maximum<V>(ref, n);
-  JointState<R> state{};
-  if (!undefined(centre) && !undefined(ref_centre)) {
-    state = joint_statistics_about(z, ref, n, k, centre, ref_centre);
-  }
-  if (undefined(centre) || undefined(ref_centre)) {
-    return {R(NAN), R(NAN), R(NAN), R(NAN), R(NAN)};
-  }
+  const auto centre_of = [&](const T* p, bool& excluded) {
+    R centre = maximum<V>(p, std::min(n, kSample));
+    if (!(k * centre > -R(INFINITY))) centre = maximum<V>(p, n);
+    excluded = k * centre == -R(INFINITY);
+    return excluded ? R(0) : centre;
+  };
+  bool excluded, ref_excluded, defined;
+  R centre = centre_of(z, excluded), ref_centre = centre_of(ref, ref_excluded);
+  JointState<R> state = joint_statistics_about(z, ref, n, k, centre, ref_centre, defined);
+  if (!defined) return {R(NAN), R(NAN), R(NAN), R(NAN), R(NAN)};
   if (k * centre - state.shift > R(kHeadroom) || k * ref_centre - state.ref_shift > R(kHeadroom)) {
-    state = joint_statistics_about(z, ref, n, k, centre, ref_centre);
+    state = joint_statistics_about(z, ref, n, k, centre, ref_centre, defined);
   }
+  if (excluded) state.shift = -R(INFINITY);
+  if (ref_excluded) state.ref_shift = -R(INFINITY);
   return state;
 }
 
@@ -223,7 +255,7 @@ void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T
     exponents(x, scale, offset, t);
     exp2(t, e);
     for (int u = 0; u < kPack; ++u) {
-      const V ratio = weighted_ratio(e[u], t[u], fma(y[u], scale, ref_offset));
+      const V ratio = weighted_ratio(e[u], t[u], exact_fma(y[u], scale, ref_offset));
       x[u] = fma(e[u], broadcast<V>(a), broadcast<V>(b) * ratio);
     }
     store<tail.value>(grad + i, count, x);
