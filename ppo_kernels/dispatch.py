@@ -72,6 +72,17 @@ def build_info():
     return importlib.import_module("ppo_kernels._C").build_info()
 
 
+def scalars(*numbers):
+    """The numbers of a call as one fp64 tensor on the CPU, where a launcher reads them.
+
+    A Python float among the arguments of a registered op is burnt into a compiled graph, and each
+    new value of a temperature or a coefficient would compile another; so would `torch.tensor`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.stack([torch.ones((), dtype=torch.float64) * x for x in numbers])
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
 def kernels(backend):
     """The registered ops of a backend: `kernels("native").gae(...)`."""
     return getattr(torch.ops, schemas.NAMESPACE[backend])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve
+from ppo_kernels.dispatch import kernels, resolve, scalars
 
 
 class AdvantagesAndReturns(NamedTuple):
@@ -76,7 +76,12 @@ def gae(
         )
     else:
         result = kernels(backend).gae(
-            rewards.detach(), values.detach(), mask, gamma, lam, dones, _detach(bootstrap_values)
+            rewards.detach(),
+            values.detach(),
+            mask,
+            dones,
+            _detach(bootstrap_values),
+            scalars(gamma, lam),
         )
     return AdvantagesAndReturns(*result)
 
@@ -134,10 +139,9 @@ def gae_packed(
             values.detach(),
             cu_seqlens,
             mask,
-            gamma,
-            lam,
             dones,
             _detach(bootstrap_values),
+            scalars(gamma, lam),
         )
     return AdvantagesAndReturns(*result)
 

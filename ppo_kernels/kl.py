@@ -13,23 +13,21 @@ Estimators of KL(π || π_ref) from tokens sampled from π, with Δ = logprob - 
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve
+from ppo_kernels.dispatch import kernels, resolve, scalars
 
 
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ref_logits, temperature, backend):
-        kl, stats, ref_stats = kernels(backend).kl_divergence(logits, ref_logits, temperature)
-        ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats)
-        ctx.temperature, ctx.backend = temperature, backend
+    def forward(ctx, logits, ref_logits, scalars, backend):
+        kl, stats, ref_stats = kernels(backend).kl_divergence(logits, ref_logits, scalars)
+        ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats, scalars)
+        ctx.backend = backend
         return kl
 
     @staticmethod
     @checks.first_order
     def backward(ctx, grad_kl):
-        grad_logits = kernels(ctx.backend).kl_divergence_backward(
-            grad_kl, *ctx.saved_tensors, ctx.temperature
-        )
+        grad_logits = kernels(ctx.backend).kl_divergence_backward(grad_kl, *ctx.saved_tensors)
         return grad_logits, None, None, None
 
 
@@ -60,7 +58,7 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
     backend = resolve(backend, logits)
     if backend == "reference":
         return reference.kl_divergence(logits, ref_logits, temperature=temperature)
-    return _KLDivergence.apply(logits, ref_logits.detach(), temperature, backend)
+    return _KLDivergence.apply(logits, ref_logits.detach(), scalars(temperature), backend)
 
 
 class _KLEstimate(torch.autograd.Function):

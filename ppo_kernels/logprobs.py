@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve
+from ppo_kernels.dispatch import kernels, resolve, scalars
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -25,21 +25,20 @@ class LogprobsAndEntropy(NamedTuple):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, tokens, temperature, backend):
+    def forward(ctx, logits, tokens, scalars, backend):
         ctx.set_materialize_grads(False)
-        logprobs, entropy, stats = kernels(backend).token_logprobs(logits, tokens, temperature)
-        ctx.save_for_backward(logits, tokens, entropy, stats)
-        ctx.temperature, ctx.backend = temperature, backend
+        logprobs, entropy, stats = kernels(backend).token_logprobs(logits, tokens, scalars)
+        ctx.save_for_backward(logits, tokens, entropy, stats, scalars)
+        ctx.backend = backend
         return logprobs, entropy
 
     @staticmethod
     @checks.first_order
     def backward(ctx, grad_logprobs, grad_entropy):
-        logits, tokens, entropy, stats = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None
         grad_logits = kernels(ctx.backend).token_logprobs_backward(
-            grad_logprobs, grad_entropy, logits, tokens, entropy, stats, ctx.temperature
+            grad_logprobs, grad_entropy, *ctx.saved_tensors
         )
         return grad_logits, None, None, None
 
@@ -66,7 +65,7 @@ def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
     backend = resolve(backend, logits)
     if backend == "reference":
         return reference.token_logprobs(logits, tokens, temperature=temperature)
-    return _TokenLogprobs.apply(logits, tokens, temperature, backend)[0]
+    return _TokenLogprobs.apply(logits, tokens, scalars(temperature), backend)[0]
 
 
 def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto"):
@@ -84,4 +83,4 @@ def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto
         return LogprobsAndEntropy(
             *reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
         )
-    return LogprobsAndEntropy(*_TokenLogprobs.apply(logits, tokens, temperature, backend))
+    return LogprobsAndEntropy(*_TokenLogprobs.apply(logits, tokens, scalars(temperature), backend))

@@ -9,7 +9,7 @@ zero: a NaN there stays there.
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve
+from ppo_kernels.dispatch import kernels, resolve, scalars
 
 
 class _MaskedMean(torch.autograd.Function):
@@ -80,4 +80,4 @@ def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.masked_whiten(x, mask, eps=eps, group=group)
-    return kernels(backend).masked_whiten(x.detach(), mask, eps)
+    return kernels(backend).masked_whiten(x.detach(), mask, scalars(eps))

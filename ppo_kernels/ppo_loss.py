@@ -12,12 +12,13 @@ per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so that (see `ppo_kernel
     ∂loss/∂z_j = (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve
+from ppo_kernels.dispatch import kernels, resolve, scalars
 
 
 class PPOLoss(NamedTuple):
@@ -58,47 +59,66 @@ def _chained(upstream, grad):
     return torch.where(grad == 0, 0.0, upstream * grad)
 
 
+def _for_kernel(
+    tokens,
+    old_logprobs,
+    advantages,
+    mask,
+    clip_low,
+    clip_high,
+    dual_clip,
+    entropy_coef,
+    kl_coef,
+    ref_logprobs,
+    denominator,
+    temperature,
+    kl_estimator,
+):
+    """Arguments of `reference.ppo_loss` after the logits -> those of the registered ops."""
+    numbers = scalars(temperature, clip_low, clip_high, _or_inf(dual_clip), entropy_coef, kl_coef)
+    estimator = reference.ESTIMATORS.index(kl_estimator)
+    return tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, numbers, estimator
+
+
+def _or_inf(bound):
+    return math.inf if bound is None else bound
+
+
 class _PPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, temperature, kl_estimator, logits, tokens, *rest):
+    def forward(ctx, backend, logits, tokens, *rest):
         *results, stats, grad_logprobs, grad_token_entropy = kernels(backend).ppo_loss(
-            logits, tokens, *rest, temperature, kl_estimator
+            logits, tokens, *rest
         )
+        numbers = rest[-2]
         ctx.mark_non_differentiable(*results[1:])
-        ctx.save_for_backward(logits, tokens, results[-1], stats, grad_logprobs, grad_token_entropy)
-        ctx.backend, ctx.temperature, ctx.rest = backend, temperature, len(rest)
+        ctx.save_for_backward(
+            grad_logprobs, grad_token_entropy, logits, tokens, results[-1], stats, numbers
+        )
+        ctx.backend, ctx.rest = backend, len(rest)
         return tuple(results)
 
     @staticmethod
     @checks.first_order
     def backward(ctx, grad_loss, *_):
-        logits, tokens, entropy, stats, grad_logprobs, grad_token_entropy = ctx.saved_tensors
+        grad_logprobs, grad_token_entropy, *saved = ctx.saved_tensors
         grad_logits = kernels(ctx.backend).token_logprobs_backward(
-            _chained(grad_loss, grad_logprobs),
-            _chained(grad_loss, grad_token_entropy),
-            logits,
-            tokens,
-            entropy,
-            stats,
-            ctx.temperature,
+            _chained(grad_loss, grad_logprobs), _chained(grad_loss, grad_token_entropy), *saved
         )
-        return None, None, None, grad_logits, None, *(None,) * ctx.rest
+        return None, grad_logits, None, *(None,) * ctx.rest
 
 
 class _PPOLossInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, logits, *rest):
+    def forward(ctx, backend, logits, *arguments):
         if backend == "reference":
-            results = reference.ppo_loss_(logits, *rest)
+            results = reference.ppo_loss_(logits, *arguments)
         else:
-            *others, kl_estimator = rest
-            results = kernels(backend).ppo_loss_(
-                logits, *others, reference.ESTIMATORS.index(kl_estimator)
-            )
+            results = kernels(backend).ppo_loss_(logits, *arguments)
             torch.autograd.graph.increment_version(logits)
         ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(logits.detach())
-        ctx.backend, ctx.rest, ctx.spent = backend, len(rest), False
+        ctx.backend, ctx.arguments, ctx.spent = backend, len(arguments), False
         return tuple(results)
 
     @staticmethod
@@ -115,7 +135,7 @@ class _PPOLossInPlace(torch.autograd.Function):
             grad_logits.mul_(grad_loss)
         else:
             kernels(ctx.backend).rescale_(grad_logits, grad_loss)
-        return None, grad_logits, *(None,) * ctx.rest
+        return None, grad_logits, *(None,) * ctx.arguments
 
 
 def _checked(
@@ -134,7 +154,7 @@ def _checked(
     denominator,
     temperature,
 ):
-    """Check the arguments of a loss; return those after `logits`, ready for a backend."""
+    """Check the arguments of a loss; return those after `logits`."""
     checks.logits_and_tokens(logits, tokens)
     checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
     checks.per_token("advantages", advantages, "tokens", tokens)
@@ -228,9 +248,7 @@ def ppo_loss(
     backend = resolve(backend, logits)
     if backend == "reference":
         return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    *rest, temperature, kl_estimator = arguments
-    kl_estimator = reference.ESTIMATORS.index(kl_estimator)
-    return PPOLoss(*_PPOLoss.apply(backend, temperature, kl_estimator, logits, *rest))
+    return PPOLoss(*_PPOLoss.apply(backend, logits, *_for_kernel(*arguments)))
 
 
 def ppo_loss_(
@@ -279,7 +297,10 @@ def ppo_loss_(
         temperature,
     )
     checks.writable("logits", logits)
-    return PPOLoss(*_PPOLossInPlace.apply(resolve(backend, logits), logits, *arguments))
+    backend = resolve(backend, logits)
+    if backend != "reference":
+        arguments = _for_kernel(*arguments)
+    return PPOLoss(*_PPOLossInPlace.apply(backend, logits, *arguments))
 
 
 class _ScalarLoss(torch.autograd.Function):
@@ -330,19 +351,18 @@ def clipped_policy_loss(
     checks.per_token("advantages", advantages, "logprobs", logprobs)
     checks.boolean("mask", mask, "logprobs", logprobs)
     checks.clip_range(clip_low, clip_high, dual_clip)
-    rest = (
-        old_logprobs.detach(),
-        advantages.detach(),
-        mask,
-        clip_low,
-        clip_high,
-        dual_clip,
-        checks.denominator(denominator, logprobs.device),
-    )
+    tensors = old_logprobs.detach(), advantages.detach(), mask
+    denominator = checks.denominator(denominator, logprobs.device)
     backend = resolve(backend, logprobs)
     if backend == "reference":
-        return PolicyLoss(*reference.clipped_policy_loss(logprobs, *rest))
-    return PolicyLoss(*_ScalarLoss.apply(kernels(backend).clipped_policy_loss, logprobs, *rest))
+        return PolicyLoss(
+            *reference.clipped_policy_loss(
+                logprobs, *tensors, clip_low, clip_high, dual_clip, denominator
+            )
+        )
+    numbers = scalars(clip_low, clip_high, _or_inf(dual_clip))
+    op = kernels(backend).clipped_policy_loss
+    return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, denominator, numbers))
 
 
 def value_loss(
@@ -372,14 +392,10 @@ def value_loss(
     checks.boolean("mask", mask, "values", values)
     if clip is not None:
         checks.number("clip", clip, at_least=0)
-    rest = (
-        old_values.detach(),
-        returns.detach(),
-        mask,
-        clip,
-        checks.denominator(denominator, values.device),
-    )
+    tensors = old_values.detach(), returns.detach(), mask
+    denominator = checks.denominator(denominator, values.device)
     backend = resolve(backend, values)
     if backend == "reference":
-        return ValueLoss(*reference.value_loss(values, *rest))
-    return ValueLoss(*_ScalarLoss.apply(kernels(backend).value_loss, values, *rest))
+        return ValueLoss(*reference.value_loss(values, *tensors, clip, denominator))
+    op, numbers = kernels(backend).value_loss, scalars(_or_inf(clip))
+    return ValueLoss(*_ScalarLoss.apply(op, values, *tensors, denominator, numbers))

@@ -1,8 +1,9 @@
 """Op name -> (schema, fake): the only place where either is written.
 
 `softmax_stats` (..., 2) is private to a backend: what its backward needs to know of a row besides
-the logits. Estimators are passed as indices into `reference.ESTIMATORS`, because a string that
-crosses the stable ABI is never freed. Per-token results are fp32, or fp64 for fp64 inputs.
+the logits. `scalars` holds the numbers of a call, see `dispatch.scalars`. Estimators are passed as
+indices into `reference.ESTIMATORS`, because a string that crosses the stable ABI is never freed.
+Per-token results are fp32, or fp64 for fp64 inputs.
 """
 
 import torch
@@ -28,22 +29,22 @@ def _scalars(x, n):
     return tuple(x.new_empty((), dtype=_result_dtype(x)) for _ in range(n))
 
 
-def _token_logprobs(logits, tokens, temperature):
+def _token_logprobs(logits, tokens, scalars):
     return _row(logits), _row(logits), _stats(logits)
 
 
 def _token_logprobs_backward(
-    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, temperature
+    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, scalars
 ):
     return logits.new_empty(logits.shape)
 
 
-def _kl_divergence(logits, ref_logits, temperature):
+def _kl_divergence(logits, ref_logits, scalars):
     return _row(logits), _stats(logits), _stats(logits)
 
 
 def _kl_divergence_backward(
-    grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats, temperature
+    grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats, scalars
 ):
     return logits.new_empty(logits.shape)
 
@@ -53,13 +54,13 @@ def _kl_estimate(logprobs, ref_logprobs, estimator):
     return result, torch.empty_like(result)
 
 
-def _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values):
+def _gae(rewards, values, mask, dones, bootstrap_values, scalars):
     result = rewards.new_empty(rewards.shape, dtype=_result_dtype(rewards, values))
     return result, torch.empty_like(result)
 
 
-def _gae_packed(rewards, values, cu_seqlens, mask, gamma, lam, dones, bootstrap_values):
-    return _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values)
+def _gae_packed(rewards, values, cu_seqlens, mask, dones, bootstrap_values, scalars):
+    return _gae(rewards, values, mask, dones, bootstrap_values, scalars)
 
 
 def _ppo_loss_(logits, *_):
@@ -88,14 +89,13 @@ def _masked_mean(x, mask, denominator):
     return _scalars(x, 2)
 
 
-def _masked_whiten(x, mask, eps):
+def _masked_whiten(x, mask, scalars):
     return x.new_empty(x.shape, dtype=_result_dtype(x))
 
 
 _PPO_LOSS_ARGUMENTS = (
-    "Tensor tokens, Tensor old_logprobs, Tensor advantages, Tensor? mask, float clip_low, "
-    "float clip_high, float? dual_clip, float entropy_coef, float kl_coef, Tensor? ref_logprobs, "
-    "Tensor? denominator, float temperature, int kl_estimator"
+    "Tensor tokens, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? ref_logprobs, "
+    "Tensor? denominator, Tensor scalars, int kl_estimator"
 )
 _PPO_LOSS_RESULTS = (
     "Tensor loss, Tensor policy_loss, Tensor entropy, Tensor kl, Tensor approx_kl, "
@@ -104,23 +104,23 @@ _PPO_LOSS_RESULTS = (
 
 SCHEMAS = {
     "token_logprobs": (
-        "(Tensor logits, Tensor tokens, float temperature)"
+        "(Tensor logits, Tensor tokens, Tensor scalars)"
         " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
         _token_logprobs,
     ),
     "token_logprobs_backward": (
         "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor tokens, "
-        "Tensor entropy, Tensor softmax_stats, float temperature) -> Tensor grad_logits",
+        "Tensor entropy, Tensor softmax_stats, Tensor scalars) -> Tensor grad_logits",
         _token_logprobs_backward,
     ),
     "kl_divergence": (
-        "(Tensor logits, Tensor ref_logits, float temperature)"
+        "(Tensor logits, Tensor ref_logits, Tensor scalars)"
         " -> (Tensor kl, Tensor softmax_stats, Tensor ref_softmax_stats)",
         _kl_divergence,
     ),
     "kl_divergence_backward": (
         "(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl, Tensor softmax_stats, "
-        "Tensor ref_softmax_stats, float temperature) -> Tensor grad_logits",
+        "Tensor ref_softmax_stats, Tensor scalars) -> Tensor grad_logits",
         _kl_divergence_backward,
     ),
     "kl_estimate": (
@@ -128,13 +128,13 @@ SCHEMAS = {
         _kl_estimate,
     ),
     "gae": (
-        "(Tensor rewards, Tensor values, Tensor? mask, float gamma, float lam, Tensor? dones, "
-        "Tensor? bootstrap_values) -> (Tensor advantages, Tensor returns)",
+        "(Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? bootstrap_values, "
+        "Tensor scalars) -> (Tensor advantages, Tensor returns)",
         _gae,
     ),
     "gae_packed": (
-        "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, float gamma, float lam, "
-        "Tensor? dones, Tensor? bootstrap_values) -> (Tensor advantages, Tensor returns)",
+        "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? dones, "
+        "Tensor? bootstrap_values, Tensor scalars) -> (Tensor advantages, Tensor returns)",
         _gae_packed,
     ),
     "ppo_loss": (
@@ -148,21 +148,21 @@ SCHEMAS = {
     ),
     "rescale_": ("(Tensor(a!) grad, Tensor scale) -> ()", _rescale_),
     "clipped_policy_loss": (
-        "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, float clip_low, "
-        "float clip_high, float? dual_clip, Tensor? denominator)"
+        "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, "
+        "Tensor? denominator, Tensor scalars)"
         " -> (Tensor loss, Tensor approx_kl, Tensor clip_fraction, Tensor grad_logprobs)",
         _clipped_policy_loss,
     ),
     "value_loss": (
-        "(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float? clip, "
-        "Tensor? denominator) -> (Tensor loss, Tensor clip_fraction, Tensor grad_values)",
+        "(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? denominator, "
+        "Tensor scalars) -> (Tensor loss, Tensor clip_fraction, Tensor grad_values)",
         _value_loss,
     ),
     "masked_mean": (
         "(Tensor x, Tensor? mask, Tensor? denominator) -> (Tensor mean, Tensor weight)",
         _masked_mean,
     ),
-    "masked_whiten": ("(Tensor x, Tensor? mask, float eps) -> Tensor", _masked_whiten),
+    "masked_whiten": ("(Tensor x, Tensor? mask, Tensor scalars) -> Tensor", _masked_whiten),
 }
 
 

@@ -44,7 +44,7 @@ class ReviewsSizes:
     """How much of everything the demo on the built-in reviews uses."""
 
     num_reviews: int = 5000
-    num_rankings: int = 3000
+    num_rankings: int = 4000
     num_heldout_rankings: int = 300
     num_prompts: int = 4000
     num_eval_prompts: int = 512
@@ -53,7 +53,7 @@ class ReviewsSizes:
     num_layers: int = 2
     response_length: int = 72
     sft_steps: int = 700
-    reward_steps: int = 650
+    reward_steps: int = 800
     total_episodes: int = 3840
 
 
@@ -165,8 +165,8 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
                 max_steps=sizes.reward_steps,
                 per_device_train_batch_size=16,
                 per_device_eval_batch_size=128,
-                learning_rate=1e-3,
-                warmup_ratio=0.1,
+                learning_rate=6e-4,
+                warmup_ratio=0.05,
                 lr_scheduler_type="cosine",
                 seed=seed,
                 logging_steps=50,

@@ -151,6 +151,19 @@ def test_nan_and_plus_infinity_are_not_hidden(backend, value, position):
     assert logprobs[1].isfinite()
 
 
+def test_nan_among_excluded_logits_is_not_hidden(backend):
+    """The rest of its chunk of the row is -inf, another chunk is ordinary."""
+    logits = torch.randn(2, 40000)
+    logits[0, :16384] = -torch.inf
+    logits[0, 10] = torch.nan
+    logprobs, entropy = token_logprobs_and_entropy(
+        logits, torch.tensor([39998, 39998]), backend=backend
+    )
+    assert logprobs[0].isnan()
+    assert entropy[0].isnan()
+    assert logprobs[1].isfinite()
+
+
 @pytest.mark.parametrize("shape", ((0,), (1,), (3, 0), (65537,), ()))
 def test_row_counts(backend, shape):
     logits = torch.randn(*shape, 7, dtype=torch.float64, requires_grad=True)

@@ -207,3 +207,24 @@ def test_a_row_is_bitwise_the_same_wherever_it_stands(function, set_threads, dty
             seen.append((result.logprobs[i], result.token_entropy[i], grad[i]))
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("upstream", (torch.inf, torch.nan))
+def test_masked_out_rows_stay_zero_under_an_upstream_that_is_not_finite(backend, upstream):
+    logits = torch.randn(4, 11, requires_grad=True)
+    mask = torch.tensor([True, False, True, False])
+    tokens = torch.tensor([1, -(10**9), 2, 10**9])
+    old_logprobs, advantages = torch.full((4,), -2.0), torch.ones(4)
+    loss = ppo_loss(logits, tokens, old_logprobs, advantages, mask, backend=backend).loss
+    (loss * upstream).backward()
+    assert not logits.grad[mask].isfinite().all()
+    if backend != "reference":  # autograd of the plain formula multiplies by the mask's zero
+        assert (logits.grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("denominator", (-2.0, torch.nan))
+def test_denominator_must_be_a_count(backend, denominator):
+    inputs = loss_inputs(2, 3, 11)
+    for value in (denominator, torch.tensor(denominator)):
+        with pytest.raises(ValueError, match="denominator must be"):
+            ppo_loss(**inputs, denominator=value, backend=backend)

@@ -1,5 +1,7 @@
 """Schemas, fakes, autograd registration and torch.compile of every op."""
 
+import math
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,38 +21,46 @@ def _samples():
     per_token = [loss[name].float() for name in ("old_logprobs", "advantages")]
     ref_logprobs, count = loss["ref_logprobs"].float(), torch.tensor(7.0, dtype=torch.float64)
     kernels = dispatch.kernels("native")
-    _, entropy, stats = kernels.token_logprobs(logits, tokens, 0.7)
+    cool = dispatch.scalars(0.7)
+    _, entropy, stats = kernels.token_logprobs(logits, tokens, cool)
     other = torch.randn(2, 3, 11)
-    kl, kl_stats, ref_stats = kernels.kl_divergence(logits, other, 0.7)
+    kl, kl_stats, ref_stats = kernels.kl_divergence(logits, other, cool)
     x, y, z = torch.randn(3, 2, 3)
-    plain = (None, 0.2, 0.2, None, 0.0, 0.0, None, None, 1.0, K3)
-    full = (mask, 0.1, 0.3, 1.5, 0.1, 0.2, ref_logprobs, count, 0.7, K3)
+    plain = (None, None, None, dispatch.scalars(1.0, 0.2, 0.2, math.inf, 0.0, 0.0), K3)
+    full = (mask, ref_logprobs, count, dispatch.scalars(0.7, 0.1, 0.3, 1.5, 0.1, 0.2), K3)
     strided = torch.randn(2, 4, 11)[:, :-1]
+    decay, bounds = dispatch.scalars(0.9, 0.8), torch.tensor([0, 2, 3])
     return {
-        "token_logprobs": [(logits, tokens, 0.7), (strided.bfloat16(), tokens.int(), 1.0)],
+        "token_logprobs": [(logits, tokens, cool), (strided.bfloat16(), tokens.int(), cool)],
         "token_logprobs_backward": [
-            (x, y, logits, tokens, entropy, stats, 0.7),
-            (None, y, logits, tokens, entropy, stats, 0.7),
-            (x, None, logits, tokens, entropy, stats, 0.7),
+            (x, y, logits, tokens, entropy, stats, cool),
+            (None, y, logits, tokens, entropy, stats, cool),
+            (x, None, logits, tokens, entropy, stats, cool),
         ],
-        "kl_divergence": [(logits, other, 0.7), (logits.double(), other.double(), 1.0)],
-        "kl_divergence_backward": [(x, logits, other, kl, kl_stats, ref_stats, 0.7)],
+        "kl_divergence": [(logits, other, cool), (logits.double(), other.double(), cool)],
+        "kl_divergence_backward": [(x, logits, other, kl, kl_stats, ref_stats, cool)],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],
-        "gae": [(x, y, None, 0.9, 0.8, None, None), (x, y, mask, 0.9, 0.8, ~mask, x[:, 0])],
+        "gae": [(x, y, None, None, None, decay), (x, y, mask, ~mask, x[:, 0], decay)],
         "gae_packed": [
-            (x[0], y[0], torch.tensor([0, 2, 3]), None, 0.9, 0.8, None, None),
-            (x[0], y[0], torch.tensor([0, 2, 3]).int(), mask[0], 0.9, 0.8, ~mask[0], z[0, :2]),
+            (x[0], y[0], bounds, None, None, None, decay),
+            (x[0], y[0], bounds.int(), mask[0], ~mask[0], z[0, :2], decay),
         ],
         "ppo_loss": [(logits, tokens, *per_token, *rest) for rest in (plain, full)],
         "ppo_loss_": [(logits.clone(), tokens, *per_token, *rest) for rest in (plain, full)],
         "rescale_": [(other.clone(), torch.tensor(2.5)), (other.clone(), torch.tensor(1.0))],
         "clipped_policy_loss": [
-            (x, y, z, None, 0.2, 0.2, None, None),
-            (x, y, z, mask, 0.1, 0.3, 1.5, count),
+            (x, y, z, None, None, dispatch.scalars(0.2, 0.2, math.inf)),
+            (x, y, z, mask, count, dispatch.scalars(0.1, 0.3, 1.5)),
         ],
-        "value_loss": [(x, y, z, None, None, None), (x, y, z, mask, 0.2, count)],
+        "value_loss": [
+            (x, y, z, None, None, dispatch.scalars(math.inf)),
+            (x, y, z, mask, count, dispatch.scalars(0.2)),
+        ],
         "masked_mean": [(x, None, None), (x, mask, count)],
-        "masked_whiten": [(x, None, 1e-8), (x.double(), mask, 1e-8)],
+        "masked_whiten": [
+            (x, None, dispatch.scalars(1e-8)),
+            (x.double(), mask, dispatch.scalars(1e-8)),
+        ],
     }
 
 
@@ -165,13 +175,6 @@ UNTRACEABLE = {
     "gae_packed": "the rows are cut on the host by the values of cu_seqlens",
     "ppo_loss_": "the gradient is taken by torch.autograd.grad in the forward",
 }
-# Scalars of these never reach a registered op as Python floats.
-FREE_OF_FLOATS = ("kl_estimate", "masked_mean")
-SPECIALISED = pytest.mark.xfail(
-    strict=True,
-    reason="torch specialises a Python float that is an argument of a registered op "
-    "(torch/fx/passes/_tensorify_python_scalars.py), so that every new value recompiles",
-)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -188,13 +191,7 @@ def test_compiles_as_one_graph_with_the_same_values_and_gradients(backend, name)
 
 
 @needs_native
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in FREE_OF_FLOATS else pytest.param(name, marks=SPECIALISED)
-        for name in FUNCTIONS
-    ],
-)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_scalars_that_change_compile_once(name):
     """The second value of a float makes it dynamic; further ones must not compile again."""
     torch._dynamo.reset()

@@ -48,28 +48,31 @@ std::tuple<Tensor, Tensor> scan(const Tensor& rewards, const Tensor& values,
 
 template <class F>
 std::tuple<Tensor, Tensor> scan_in_result_type(const Tensor& rewards, const Tensor& values,
-                                               const OptionalTensor& mask, double gamma, double lam,
+                                               const OptionalTensor& mask,
                                                const OptionalTensor& dones,
-                                               const OptionalTensor& bootstrap_values, const F& f) {
+                                               const OptionalTensor& bootstrap_values,
+                                               const Tensor& scalars, const F& f) {
+  const double gamma = data<double>(scalars)[0], lam = data<double>(scalars)[1];
   const bool wide =
       rewards.scalar_type() == ScalarType::Double || values.scalar_type() == ScalarType::Double;
   return wide ? scan<double>(rewards, values, mask, gamma, lam, dones, bootstrap_values, f)
               : scan<float>(rewards, values, mask, gamma, lam, dones, bootstrap_values, f);
 }
 
-std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTensor mask, double gamma,
-                               double lam, OptionalTensor dones, OptionalTensor bootstrap_values) {
+std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTensor mask,
+                               OptionalTensor dones, OptionalTensor bootstrap_values,
+                               Tensor scalars) {
   const int64_t batch = rewards.size(0), length = rewards.size(1);
   return scan_in_result_type(
-      rewards, values, mask, gamma, lam, dones, bootstrap_values,
+      rewards, values, mask, dones, bootstrap_values, scalars,
       [&](const auto& scan, const auto& bootstrap) {
         parallel(batch, length, [&](int64_t i) { scan.row(i * length, length, bootstrap(i)); });
       });
 }
 
 std::tuple<Tensor, Tensor> gae_packed(Tensor rewards, Tensor values, Tensor cu_seqlens,
-                                      OptionalTensor mask, double gamma, double lam,
-                                      OptionalTensor dones, OptionalTensor bootstrap_values) {
+                                      OptionalTensor mask, OptionalTensor dones,
+                                      OptionalTensor bootstrap_values, Tensor scalars) {
   const Ids bounds(cu_seqlens);
   const int64_t batch = bounds.size() - 1, total = rewards.numel();
   if (bounds[0] != 0 || bounds[batch] != total) {
@@ -82,7 +85,7 @@ std::tuple<Tensor, Tensor> gae_packed(Tensor rewards, Tensor values, Tensor cu_s
                   i + 1);
     }
   }
-  return scan_in_result_type(rewards, values, mask, gamma, lam, dones, bootstrap_values,
+  return scan_in_result_type(rewards, values, mask, dones, bootstrap_values, scalars,
                              [&](const auto& scan, const auto& bootstrap) {
                                parallel(batch, total / std::max<int64_t>(1, batch), [&](int64_t i) {
                                  scan.row(bounds[i], bounds[i + 1] - bounds[i], bootstrap(i));

@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& r
   return {result, stats, ref_stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits,
-                                                 double temperature) {
+std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits, Tensor scalars) {
+  const double temperature = data<double>(scalars)[0];
   return dispatch(logits.scalar_type(),
                   [&](auto t) { return forward<decltype(t)>(logits, ref_logits, temperature); });
 }
@@ -62,7 +62,8 @@ Tensor backward(const Tensor& grad_kl, const Tensor& logits, const Tensor& ref_l
 }
 
 Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl,
-                              Tensor softmax_stats, Tensor ref_softmax_stats, double temperature) {
+                              Tensor softmax_stats, Tensor ref_softmax_stats, Tensor scalars) {
+  const double temperature = data<double>(scalars)[0];
   return dispatch(logits.scalar_type(), [&](auto t) {
     return backward<decltype(t)>(grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats,
                                  temperature);

@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   return {logprobs, entropy, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens,
-                                                  double temperature) {
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, Tensor scalars) {
+  const double temperature = data<double>(scalars)[0];
   return dispatch(logits.scalar_type(),
                   [&](auto t) { return forward<decltype(t)>(logits, tokens, temperature); });
 }
@@ -78,7 +78,8 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
 
 Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
                                Tensor logits, Tensor tokens, Tensor entropy, Tensor softmax_stats,
-                               double temperature) {
+                               Tensor scalars) {
+  const double temperature = data<double>(scalars)[0];
   return dispatch(logits.scalar_type(), [&](auto t) {
     return backward<decltype(t)>(grad_logprobs, grad_entropy, logits, tokens, entropy,
                                  softmax_stats, temperature);

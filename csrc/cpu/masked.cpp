@@ -17,7 +17,8 @@ std::tuple<Tensor, Tensor> masked_mean(Tensor x, OptionalTensor mask, OptionalTe
   });
 }
 
-Tensor masked_whiten(Tensor x, OptionalTensor mask, double eps) {
+Tensor masked_whiten(Tensor x, OptionalTensor mask, Tensor scalars) {
+  const double eps = data<double>(scalars)[0];
   return dispatch(x.scalar_type(), [&](auto type) {
     using R = Real<decltype(type)>;
     const Tensor input = as<R>(x), result = zeros<R>(shape(x));

@@ -178,16 +178,15 @@ SavedResult saved(Loss<T>& loss) {
 template <bool kInPlace>
 std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
     Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages, OptionalTensor mask,
-    double clip_low, double clip_high, std::optional<double> dual_clip, double entropy_coef,
-    double kl_coef, OptionalTensor ref_logprobs, OptionalTensor denominator, double temperature,
-    int64_t kl_estimator) {
+    OptionalTensor ref_logprobs, OptionalTensor denominator, Tensor scalars, int64_t kl_estimator) {
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
-    Loss<T> loss(logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
-                 Objective<R>{R(clip_low), R(clip_high), R(dual_clip.value_or(INFINITY)),
-                              R(entropy_coef), R(kl_coef), KLEstimator(kl_estimator)},
-                 denominator, temperature);
+    const double* s = data<double>(scalars);
+    Loss<T> loss(
+        logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
+        Objective<R>{R(s[1]), R(s[2]), R(s[3]), R(s[4]), R(s[5]), KLEstimator(kl_estimator)},
+        denominator, s[0]);
     if constexpr (kInPlace) {
       return in_place(loss);
     } else {
@@ -210,17 +209,19 @@ void rescale_(Tensor grad, Tensor scale) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(
-    Tensor logprobs, Tensor old_logprobs, Tensor advantages, OptionalTensor mask, double clip_low,
-    double clip_high, std::optional<double> dual_clip, OptionalTensor denominator) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(Tensor logprobs, Tensor old_logprobs,
+                                                               Tensor advantages,
+                                                               OptionalTensor mask,
+                                                               OptionalTensor denominator,
+                                                               Tensor scalars) {
   return dispatch(logprobs.scalar_type(), [&](auto type) {
     using R = Real<decltype(type)>;
     const TokenInputs<R> in(old_logprobs, advantages, std::nullopt, mask);
     const Tensor input = as<R>(logprobs), result = zeros<R>(shape(logprobs));
     const R* x = data<R>(input);
     R* grad = data<R>(result);
-    const Objective<R> objective{R(clip_low), R(clip_high),   R(dual_clip.value_or(INFINITY)), 0,
-                                 0,           KLEstimator::k1};
+    const double* s = data<double>(scalars);
+    const Objective<R> objective{R(s[0]), R(s[1]), R(s[2]), R(0), R(0), KLEstimator::k1};
     const double count = denominator_of(denominator, in.rows.size());
     double loss = 0, approx_kl = 0, clipped = 0;
     for (const int64_t row : in.rows) {
@@ -236,19 +237,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(
 }
 
 std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, Tensor returns,
-                                              OptionalTensor mask, std::optional<double> clip,
-                                              OptionalTensor denominator) {
+                                              OptionalTensor mask, OptionalTensor denominator,
+                                              Tensor scalars) {
   return dispatch(values.scalar_type(), [&](auto type) {
     using R = Real<decltype(type)>;
     const Tensor inputs[] = {as<R>(values), as<R>(old_values), as<R>(returns)};
     const R *x = data<R>(inputs[0]), *old = data<R>(inputs[1]), *target = data<R>(inputs[2]);
     const Tensor result = zeros<R>(shape(values));
     R* grad = data<R>(result);
+    const R clip = R(*data<double>(scalars));
     const auto rows = counted_rows(packed(mask), values.numel());
     const double count = denominator_of(denominator, rows.size());
     double loss = 0, clipped = 0;
     for (const int64_t row : rows) {
-      const auto term = value_term(x[row], old[row], target[row], R(clip.value_or(INFINITY)));
+      const auto term = value_term(x[row], old[row], target[row], clip);
       loss += term.loss;
       clipped += term.clipped;
       grad[row] = term.grad / count;

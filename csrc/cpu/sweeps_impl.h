@@ -79,8 +79,8 @@ PPO_INLINE auto maximum(const T* z, int64_t n) {
 
 // A chunk is summed in one pass, relative to the maximum of its first elements; only if a later one
 // proves larger by kHeadroom (in base 2) is it summed again, relative to its true maximum.
-constexpr int64_t kSample = 64;
-constexpr float kHeadroom = 16.0f;
+constexpr int64_t kSample = 256;
+constexpr float kHeadroom = 10.0f;
 
 // t = max(kFloor, k x + offset), finite so that 2^t t is 0 and not 0 * inf where x is -inf.
 template <int N, class V>
