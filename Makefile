@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
-INSTALLED = $(VENV)/.ppo_kernels
+INSTALLED = $(VENV)/.installed-with-$(subst =,-,$(TORCH))
 
 .PHONY: install demo test bench lint clean
 
@@ -14,11 +14,11 @@ install: $(INSTALLED)
 # torch comes first: whatever else asks for it then takes the one that is there.
 $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(PIP) install -q "$(TORCH)"
-	$(PIP) install -q "setuptools>=64" wheel ninja "pybind11>=2.13" numpy
+	$(PIP) install -q "$(TORCH)"
+	$(PIP) install -q "setuptools>=64" wheel ninja numpy
 	$(PIP) install -q --no-build-isolation -e ".[dev]"
 	$(VENV)/bin/python -m ppo_kernels
-	touch $@
+	@if ls ppo_kernels/_C*.so >/dev/null 2>&1; then touch $@; fi
 
 demo: install
 	$(VENV)/bin/rlhf demo --output_dir runs/demo --overwrite_output_dir

@@ -38,18 +38,16 @@ def why_not():
 
 def extension():
     try:
-        import pybind11
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
+    except ImportError:
         sys.exit(
-            f"ppo_kernels is built against what is installed, and {error.name} is not: "
-            "pip install torch ninja pybind11, then pip install --no-build-isolation ."
+            "ppo_kernels is built against the torch that is installed, and there is none: "
+            "pip install torch, then pip install --no-build-isolation ."
         )
     major, minor = TORCH_TARGET
     native = CppExtension(
         "ppo_kernels._C",
         SOURCES,
-        include_dirs=[pybind11.get_include()],
         define_macros=[
             ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000"),
             ("PPO_TORCH_TARGET", f'"{major}.{minor}"'),

@@ -1,6 +1,7 @@
 """Which backend runs a call, and why one cannot."""
 
 import importlib
+import math
 import warnings
 
 import torch
@@ -9,8 +10,9 @@ from ppo_kernels import schemas
 
 BACKENDS = ("reference", "native")
 
-# Fastest measured first, by device type; where a device is not listed only `reference` runs.
-# cpu: benchmarks/results/ (native is ahead of reference for every op and dtype).
+# In this order, by device type; where a device is not listed only `reference` runs.
+# cpu: benchmarks/results/ has the ops that sweep a vocabulary or time; those of a few numbers per
+# token are not measured there, and on millions of tokens plain PyTorch can be ahead.
 AUTO = {"cpu": ("native", "reference")}
 
 
@@ -73,14 +75,15 @@ def build_info():
 
 
 def scalars(*numbers):
-    """The numbers of a call as one fp64 tensor on the CPU, where a launcher reads them.
+    """The numbers of a call, inf for None, as one fp64 tensor on the CPU for launchers to read.
 
     A Python float among the arguments of a registered op is burnt into a compiled graph, and each
     new value of a temperature or a coefficient would compile another; so would `torch.tensor`.
     """
+    numbers = [math.inf if x is None else x for x in numbers]
     if torch.compiler.is_compiling():
-        return torch.stack([torch.ones((), dtype=torch.float64) * x for x in numbers])
-    return torch.tensor(numbers, dtype=torch.float64)
+        return torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * x for x in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def kernels(backend):

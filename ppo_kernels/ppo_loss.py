@@ -12,7 +12,6 @@ per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so that (see `ppo_kernel
     ∂loss/∂z_j = (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -75,13 +74,9 @@ def _for_kernel(
     kl_estimator,
 ):
     """Arguments of `reference.ppo_loss` after the logits -> those of the registered ops."""
-    numbers = scalars(temperature, clip_low, clip_high, _or_inf(dual_clip), entropy_coef, kl_coef)
+    numbers = scalars(temperature, clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
     estimator = reference.ESTIMATORS.index(kl_estimator)
     return tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, numbers, estimator
-
-
-def _or_inf(bound):
-    return math.inf if bound is None else bound
 
 
 class _PPOLoss(torch.autograd.Function):
@@ -132,7 +127,7 @@ class _PPOLossInPlace(torch.autograd.Function):
         ctx.spent = True
         (grad_logits,) = ctx.saved_tensors
         if ctx.backend == "reference":
-            grad_logits.mul_(grad_loss)
+            grad_logits.copy_(_chained(grad_loss, grad_logits))
         else:
             kernels(ctx.backend).rescale_(grad_logits, grad_loss)
         return None, grad_logits, *(None,) * ctx.arguments
@@ -360,7 +355,7 @@ def clipped_policy_loss(
                 logprobs, *tensors, clip_low, clip_high, dual_clip, denominator
             )
         )
-    numbers = scalars(clip_low, clip_high, _or_inf(dual_clip))
+    numbers = scalars(clip_low, clip_high, dual_clip)
     op = kernels(backend).clipped_policy_loss
     return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, denominator, numbers))
 
@@ -397,5 +392,5 @@ def value_loss(
     backend = resolve(backend, values)
     if backend == "reference":
         return ValueLoss(*reference.value_loss(values, *tensors, clip, denominator))
-    op, numbers = kernels(backend).value_loss, scalars(_or_inf(clip))
+    op, numbers = kernels(backend).value_loss, scalars(clip)
     return ValueLoss(*_ScalarLoss.apply(op, values, *tensors, denominator, numbers))

@@ -195,7 +195,7 @@ std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
   });
 }
 
-// grad *= scale, untouched where scale is 1.
+// grad *= scale, untouched where scale is 1; zeros stay zeros whatever the scale.
 void rescale_(Tensor grad, Tensor scale) {
   const double factor = *data<double>(as<double>(scale));
   if (factor == 1.0) return;
@@ -204,7 +204,10 @@ void rescale_(Tensor grad, Tensor scale) {
     const Rows<T> rows(grad);
     write_rows(rows.count, rows.length, [&](int64_t row, int64_t begin, int64_t n) {
       T* x = rows[row] + begin;
-      for (int64_t i = 0; i < n; ++i) x[i] = T(Real<T>(x[i]) * Real<T>(factor));
+      for (int64_t i = 0; i < n; ++i) {
+        const Real<T> value = x[i];
+        if (value != Real<T>(0)) x[i] = T(value * Real<T>(factor));
+      }
     });
   });
 }
