@@ -15,6 +15,7 @@ from rich.table import Table
 
 from rlhf.checkpoint import claim_output_dir, write_run_file
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf.errors import UserError
 from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
@@ -177,6 +178,7 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
 
     with timed("evaluation"):
         prompts = openings(sizes.num_eval_prompts)
+        write_jsonl(data / "eval_prompts.jsonl", ({"prompt": prompt} for prompt in prompts))
         before, after, kl = compare(author, Sampler(ppo, ppo_config, seed), prompts)
 
     def gold(texts: list[str]) -> float:
@@ -276,6 +278,7 @@ def run_labelled(
 
     with timed("evaluation"):
         prompts = labelled.prompts(parts.heldout[half:], sizes.num_eval_prompts, tokenizer, rng)
+        write_jsonl(data / "eval_prompts.jsonl", ({"prompt": prompt} for prompt in prompts))
         author, policy = Sampler(sft, ppo_config, seed), Sampler(ppo, ppo_config, seed)
         before, after, kl = compare(author, policy, prompts)
 
@@ -308,7 +311,11 @@ def run_demo(
     built-in reviews are used, and `sizes` are ReviewsSizes.
     """
     start = time.perf_counter()
-    # The file is read first, so that a wrong one costs no earlier run.
+    # Checked first, so that a mistake costs no earlier run.
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be in [0, 2**63), got {seed}")
+    if data is not None and Path(data).resolve().is_relative_to(output_dir.resolve()):
+        raise UserError(f"data file {data} lies in output_dir {output_dir}, which is emptied")
     examples = None if data is None else labelled.read_examples(data)
     claim_output_dir(output_dir, run_file=RUN_FILE, overwrite=overwrite_output_dir)
     settings = {"seed": seed, "data": data and str(data), **asdict(sizes)}

@@ -8,6 +8,11 @@ from ppo_kernels import PPOLoss, dispatch, ppo_loss, ppo_loss_
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+needs_native = pytest.mark.skipif(
+    dispatch.why_not("native", "cpu") is not None, reason=str(dispatch.why_not("native", "cpu"))
+)
+
+
 @pytest.fixture(params=dispatch.BACKENDS)
 def backend(request):
     """Every backend that can run on the CPU."""

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from ppo_kernels import token_logprobs, token_logprobs_and_entropy
+from ppo_kernels import ppo_loss, token_logprobs, token_logprobs_and_entropy
 from tests.conftest import (
     DTYPES,
     assert_as_exact_as_eager,
     awkward_rows,
     likeliest,
+    needs_native,
     softmax_truth,
 )
 
@@ -212,7 +213,8 @@ def test_strided_tokens_and_int32(backend):
     assert torch.equal(token_logprobs(logits, tokens.t().int(), backend=backend), expected)
 
 
-def test_row_views_are_read_in_place(monkeypatch):
+@needs_native
+def test_row_views_are_read_in_place():
     """A copy of the view would show in the profiler as memory of the size of the logits."""
     logits = torch.randn(4, 9, 40000)[:, :-1]
     tokens = torch.randint(5000, (4, 8))
@@ -244,6 +246,7 @@ def test_repeats_bitwise(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_row_is_bitwise_the_same_wherever_it_stands(dtype, set_threads):
     """One row is split over threads, many are not: the chunks merge in the same order."""
@@ -283,6 +286,7 @@ def test_gradcheck(backend):
         )
 
 
+@needs_native
 def test_second_derivative_is_refused():
     logits = torch.randn(2, 5, requires_grad=True)
     logprobs = token_logprobs(logits, torch.tensor([1, 2]), backend="native")
@@ -317,3 +321,42 @@ def test_bad_arguments_are_named(backend, function, arguments, error, message):
     good = dict(logits=torch.randn(3, 5), tokens=torch.tensor([0, 1, 4]), backend=backend)
     with pytest.raises(error, match=message):
         function(**good | arguments)
+
+
+@pytest.mark.parametrize("vocabulary", (1031, 50257))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_element_of_the_gradient_is_exact(backend, vocabulary, dtype):
+    """Relative to the element itself: most are millions of times smaller than the token's own."""
+    logits = (3 * torch.randn(4, vocabulary)).to(dtype).requires_grad_()
+    tokens = torch.randint(vocabulary, (4,))
+    g, h = torch.randn(2, 4)
+    logprobs, entropy = token_logprobs_and_entropy(logits, tokens, temperature=0.7, backend=backend)
+    (g * logprobs + h * entropy).sum().backward()
+    *_, grad_logprobs, grad_entropy = softmax_truth(logits.detach(), tokens, 0.7)
+    truth = g[:, None].double() * grad_logprobs + h[:, None].double() * grad_entropy
+    # The two terms may cancel: an element is as exact as the larger of them.
+    size = (g[:, None] * grad_logprobs).abs() + (h[:, None] * grad_entropy).abs()
+    size += (h[:, None] * grad_logprobs).abs()
+    unit = max(torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps)
+    if dtype == torch.float64:
+        unit = 1e-12
+    tiny = torch.finfo(dtype).tiny if dtype != torch.float16 else 2.0**-24
+    assert ((logits.grad.double() - truth).abs() <= unit * size + tiny).all()
+
+
+def test_offsets_beyond_two_billion_elements(backend):
+    """Rows after element 2**31 of bf16 logits whose other rows are masked out and never touched."""
+    if backend == "reference":
+        pytest.skip("reference makes fp32 copies of all rows, 8 GiB each")
+    torch.use_deterministic_algorithms(False)  # or every page would be filled with NaN
+    vocabulary, rows = 151_936, 14_140
+    logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16)
+    assert logits.numel() > 2**31
+    logits[-2:] = torch.randn(2, vocabulary).bfloat16()
+    tokens = torch.randint(vocabulary, (rows,))
+    mask = torch.arange(rows) >= rows - 2
+    expected = token_logprobs(logits[-2:].clone(), tokens[-2:], backend=backend)
+    zeros = torch.zeros(rows)
+    result = ppo_loss(logits, tokens, zeros, zeros, mask, backend=backend)
+    assert torch.equal(result.logprobs[-2:], expected)
+    assert (result.logprobs[:-2] == 0).all()

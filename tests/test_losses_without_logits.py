@@ -9,6 +9,7 @@ from ppo_kernels import clipped_policy_loss, value_loss
 from tests.conftest import (
     DTYPES,
     loss_inputs,
+    needs_native,
     ppo_loss_truth,
 )
 
@@ -136,6 +137,7 @@ def test_losses_from_scalars_divide_by_the_denominator(backend, denominator):
     torch.testing.assert_close(x.grad, torch.tensor([0.0, 1 / 3]))
 
 
+@needs_native
 def test_second_derivative_of_losses_from_scalars_is_refused():
     x, y = torch.randn(3, requires_grad=True), torch.randn(3)
     for loss in (

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ppo_kernels import masked_mean, masked_whiten
-from tests.conftest import DTYPES
+from tests.conftest import DTYPES, needs_native
 
 X = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 MASK = [[True, False, True], [True, True, False]]
@@ -123,6 +123,7 @@ def test_whiten_over_a_process_group_is_whiten_of_the_whole(tmp_path):
     torch.testing.assert_close(torch.stack(parts), whole, atol=1e-12, rtol=0)
 
 
+@needs_native
 def test_second_derivative_is_refused():
     x = torch.randn(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="differentiated once"):

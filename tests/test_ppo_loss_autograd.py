@@ -7,6 +7,7 @@ from ppo_kernels import ppo_loss, ppo_loss_
 from tests.conftest import (
     DTYPES,
     loss_inputs,
+    needs_native,
     ppo_loss_truth,
     run_ppo_loss,
 )
@@ -36,10 +37,8 @@ def test_upstream_gradient(backend, function, upstream, dtype):
     result = function(**(inputs | {"logits": leaf}), entropy_coef=0.1, backend=backend)
     (result.loss * upstream).backward()
     # In place the gradient is rounded to the logits' type before and after it is scaled.
-    tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        leaf.grad.double(), upstream * grad_truth, atol=tolerance, rtol=tolerance
-    )
+    rtol, atol = (1e-10, 1e-15) if dtype == torch.float64 else (4 * torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(leaf.grad.double(), upstream * grad_truth, atol=atol, rtol=rtol)
 
 
 def test_loss_in_a_larger_graph(backend, function):
@@ -142,6 +141,7 @@ def test_in_place_second_backward_raises(backend):
         result.loss.backward()
 
 
+@needs_native
 def test_second_derivative_is_refused(function):
     inputs = loss_inputs(3, 5, 40)
     inputs["logits"].requires_grad_()
@@ -188,6 +188,7 @@ def test_repeats_bitwise(backend, function):
         assert torch.equal(a, b)
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_row_is_bitwise_the_same_wherever_it_stands(function, set_threads, dtype):
     inputs = loss_inputs(1, 30, 40009, dtype)
@@ -210,15 +211,20 @@ def test_a_row_is_bitwise_the_same_wherever_it_stands(function, set_threads, dty
 
 
 @pytest.mark.parametrize("upstream", (torch.inf, torch.nan))
-def test_masked_out_rows_stay_zero_under_an_upstream_that_is_not_finite(backend, upstream):
+def test_masked_out_rows_stay_zero_under_an_upstream_that_is_not_finite(
+    backend, function, upstream
+):
     logits = torch.randn(4, 11, requires_grad=True)
     mask = torch.tensor([True, False, True, False])
     tokens = torch.tensor([1, -(10**9), 2, 10**9])
     old_logprobs, advantages = torch.full((4,), -2.0), torch.ones(4)
-    loss = ppo_loss(logits, tokens, old_logprobs, advantages, mask, backend=backend).loss
+    loss = function(logits * 1, tokens, old_logprobs, advantages, mask, backend=backend).loss
     (loss * upstream).backward()
     assert not logits.grad[mask].isfinite().all()
-    if backend != "reference":  # autograd of the plain formula multiplies by the mask's zero
+    if (backend, function) != (
+        "reference",
+        ppo_loss,
+    ):  # autograd of the plain formula multiplies by the mask's zero
         assert (logits.grad[~mask] == 0).all()
 
 

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ppo_kernels
 from ppo_kernels import dispatch, reference, schemas
-from tests.conftest import loss_inputs
+from tests.conftest import loss_inputs, needs_native
 
 K3 = reference.ESTIMATORS.index("k3")
 
@@ -62,11 +62,6 @@ def _samples():
             (x.double(), mask, dispatch.scalars(1e-8)),
         ],
     }
-
-
-needs_native = pytest.mark.skipif(
-    dispatch.why_not("native", "cpu") is not None, reason=str(dispatch.why_not("native", "cpu"))
-)
 
 
 @needs_native

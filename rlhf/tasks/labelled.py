@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import load_rows
 from rlhf.errors import UserError
+from rlhf.tasks.base import EOS
 
 LABELS = ("negative", "positive")
 MIN_TEXTS_PER_LABEL = 20
@@ -88,17 +89,18 @@ def preference_pairs(
     """(positive, negative) pairs for the reward model; each positive text gets `partners` partners.
 
     The prompt is empty: two texts by different people share no beginning, and a made-up one would
-    only take words from both. What they say, from their first word on, is the answer.
+    only take words from both. What they say, from their first word on, is the answer. Half of the
+    pairs end with EOS and half do not, as the policy's responses do.
     """
     positive = [example.text for example in examples if example.positive]
     negative = [example.text for example in examples if not example.positive]
     pairs = []
     for _ in range(partners):
         rng.shuffle(negative)
-        pairs += [
-            {"prompt": "", "chosen": chosen, "rejected": negative[i % len(negative)]}
-            for i, chosen in enumerate(positive)
-        ]
+        for i, chosen in enumerate(positive):
+            end = rng.choice(("", EOS))
+            rejected = negative[i % len(negative)]
+            pairs.append({"prompt": "", "chosen": chosen + end, "rejected": rejected + end})
     return pairs
 
 
@@ -108,7 +110,15 @@ def prompts(
     tokenizer: PreTrainedTokenizerBase,
     rng: random.Random,
 ) -> list[str]:
-    """The first 2 to 8 tokens of texts drawn from the examples, as text."""
-    drawn = [rng.choice(examples).text for _ in range(count)]
-    ids = tokenizer(drawn, add_special_tokens=False).input_ids
-    return tokenizer.batch_decode([row[: rng.randint(*PROMPT_TOKENS)] for row in ids])
+    """The first 2 to 8 tokens of texts drawn from the examples, as text.
+
+    A cut inside a character, or one after which the text would be tokenized otherwise, is redrawn.
+    """
+    drawn: list[str] = []
+    while len(drawn) < count:
+        ids = tokenizer(rng.choice(examples).text, add_special_tokens=False).input_ids
+        ids = ids[: rng.randint(*PROMPT_TOKENS)]
+        text = tokenizer.decode(ids)
+        if tokenizer(text, add_special_tokens=False).input_ids == ids:
+            drawn.append(text)
+    return drawn

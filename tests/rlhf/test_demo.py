@@ -85,13 +85,13 @@ def test_reviews_run_leaves_a_summary_and_models_that_open(reviews_run):
 
 def test_stages_and_evaluation_share_no_prompt(reviews_run):
     data = reviews_run[0] / "data"
-    rankings, heldout, prompts, texts = (
+    rankings, heldout, prompts, evaluation, texts = (
         [json.loads(line) for line in (data / f"{name}.jsonl").open(encoding="utf-8")]
-        for name in ("rankings", "heldout_rankings", "prompts", "reviews")
+        for name in ("rankings", "heldout_rankings", "prompts", "eval_prompts", "reviews")
     )
     assert all(len(row["ranking"]) == 4 for row in rankings + heldout)
-    openings = [row["prompt"] for row in rankings + heldout + prompts]
-    assert len(openings) == len(set(openings)) == 32 + 8 + 32
+    openings = [row["prompt"] for row in rankings + heldout + prompts + evaluation]
+    assert len(openings) == len(set(openings)) == 32 + 8 + 32 + REVIEWS.num_eval_prompts
     assert not any(row["text"].startswith(tuple(openings)) for row in texts)
 
 
@@ -121,7 +121,7 @@ def test_labelled_run(labelled_file, tmp_path):
     assert 0 < summary["ppo"]["kl"] < 20
     check_models(output_dir)
     parts = [
-        {row[column] for row in map(json.loads, (output_dir / "data" / name).open()) if column}
+        {row[column] for row in map(json.loads, (output_dir / "data" / name).open())}
         for name, column in (("pairs.jsonl", "chosen"), ("heldout_pairs.jsonl", "chosen"))
     ]
     assert parts[0].isdisjoint(parts[1])
@@ -133,6 +133,10 @@ def test_wrong_data_file_costs_no_earlier_run(reviews_run, tmp_path, capsys):
     assert main(["demo", "--data", str(tmp_path / "none.jsonl"), *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "none.jsonl does not exist" in error
+    assert main(["demo", "--seed", "-1", *options]) == 2
+    inside = output_dir / "data" / "reviews.jsonl"
+    assert main(["demo", "--data", str(inside), *options]) == 2
+    assert inside.exists()
     assert (output_dir / "summary.json").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from rlhf.errors import UserError
 from rlhf.tasks import labelled, reviews
-from rlhf.tasks.base import BOS, train_tokenizer
+from rlhf.tasks.base import BOS, EOS, train_tokenizer
 from rlhf.tasks.judge import Judge
 from rlhf.tasks.labelled import Example
 from rlhf.tasks.lexicon import plural_verb
@@ -207,9 +207,13 @@ def test_preference_pairs_put_the_positive_text_first():
     positive = {example.text for example in made if example.positive}
     pairs = labelled.preference_pairs(made, 3, random.Random(0))
     assert len(pairs) == 3 * 20
-    assert all(pair["chosen"] in positive and pair["rejected"] not in positive for pair in pairs)
     assert all(pair["prompt"] == "" for pair in pairs)
-    assert {pair["rejected"] for pair in pairs} == {e.text for e in made} - positive
+    ended = [pair for pair in pairs if pair["chosen"].endswith(EOS)]
+    assert 0 < len(ended) < len(pairs)
+    assert ended == [pair for pair in pairs if pair["rejected"].endswith(EOS)]
+    assert {pair["chosen"].removesuffix(EOS) for pair in pairs} == positive
+    rejected = {pair["rejected"].removesuffix(EOS) for pair in pairs}
+    assert rejected == {e.text for e in made} - positive
 
 
 def test_prompts_are_the_first_two_to_eight_tokens():
