@@ -1,4 +1,7 @@
 // The extension module `_C`: importing it registers the kernels (csrc/cpu) with torch.
+
+// Nothing here touches torch, and pybind11 as torch ships it refuses to be included under a target.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
 #include <string>
