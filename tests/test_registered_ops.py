@@ -185,10 +185,17 @@ def test_compiles_as_one_graph_with_the_same_values_and_gradients(backend, name)
     torch.testing.assert_close(compiled_grad, grad)
 
 
+# Seen on torch 2.11 and not on 2.13, where scalars become tensors in more graphs.
+SPECIALISED_BEFORE_2_13 = ("gae", "gae_packed", "masked_mean")
+
+
 @needs_native
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_scalars_that_change_compile_once(name):
     """The second value of a float makes it dynamic; further ones must not compile again."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < (2, 13) and name in SPECIALISED_BEFORE_2_13:
+        pytest.xfail(f"torch {torch.__version__} compiles a graph for each value")
     torch._dynamo.reset()
     function, x = _public("native")[name]
     counter = CompileCounterWithBackend("aot_eager")
