@@ -24,7 +24,14 @@ struct SoftmaxState {
   PPO_HD static SoftmaxState empty() { return {-INFINITY, T(0), T(0)}; }
 };
 
-// 2^(from - to), and the change of exponent itself, for from <= to; empty parts weigh nothing.
+// The larger of two shifts; NaN where either is.
+template <class T>
+PPO_HD T common_shift(T a, T b) {
+  return a > b || std::isnan(a) ? a : b;
+}
+
+// The change of exponents when a part moves from its own shift to a common one; 0 for an empty
+// part, whose sums are 0.
 template <class T>
 PPO_HD T shift_change(T from, T to) {
   return from == -T(INFINITY) ? T(0) : from - to;
@@ -38,7 +45,7 @@ PPO_HD T weighed(T weight, T x) {
 
 template <class T>
 PPO_HD SoftmaxState<T> merge(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
-  const T shift = a.shift > b.shift || std::isnan(a.shift) ? a.shift : b.shift;
+  const T shift = common_shift(a.shift, b.shift);
   const T da = shift_change(a.shift, shift), db = shift_change(b.shift, shift);
   const T fa = std::exp2(da), fb = std::exp2(db);
   return {shift, fa * a.sum + fb * b.sum,
@@ -77,9 +84,8 @@ PPO_HD T shifted_cross(const JointState<T>& s, T shift, T ref_shift) {
 
 template <class T>
 PPO_HD JointState<T> merge(const JointState<T>& a, const JointState<T>& b) {
-  const T shift = a.shift > b.shift || std::isnan(a.shift) ? a.shift : b.shift;
-  const T ref_shift =
-      a.ref_shift > b.ref_shift || std::isnan(a.ref_shift) ? a.ref_shift : b.ref_shift;
+  const T shift = common_shift(a.shift, b.shift);
+  const T ref_shift = common_shift(a.ref_shift, b.ref_shift);
   JointState<T> s;
   s.shift = shift;
   s.ref_shift = ref_shift;

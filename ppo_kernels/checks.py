@@ -47,20 +47,22 @@ def per_token(name, x, like_name, like):
     same(name, x, like_name, like.shape, like.device)
 
 
+def _got(x):
+    return x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+
+
 def boolean(name, x, like_name, like):
     """An optional mask."""
     if x is None:
         return
     if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a bool tensor (True = counts), got {got}")
+        raise TypeError(f"{name} must be a bool tensor (True = counts), got {_got(x)}")
     same(name, x, like_name, like.shape, like.device)
 
 
 def integer(name, x):
     if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be an int64 or int32 tensor, got {got}")
+        raise TypeError(f"{name} must be an int64 or int32 tensor, got {_got(x)}")
 
 
 def logits_and_tokens(logits, tokens):

@@ -88,7 +88,7 @@ def gae(rewards, values, mask=None, *, gamma, lam, dones=None, bootstrap_values=
     rewards, values = (_accumulate(x.to(dtype)) for x in (rewards, values))
     batch, length = rewards.shape
     advantages = torch.zeros_like(rewards)
-    next_value = torch.zeros_like(rewards[:, 0]) if length else rewards.new_zeros(batch)
+    next_value = rewards.new_zeros(batch)
     if bootstrap_values is not None:
         next_value = bootstrap_values.to(rewards.dtype)
     next_advantage = torch.zeros_like(next_value)
@@ -163,11 +163,10 @@ def masked_mean(x, mask=None, denominator=None):
 @torch.no_grad()
 def masked_whiten(x, mask=None, *, eps=1e-8, group=None):
     x = _accumulate(x)
-    total, count = _masked_sum(x, mask), _denominator(x, mask, None)
+    total, count = _masked_sum(x, mask), _masked_sum(torch.ones_like(x), mask)
     if group is not None:
-        count = x.new_tensor(x.numel()) if mask is None else mask.sum().to(x.dtype)
         total, count = _all_reduce(torch.stack([total, count]), group)
-        count = count.clamp(min=1.0)
+    count = count.clamp(min=1.0)
     centred = x - total / count
     squares = _masked_sum(centred.square(), mask)
     if group is not None:

@@ -55,19 +55,23 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
   const auto* stats_of = data<RowStats<R>>(stats);
   T* grads = data<T>(grad_logits);
   const R k = kLog2E / temperature;
+  const auto upstream = [&](int64_t row) {
+    return std::pair(g ? g[row] : R(0), h ? h[row] : R(0));
+  };
   // A row without upstream gradient may be one that a mask excluded, whose token is anything.
+  const std::pair none(R(0), R(0));
   std::vector<int64_t> rows;
   for (int64_t row = 0; row < z.count; ++row) {
-    if ((g && g[row] != R(0)) || (h && h[row] != R(0))) rows.push_back(row);
+    if (upstream(row) != none) rows.push_back(row);
   }
   check_ids(ids, rows, z.length, shape(tokens));
   write_rows(z.count, z.length, [&](int64_t row, int64_t begin, int64_t n) {
     T* grad = grads + row * z.length;
-    const R g_row = g ? g[row] : R(0), h_row = h ? h[row] : R(0);
-    if (g_row == R(0) && h_row == R(0)) {
+    if (upstream(row) == none) {
       std::fill_n(grad + begin, n, T(0));
       return;
     }
+    const auto [g_row, h_row] = upstream(row);
     const int64_t token = ids[row];
     const auto gradient = row_gradient(g_row, h_row, entropy_of[row], stats_of[row], R(temperature),
                                        R(z[row][token]), k);
