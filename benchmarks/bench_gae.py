@@ -1,33 +1,36 @@
 """Generalised advantage estimation, against the loop over tokens in Python."""
 
-import pytest
 import torch
 
 from benchmarks.harness import Contest, check_accuracy
-from ppo_kernels import gae, reference
+from ppo_kernels import gae, gae_packed, reference
 
-WIDE, LONG = (512, 2048), (16, 131072)
 FACTORS = {"gamma": 0.99, "lam": 0.95}
 # The scan runs backwards: the last columns depend on no others, and the loop is slow.
 CHECKED_COLUMNS = 2048
+# Longer loops in Python are waited for in vain.
+MOST_EAGER_COLUMNS = 2048
 
 
-def make_gae(shape, dtype, device):
-    rewards, values = torch.randn(2, *shape, device=device).to(dtype)
+def make_gae(shape, dtype, setting):
+    rewards, values = torch.randn(2, *shape, device=setting.device).to(dtype)
     baselines = {}
-    if shape == WIDE:
+    if shape[1] <= MOST_EAGER_COLUMNS:
         baselines["eager"] = lambda: reference.gae(rewards, values, **FACTORS)
+
+    def op():
+        return gae(rewards, values, **FACTORS, backend=setting.backend)
 
     def check():
         tail = [x[:, -CHECKED_COLUMNS:] for x in (rewards, values)]
         eager = reference.gae(*tail, **FACTORS)
         truth = reference.gae(*(x.double() for x in tail), **FACTORS)
-        results = gae(rewards, values, **FACTORS)
+        results = op()
         for name, got, *expected in zip(results._fields, results, eager, truth, strict=True):
             check_accuracy(name, got[:, -CHECKED_COLUMNS:], *expected)
 
     return Contest(
-        op=lambda: gae(rewards, values, **FACTORS),
+        op=op,
         baselines=baselines,
         copied=torch.stack([rewards, values]),
         moved_bytes=4 * rewards.nbytes,
@@ -35,6 +38,38 @@ def make_gae(shape, dtype, device):
     )
 
 
-@pytest.mark.parametrize("shape", [WIDE, LONG], ids=str)
-def test_gae(measure, shape):
-    measure("gae", make_gae, shape, torch.float32)
+def make_gae_packed(shape, dtype, setting):
+    """As many trajectories as `shape` has rows, of random lengths, `shape[1]` on average."""
+    rows, mean_length = shape
+    lengths = torch.randint(1, 2 * mean_length, (rows,), device=setting.device)
+    ends = lengths.cumsum(0)
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends])
+    rewards, values = torch.randn(2, int(ends[-1]), device=setting.device).to(dtype)
+
+    def op():
+        return gae_packed(rewards, values, cu_seqlens, **FACTORS, backend=setting.backend)
+
+    def check():
+        start = int(ends[-2])
+        last = [x[None, start:] for x in (rewards, values)]
+        eager = reference.gae(*last, **FACTORS)
+        truth = reference.gae(*(x.double() for x in last), **FACTORS)
+        results = op()
+        for name, got, *expected in zip(results._fields, results, eager, truth, strict=True):
+            check_accuracy(name, got[None, start:], *expected)
+
+    return Contest(
+        op=op,
+        baselines={},
+        copied=torch.stack([rewards, values]),
+        moved_bytes=4 * rewards.nbytes,
+        check=check,
+    )
+
+
+def test_gae(measure, gae_shape):
+    measure("gae", make_gae, gae_shape, torch.float32)
+
+
+def test_gae_packed(measure, gae_shape):
+    measure("gae_packed", make_gae_packed, gae_shape, torch.float32)

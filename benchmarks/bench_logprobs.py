@@ -1,71 +1,113 @@
 """Log-probabilities and entropy from logits, and what the smallest call costs.
 
-TRL takes part where it is importable.
+TRL and Liger take part where they are importable.
 """
-
-import importlib.util
 
 import pytest
 import torch
 
+from benchmarks import peers
 from benchmarks.harness import (
-    CHECKED_ROWS,
+    COMPILED,
     DTYPES,
-    MORE_SHAPES,
-    SHAPES,
+    MOST_EAGER_TOKENS,
     Contest,
     check_accuracy,
+    checked,
 )
 from ppo_kernels import reference, token_logprobs, token_logprobs_and_entropy
 
 compiled_reference = torch.compile(reference.token_logprobs_and_entropy, dynamic=False)
 
 
-def _trl(logits, tokens):
-    """What TRL's trainers call for the same two results."""
-    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+class Batch:
+    """Logits and tokens, the functions of them that compete, and upstream gradients."""
 
-    return selective_log_softmax(logits, tokens), entropy_from_logits(logits)
+    def __init__(self, shape, dtype, setting):
+        device, backend = setting.device, setting.backend
+        self.logits = torch.randn(shape, dtype=dtype, device=device).mul_(2)
+        self.tokens = torch.randint(shape[1], shape[:1], device=device)
+        self.op = lambda z, a: token_logprobs_and_entropy(z, a, backend=backend)
+        self.others = {}
+        if shape[0] <= MOST_EAGER_TOKENS:
+            self.others = {"eager": reference.token_logprobs_and_entropy}
+            self.others |= peers.logprobs(setting)
+        self.grads = torch.randn(2, shape[0], device=device).unbind()
 
-
-def make_logprobs(shape, dtype, device):
-    logits = (2 * torch.randn(shape, device=device)).to(dtype)
-    tokens = torch.randint(shape[1], shape[:1], device=device)
-    functions = {"eager": reference.token_logprobs_and_entropy}
-    if shape in SHAPES:
-        functions["compile"] = compiled_reference
-    if importlib.util.find_spec("trl") is not None:
-        functions["trl"] = _trl
-
-    def check():
-        results = token_logprobs_and_entropy(logits, tokens)
-        rows, row_tokens = logits[CHECKED_ROWS], tokens[CHECKED_ROWS]
+    def check(self, results):
+        """Results on some rows, and those of the peers, if not to the last digit."""
+        rows, row_tokens = checked(self.logits), checked(self.tokens)
         eager = reference.token_logprobs_and_entropy(rows, row_tokens)
         truth = reference.token_logprobs_and_entropy(rows.double(), row_tokens)
         for name, got, *expected in zip(results._fields, results, eager, truth, strict=True):
-            check_accuracy(name, got[CHECKED_ROWS], *expected)
+            check_accuracy(name, checked(got), *expected)
+        for function in self.others.values():
+            for x, y in zip(function(self.logits, self.tokens), results, strict=False):
+                torch.testing.assert_close(x.float(), y, rtol=0.03, atol=0.03)
+
+
+def make_logprobs(shape, dtype, setting):
+    batch = Batch(shape, dtype, setting)
+    arguments = batch.logits, batch.tokens
+    functions = dict(batch.others)
+    if shape in COMPILED:
+        functions["compile"] = compiled_reference
+    return Contest(
+        op=lambda: batch.op(*arguments),
+        baselines={name: lambda f=f: f(*arguments) for name, f in functions.items()},
+        copied=batch.logits,
+        moved_bytes=batch.logits.nbytes,
+        check=lambda: batch.check(batch.op(*arguments)),
+    )
+
+
+def make_logprobs_backward(shape, dtype, setting):
+    """The gradient of both results. The graphs of eager and compiled PyTorch hold too much to be
+    kept for a backward alone: TRL only takes part."""
+    batch = Batch(shape, dtype, setting)
+    leaf = batch.logits.requires_grad_()
+
+    def backward(function):
+        results = function(leaf, batch.tokens)
+        return lambda: torch.autograd.grad(results, leaf, batch.grads, retain_graph=True)
+
+    op = backward(batch.op)
+
+    def check():
+        (gradient,) = op()
+        rows = []
+        for dtype in (leaf.dtype, torch.float64):
+            logits = checked(leaf.detach()).to(dtype).requires_grad_()
+            results = reference.token_logprobs_and_entropy(logits, checked(batch.tokens))
+            upstream = [checked(grad).to(results[0].dtype) for grad in batch.grads]
+            rows += torch.autograd.grad(results, logits, upstream)
+        check_accuracy("gradient", checked(gradient), *rows)
 
     return Contest(
-        op=lambda: token_logprobs_and_entropy(logits, tokens),
-        baselines={name: lambda f=f: f(logits, tokens) for name, f in functions.items()},
-        copied=logits,
-        moved_bytes=logits.nbytes,
+        op=op,
+        baselines={name: backward(f) for name, f in batch.others.items() if name == "trl"},
+        copied=leaf,
+        moved_bytes=2 * leaf.nbytes,
         check=check,
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES, ids=str)
 def test_token_logprobs_and_entropy(measure, shape, dtype):
     measure("token_logprobs_and_entropy", make_logprobs, shape, dtype)
 
 
-def test_smallest_call(benchmark, device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_logprobs_and_entropy_backward(measure, shape, dtype):
+    measure("token_logprobs_and_entropy backward", make_logprobs_backward, shape, dtype)
+
+
+def test_smallest_call(benchmark, setting):
     """Two logits: all that is measured is the way there and back, with autograd's bookkeeping."""
-    logits = torch.tensor([[0.0, 1.0]], device=device, requires_grad=True)
-    tokens = torch.tensor([1], device=device)
-    logprobs = token_logprobs(logits, tokens)
+    logits = torch.tensor([[0.0, 1.0]], device=setting.device, requires_grad=True)
+    tokens = torch.tensor([1], device=setting.device)
+    logprobs = token_logprobs(logits, tokens, backend=setting.backend)
     expected = torch.log_softmax(logits, -1)[:, 1]
     torch.testing.assert_close(logprobs, expected)
     benchmark.extra_info |= {"op": "token_logprobs", "shape": [1, 2], "dtype": "float32"}
-    benchmark(token_logprobs, logits, tokens)
+    benchmark(token_logprobs, logits, tokens, backend=setting.backend)

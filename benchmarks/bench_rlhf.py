@@ -1,4 +1,7 @@
-"""One iteration of PPO on a small model: responses, rewards, advantages, update."""
+"""One iteration of PPO on a small model: responses, rewards, advantages, update.
+
+On a GPU in bf16, with the backend that `auto` takes there.
+"""
 
 import random
 
@@ -17,7 +20,7 @@ ROUNDS = 3
 
 
 @pytest.fixture
-def trainer(tmp_path):
+def trainer(tmp_path, setting):
     """Four models of the demo's size, untrained: most responses then have the full length."""
     policy_path, reward_path = tmp_path / "policy", tmp_path / "reward"
     rng = random.Random(0)
@@ -35,6 +38,7 @@ def trainer(tmp_path):
             dataset_name="",
             output_dir="",
             response_length=72,
+            bf16=setting.name != "cpu",
             per_device_train_batch_size=NUM_RESPONSES // 2,
             num_mini_batches=2,
             num_ppo_epochs=2,
@@ -57,6 +61,6 @@ def test_ppo_iteration(benchmark, trainer):
     benchmark.extra_info |= {
         "op": "PPO iteration",
         "shape": [NUM_RESPONSES, config.response_length],
-        "dtype": "float32",
+        "dtype": "bfloat16" if config.bf16 else "float32",
         "tokens_per_second": num_tokens / benchmark.stats.stats.median,
     }

@@ -5,6 +5,10 @@ dtype. It says on any machine how far the limit is: to read the logits once take
 to read and write them about 1.0 (on a CPU somewhat less in place: a copy also has to fetch the
 cache lines that it overwrites). Memory is what a call holds at its peak beyond its inputs, divided
 by the bytes of its logits.
+
+On a GPU times are the device's, from a cold L2, and what a call costs the host is told apart. A
+rehearsal runs what a GPU would run on a CPU, with tiny tensors: kernels in Triton's interpreter,
+the host's clock instead of the device's. Its figures mean nothing.
 """
 
 import ctypes
@@ -19,19 +23,44 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Tokens and vocabulary: those that the goals name, and further vocabularies of real models.
-SHAPES = [(512, 32000), (256, 128256)]
-MORE_SHAPES = [(256, 50257), (64, 151936)]
+VOCABULARIES = (32000, 50257, 128256, 151936)
+# (tokens, vocabulary) by setting, the most telling first: a run may be cut short.
+SIZES = {
+    "cpu": [(512, 32000), (256, 128256), (256, 50257), (64, 151936)],
+    "cuda": [(tokens, V) for tokens in (8192, 65537, 133, 1) for V in VOCABULARIES],
+    "rehearsal": [(3, 67), (1, 1032)],
+}
+# (rows, length) of rewards.
+GAE_SIZES = {
+    "cpu": [(512, 2048), (16, 131072)],
+    "cuda": [(8192, 2048), (16, 131072), (512, 2048)],
+    "rehearsal": [(3, 70)],
+}
+# torch.compile takes seconds to minutes for each size, so it takes part in few.
+COMPILED = [(512, 32000), (256, 128256), (8192, 32000), (8192, 128256), (3, 67)]
+# Plain PyTorch needs up to ten times the logits in memory.
+MOST_EAGER_TOKENS = 8192
 DTYPES = [torch.float32, torch.bfloat16]
-# Rows of the timed call whose results are checked.
-CHECKED_ROWS = [0, 1, -2, -1]
-ROUNDS = 31
+# A GPU repeats itself, and is lent for minutes.
+ROUNDS = {"cpu": 31, "cuda": 15, "rehearsal": 3}
 # A slow baseline takes part in as many rounds as fit into this, at least one.
-SECONDS_PER_BASELINE = 1.0
+SECONDS_PER_BASELINE = {"cpu": 1.0, "cuda": 0.3, "rehearsal": 0.1}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a run measures, `name` being "cpu", "cuda" or "rehearsal", with which backend, and
+    whether peers take part."""
+
+    name: str
+    device: torch.device
+    backend: str
+    peers: bool
 
 
 @dataclass(frozen=True)
@@ -51,37 +80,93 @@ class Contest:
     reset: Callable[[], None] = lambda: None
 
 
-def check_accuracy(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
+def checked(x: Tensor) -> Tensor:
+    """The rows of the timed call whose results are checked: the first two and the last two."""
+    return torch.cat([x[:2], x[2:][-2:]])
+
+
+def check_accuracy(
+    name: str, got: Tensor, eager: Tensor, truth: Tensor, scale: float = 0.0
+) -> None:
     """Raises AssertionError unless `got` errs at most twice as much as `eager` against the fp64
-    `truth`, give or take two roundings of the largest value."""
-    slack = 2 * torch.finfo(got.dtype).eps * truth.abs().max().item()
+    `truth`, give or take four roundings of the largest value, or of `scale`, the size of terms that
+    cancel in it."""
+    slack = 4 * torch.finfo(got.dtype).eps * max(scale, truth.abs().max().item())
     error, eager_error = ((x.double() - truth).abs().max().item() for x in (got, eager))
     if not error <= 2 * eager_error + slack:
         raise AssertionError(f"{name}: error {error:.3g}, eager PyTorch's is {eager_error:.3g}")
 
 
+class Times(NamedTuple):
+    """Seconds that a call takes, for how many of them the caller waits, and whether the device
+    waited for the host, so that the former hold some of the latter."""
+
+    seconds: float
+    call: float
+    host_bound: bool
+
+
 class Clock:
-    """Seconds of one call: wall time on the CPU; on a GPU between two events, from a cold L2."""
+    """Wall time of one call."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-            self.flushed = torch.empty(4 * l2_bytes, dtype=torch.uint8, device=device)
-
-    def __call__(self, function: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            function()
-            return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The flush also gives the host time to queue the call: launch latency is not measured.
-        self.flushed.zero_()
-        start.record()
+    def __call__(self, function: Callable[[], object]) -> Times:
+        start = time.perf_counter()
         function()
+        seconds = time.perf_counter() - start
+        return Times(seconds, seconds, host_bound=True)
+
+
+class GpuClock:
+    """Time on the device between two events around one call, from a cold L2; it holds the events'
+    own microsecond or two.
+
+    `make_event` makes events such as `torch.cuda.Event`.
+    """
+
+    # While the L2 is flushed this often the host has time to queue the call.
+    FLUSHES = 16
+
+    def __init__(self, device: torch.device, l2_bytes: int, make_event: Callable[[], object]):
+        self.flushed = torch.empty(4 * l2_bytes, dtype=torch.uint8, device=device)
+        self.make_event = make_event
+
+    def __call__(self, function: Callable[[], object]) -> Times:
+        start, end = self.make_event(), self.make_event()
+        for _ in range(self.FLUSHES):
+            self.flushed.zero_()
+        start.record()
+        called = time.perf_counter()
+        function()
+        returned = time.perf_counter()
+        host_bound = start.query()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return Times(start.elapsed_time(end) * 1e-3, returned - called, host_bound)
+
+
+class HostEvent:
+    """Stands for a `torch.cuda.Event` in a rehearsal."""
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        return (end.time - self.time) * 1e3
+
+
+def make_clock(setting: Setting) -> Clock | GpuClock:
+    if setting.name == "cpu":
+        return Clock()
+    if setting.name == "rehearsal":
+        return GpuClock(setting.device, 1024, HostEvent)
+    l2_bytes = torch.cuda.get_device_properties(setting.device).L2_cache_size
+    return GpuClock(setting.device, l2_bytes, lambda: torch.cuda.Event(enable_timing=True))
 
 
 class Rounds:
@@ -92,9 +177,11 @@ class Rounds:
     `run_op` the other: `benchmark.pedantic(rounds.run_op, setup=rounds.prepare)`.
     """
 
-    def __init__(self, contest: Contest, clock: Clock):
-        self.contest, self.clock = contest, clock
-        self.source = contest.copied.detach().clone()
+    def __init__(self, contest: Contest, clock: Clock | GpuClock, setting: Setting):
+        self.contest, self.clock, self.setting = contest, clock, setting
+        # What the op reads must not be in a CPU's cache; a GPU has no room for a third tensor.
+        flushes = isinstance(clock, GpuClock)
+        self.source = contest.copied.detach() if flushes else contest.copied.detach().clone()
         self.target = torch.empty_like(self.source)
         self.times = defaultdict(list)
         for function in (contest.op, *contest.baselines.values()):
@@ -106,21 +193,27 @@ class Rounds:
         self.target.copy_(self.source)
 
     def prepare(self) -> None:
-        self.contest.reset()
         rounds = len(self.times["op"])
+        share = SECONDS_PER_BASELINE[self.setting.name] * rounds / ROUNDS[self.setting.name]
         for name, function in self.contest.baselines.items():
-            share = SECONDS_PER_BASELINE * rounds / ROUNDS
-            if rounds == 0 or sum(self.times[name]) < share:
+            if rounds == 0 or sum(times.seconds for times in self.times[name]) < share:
+                self.contest.reset()
                 self.times["copy"].append(self.clock(self.copy))
                 self.times[name].append(self.clock(function))
+        self.contest.reset()
         self.times["copy"].append(self.clock(self.copy))
 
     def run_op(self) -> None:
         self.times["op"].append(self.clock(self.contest.op))
 
     def figures(self) -> dict[str, float]:
-        """Medians: `copies`, `times_<baseline>` (how often faster) and GB/s of op and copy."""
-        median = {name: statistics.median(times) for name, times in self.times.items()}
+        """Medians: `copies`, `times_<baseline>` (how often faster) and GB/s of op and copy; on a
+        GPU also microseconds on the device, microseconds until the call returns, and in which share
+        of the rounds the device waited for the host."""
+        median = {
+            name: statistics.median(each.seconds for each in times)
+            for name, times in self.times.items()
+        }
         copied_bytes = 2 * self.source.numel() * self.source.element_size()
         figures = {
             "copies": median["op"] / median["copy"],
@@ -129,6 +222,10 @@ class Rounds:
         }
         for name in self.contest.baselines:
             figures[f"times_{name}"] = median[name] / median["op"]
+        if isinstance(self.clock, GpuClock):
+            figures["device_us"] = median["op"] * 1e6
+            figures["call_us"] = statistics.median(each.call for each in self.times["op"]) * 1e6
+            figures["host_bound"] = statistics.mean(each.host_bound for each in self.times["op"])
         return figures
 
 
@@ -151,13 +248,12 @@ def _peak_bytes_cuda(function: Callable[[], object], device: torch.device) -> in
     return peak
 
 
-def extra_memory(make_contest: Callable[..., Contest], *arguments) -> dict[str, float]:
+def extra_memory(contest: Contest) -> dict[str, float]:
     """Peak bytes of the op and of eager PyTorch beyond their inputs, divided by those of `copied`.
 
-    Runs in the process that `memory_process` makes: a profiler of PyTorch's allocator would not see
-    what C++ allocates for itself.
+    On a CPU it must run in the process that `memory_process` makes: a profiler of PyTorch's
+    allocator would not see what C++ allocates for itself.
     """
-    contest = make_contest(*arguments)
     device, size = contest.copied.device, contest.copied.numel() * contest.copied.element_size()
     functions = {"memory": contest.op}
     if "eager" in contest.baselines:
@@ -172,6 +268,11 @@ def extra_memory(make_contest: Callable[..., Contest], *arguments) -> dict[str, 
         else:
             ratios[name] = _peak_bytes_cpu(function) / size
     return ratios
+
+
+def extra_memory_of(make_contest: Callable[..., Contest], *arguments) -> dict[str, float]:
+    """`extra_memory` of a contest that is made here: tensors do not travel between processes."""
+    return extra_memory(make_contest(*arguments))
 
 
 def memory_process(folder: Path) -> ProcessPoolExecutor:

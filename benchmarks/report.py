@@ -1,10 +1,12 @@
-"""`python -m benchmarks.report FILE`: the table of a `pytest benchmarks --benchmark-json=FILE`.
+"""`python -m benchmarks.report FILE`: the table of a `pytest benchmarks --benchmark-json=FILE`, or
+of a `--results FILE`.
 
 Beside a figure that has a goal stands the goal, and whether it is reached. Plots are written beside
 the file. Without FILE: every file in benchmarks/results.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -30,15 +32,18 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "milliseconds": Column("ms", "{:,.3f}", True),
+    "milliseconds": Column("ms", "{:,.4f}", True),
     "copies": Column("copies", "{:.2f}", True),
     "times_eager": Column("× eager", "{:.1f}", False),
     "times_compile": Column("× compile", "{:.1f}", False),
-    "times_trl": Column("× TRL", "{:.1f}", False),
+    "times_trl": Column("× TRL", "{:.2f}", False),
+    "times_liger": Column("× Liger", "{:.2f}", False),
     "memory": Column("extra memory", "{:.5f}", True),
     "memory_eager": Column("of eager", "{:.2f}", True),
     "gb_per_s": Column("GB/s", "{:.1f}", False),
     "copy_gb_per_s": Column("of copy", "{:.1f}", False),
+    "bandwidth_share": Column("share", "{:.0%}", False),
+    "call_us": Column("call µs", "{:,.1f}", True),
     "tokens_per_second": Column("tokens/s", "{:,.0f}", False),
 }
 
@@ -46,8 +51,11 @@ OPS = (
     "ppo_loss_",
     "ppo_loss",
     "token_logprobs_and_entropy",
+    "token_logprobs_and_entropy backward",
     "kl_divergence",
+    "kl_divergence backward",
     "gae",
+    "gae_packed",
     "token_logprobs",
     "PPO iteration",
 )
@@ -69,10 +77,21 @@ for shape in ((512, 32000), (256, 128256)):
         ("token_logprobs_and_entropy", shape): {"copies": 1.2},
         ("kl_divergence", shape): {"copies": 1.6},
     }
+# The same on a GPU that can be filled.
+GPU_GOALS = {("gae", shape): {"copies": 1.3} for shape in ((8192, 2048), (16, 131072))}
+for shape in itertools.product((8192, 65537), (32000, 50257, 128256, 151936)):
+    GPU_GOALS |= {
+        ("ppo_loss_", shape): {"copies": 1.25, "memory": 0.001},
+        ("ppo_loss", shape): {"copies": 1.65},
+        ("token_logprobs_and_entropy", shape): {"copies": 0.58},
+        ("kl_divergence", shape): {"copies": 1.15},
+    }
 CAPTION = (
     "copies: time / time of copying as many logits (gae: inputs) in the same run; "
-    "× eager, × compile: times faster; "
-    "extra memory: peak bytes beyond the inputs / bytes of the logits (gae: inputs)"
+    "× eager, × compile, × TRL, × Liger: times faster; "
+    "extra memory: peak bytes beyond the inputs / bytes of the logits (gae: inputs); "
+    "ms: on a GPU the device's, and call µs until the call returns to the host; "
+    "share: of the copy's GB/s"
 )
 PLOTTED = ("copies", "times_eager", "times_compile")
 
@@ -85,33 +104,40 @@ class Figures(NamedTuple):
     dtype: str
     values: dict[str, float]
     why_no_memory: str | None
+    goals: dict[str, float]
 
     @property
     def size(self) -> str:
         dtype = {"float32": "fp32", "bfloat16": "bf16"}[self.dtype]
         return " × ".join(f"{n:,}" for n in self.shape) + f" {dtype}"
 
-    @property
-    def goals(self) -> dict[str, float]:
-        return GOALS.get((self.op, self.shape), {})
-
     def reaches(self, name: str) -> bool:
         value, goal = self.values[name], self.goals[name]
         return value <= goal if COLUMNS[name].low_is_good else value >= goal
 
 
-def read(path: Path) -> tuple[dict, list[Figures]]:
-    """The machine, and the figures of each benchmark in the order of OPS."""
+def read(path: Path) -> tuple[dict, list[Figures], list[str]]:
+    """The machine, the figures of each benchmark in the order of OPS, and what was left out."""
     run = json.loads(path.read_text(encoding="utf-8"))
-    figures = []
+    figures, goals = [], GOALS if run["machine_info"]["gpu"] is None else GPU_GOALS
     for benchmark in run["benchmarks"]:
         info = benchmark["extra_info"]
         values = {"milliseconds": benchmark["stats"]["median"] * 1e3}
         values |= {name: info[name] for name in COLUMNS if name in info}
-        what = info["op"], tuple(info["shape"]), info["dtype"]
-        figures.append(Figures(*what, values, info.get("memory_not_measured")))
+        if "call_us" in values:
+            values["bandwidth_share"] = values["gb_per_s"] / values["copy_gb_per_s"]
+        op, shape = info["op"], tuple(info["shape"])
+        why_no_memory = info.get("memory_not_measured")
+        figures.append(
+            Figures(op, shape, info["dtype"], values, why_no_memory, goals.get((op, shape), {}))
+        )
     figures.sort(key=lambda f: OPS.index(f.op))
-    return run["machine_info"], figures
+    left_out = [f"{each['name']}: {each['reason']}" for each in run.get("left_out", [])]
+    for benchmark in run["benchmarks"]:
+        if "peers_failed" in benchmark["extra_info"]:
+            reason = benchmark["extra_info"]["peers_failed"]
+            left_out.append(f"peers of {benchmark['name']}: {reason}")
+    return run["machine_info"], figures, left_out
 
 
 def cell(figures: Figures, name: str) -> Text:
@@ -157,8 +183,9 @@ def summary(all_figures: list[Figures]) -> str:
 
 def plot(all_figures: list[Figures], path: Path) -> None:
     """Bars of the plotted figures, with the goals as ticks across them."""
-    fig, axes = plt.subplots(1, len(PLOTTED), figsize=(16, 8), sharey=True, layout="constrained")
     measured = [f for f in all_figures if "copies" in f.values]
+    size = 16, max(8, 0.25 * len(measured))
+    fig, axes = plt.subplots(1, len(PLOTTED), figsize=size, sharey=True, layout="constrained")
     for ax, name in zip(axes, PLOTTED, strict=True):
         for row, figures in enumerate(measured):
             if name not in figures.values:
@@ -181,13 +208,15 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="written by --benchmark-json")
     console = Console()
     if not console.is_terminal:
-        console = Console(width=180)
+        console = Console(width=240)
     files = parser.parse_args().files or sorted(RESULTS.glob("*.json"))
     if not files:
         parser.error(f"no file given and none in {RESULTS}: run pytest benchmarks first")
     for path in files:
-        machine, all_figures = read(path)
+        machine, all_figures, left_out = read(path)
         console.print(table(machine, all_figures))
+        for line in left_out:
+            console.print(f"left out: {line}", markup=False)
         console.print(summary(all_figures))
         picture = path.with_suffix(".png")
         plot(all_figures, picture)

@@ -2,7 +2,12 @@
 
 from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed
 from ppo_kernels.kl import kl_divergence, kl_estimate
-from ppo_kernels.logprobs import LogprobsAndEntropy, token_logprobs, token_logprobs_and_entropy
+from ppo_kernels.logprobs import (
+    LogprobsAndEntropy,
+    check_logprobs,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
 from ppo_kernels.masked import masked_mean, masked_whiten
 from ppo_kernels.ppo_loss import (
     PolicyLoss,
@@ -22,6 +27,7 @@ __all__ = [
     "PPOLoss",
     "PolicyLoss",
     "ValueLoss",
+    "check_logprobs",
     "clipped_policy_loss",
     "gae",
     "gae_packed",

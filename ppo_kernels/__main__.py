@@ -1,5 +1,6 @@
 """`python -m ppo_kernels`: versions, backends, and why one is missing."""
 
+import importlib.metadata
 import platform
 
 import torch
@@ -7,10 +8,18 @@ import torch
 from ppo_kernels import __version__, dispatch
 
 
+def _triton_version():
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def report():
     lines = [
         f"ppo_kernels {__version__}",
         f"torch       {torch.__version__}",
+        f"triton      {_triton_version()}",
         f"python      {platform.python_version()} on {platform.machine()}",
         f"threads     {torch.get_num_threads()}",
     ]

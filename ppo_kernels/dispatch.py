@@ -2,18 +2,23 @@
 
 import importlib
 import math
+import os
 import warnings
 
 import torch
 
 from ppo_kernels import schemas
 
-BACKENDS = ("reference", "native")
+BACKENDS = ("reference", "native", "triton")
 
 # In this order, by device type; where a device is not listed only `reference` runs.
 # cpu: benchmarks/results/ has the ops that sweep a vocabulary or time; those of a few numbers per
 # token are not measured there, and on millions of tokens plain PyTorch can be ahead.
-AUTO = {"cpu": ("native", "reference")}
+# cuda (NVIDIA and AMD): not measured yet; what the kernels read and write speaks for them.
+AUTO = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+
+# Triton's own switch: its kernels then run on the CPU too, slowly, to be tested.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _load_native():
@@ -22,19 +27,38 @@ def _load_native():
         importlib.import_module("ppo_kernels._C")
     except ImportError as error:
         reason = f"the C++ extension ppo_kernels._C is not built or does not load: {error}"
-        warnings.warn(
-            f"ppo_kernels: no native backend, ops run on plain PyTorch, many times slower on the "
-            f"CPU ({reason})",
-            stacklevel=1,
-        )
+        _warn("native", "CPU", reason)
+        return reason
+    return None
+
+
+def _warn(backend, device, reason):
+    warnings.warn(
+        f"ppo_kernels: no {backend} backend, ops run on plain PyTorch, many times slower on the "
+        f"{device} ({reason})",
+        stacklevel=2,
+    )
+
+
+def _load_triton():
+    """Load `_triton`, which registers its kernels. Returns the reason when it cannot be loaded."""
+    if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
+        return "this PyTorch is built without CUDA and ROCm"
+    try:
+        importlib.import_module("ppo_kernels._triton")
+    except ImportError as error:
+        reason = f"Triton is not installed or does not load: {error}"
+        if torch.cuda.is_available():
+            _warn("triton", "GPU", reason)
         return reason
     return None
 
 
 schemas.define("native")
+schemas.define("triton")
 # At import, not at the first call, so that torch.compile traces no import.
-_MISSING = {"reference": None, "native": _load_native()}
-_DEVICES = {"native": ("cpu",)}
+_MISSING = {"reference": None, "native": _load_native(), "triton": _load_triton()}
+_DEVICES = {"native": ("cpu",), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",)}
 
 
 def why_not(backend, device_type):
@@ -60,7 +84,7 @@ def resolve(backend, x):
                 return name
         return "reference"
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be auto, {' or '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reason = why_not(backend, device_type)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")

@@ -51,7 +51,7 @@ def gae(
         gamma, lam: discount γ and decay λ, in [0, 1].
         dones: (B, T) bool, True where a trajectory ends with this token.
         bootstrap_values: (B,) value after the last counted token of a row; 0 when None.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         AdvantagesAndReturns of (B, T).
@@ -107,7 +107,7 @@ def gae_packed(
         mask, dones: (N,) bool.
         gamma, lam: in [0, 1].
         bootstrap_values: (B,) value after the last counted token; 0 when None.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         AdvantagesAndReturns of (N,).

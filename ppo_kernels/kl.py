@@ -38,7 +38,7 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
         logits: (..., V) fp32, bf16, fp16 or fp64.
         ref_logits: the same shape, dtype and device; a constant: no gradient flows into it.
         temperature: τ > 0, divides both.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         (...) fp32 (fp64 for fp64 logits), differentiable in `logits` under any upstream gradient.
@@ -83,7 +83,7 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator, backend="auto"):
     Args:
         logprobs, ref_logprobs: (...) in nats, the same shape and device.
         estimator: "k1", "k2", "k3" or "abs"; see the module for the formulas.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         (...) fp32 (fp64 for fp64 input), differentiable in both.

@@ -50,15 +50,15 @@ def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.
         tokens: (...) int64 or int32 ids in [0, V); logits at a position score the token there.
         temperature: > 0.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         (...) log-probabilities in nats, fp32 (fp64 for fp64 logits), differentiable in `logits`.
         A token whose logit is -inf has log-probability -inf.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, device or range (ids included, on
-            the CPU); the message names it.
+        TypeError, ValueError: an argument of wrong type, shape, device or range; the message names
+            it. Ids are looked at on the CPU only, see `check_logprobs`.
     """
     checks.logits_and_tokens(logits, tokens)
     checks.number("temperature", temperature, above=0)
@@ -84,3 +84,26 @@ def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto
             *reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
         )
     return LogprobsAndEntropy(*_TokenLogprobs.apply(logits, tokens, scalars(temperature), backend))
+
+
+def check_logprobs(logprobs, tokens, mask=None):
+    """Look whether every token that counts has a finite log-probability, and wait for the answer.
+
+    On a GPU the ops never wait for the device, so they cannot raise for what a tensor holds: a
+    token outside [0, V) has log-probability NaN there, one whose logit is -inf has -inf, and
+    `ppo_loss` and `ppo_loss_` give a NaN loss for either. This names the first of them.
+
+    Args:
+        logprobs: (...) as an op gave them.
+        tokens: (...) ids that were scored.
+        mask: (...) bool, True = counts; None counts all.
+
+    Raises:
+        ValueError: naming the token, its place and its log-probability.
+        TypeError: an argument of wrong type.
+    """
+    checks.floating("logprobs", logprobs)
+    checks.integer("tokens", tokens)
+    checks.same("tokens", tokens, "logprobs", logprobs.shape, logprobs.device)
+    checks.boolean("mask", mask, "logprobs", logprobs)
+    reference.check_logprobs(logprobs, tokens, mask)

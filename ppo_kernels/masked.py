@@ -36,7 +36,7 @@ def masked_mean(x, mask=None, denominator=None, *, backend="auto"):
         mask: (...) bool, True = counts; None counts all.
         denominator: number or one-element tensor to divide by, at least 0; default the mask's
             sum. 0 counts as 1, so that an empty mask gives 0.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         Scalar, fp32 (fp64 for fp64 input), differentiable in `x`.
@@ -62,7 +62,7 @@ def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):
         eps: added to the variance, at least 0.
         group: a `torch.distributed` process group over whose ranks the moments are taken (runs on
             `reference`).
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         (...) fp32 (fp64 for fp64 input).

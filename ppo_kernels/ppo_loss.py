@@ -215,14 +215,15 @@ def ppo_loss(
         temperature: > 0, divides the logits.
         denominator: number or one-element tensor, the count to divide by (for gradient
             accumulation or data parallelism the global one); default the mask's sum. 0 counts as 1.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         PPOLoss; `loss` is differentiable in `logits`, with gradient 0 in rows that do not count.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; on the CPU also a
-            counted token whose log-probability is -inf or NaN. The message names it.
+            counted token whose log-probability is -inf or NaN. The message names it. On a GPU
+            `loss` is NaN then; see `check_logprobs`.
     """
     arguments = _checked(
         logits,

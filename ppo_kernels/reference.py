@@ -38,13 +38,19 @@ def _refuse_out_of_range(tokens, vocabulary):
 
 def _refuse_impossible(logprobs, tokens):
     if _value_checks_run(tokens):
-        bad = ~logprobs.isfinite()
-        if bad.any():
-            where = _first(bad)
-            raise ValueError(
-                f"tokens must have finite log-probability, got {logprobs[where]} for token "
-                f"{tokens[where]} at {list(where)}: mask it out or mend its logits"
-            )
+        check_logprobs(logprobs, tokens)
+
+
+def check_logprobs(logprobs, tokens, mask=None):
+    bad = ~logprobs.isfinite()
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        where = _first(bad)
+        raise ValueError(
+            f"tokens must have finite log-probability, got {logprobs[where]} for token "
+            f"{tokens[where]} at {list(where)}: mask it out or mend its logits (or its id)"
+        )
 
 
 def _first(bad):

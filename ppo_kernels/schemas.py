@@ -8,7 +8,7 @@ Per-token results are fp32, or fp64 for fp64 inputs.
 
 import torch
 
-NAMESPACE = {"native": "ppo_kernels_native"}
+NAMESPACE = {"native": "ppo_kernels_native", "triton": "ppo_kernels_triton"}
 
 _libraries = []
 

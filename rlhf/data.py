@@ -2,12 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from datasets import Dataset, load_from_disk
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,26 +21,38 @@ class Text(NamedTuple):
     start: int
 
 
-def load_rows(path: str) -> Dataset:
-    """A .jsonl file (one object a line), a .json file (a list of objects), or a saved data set."""
+def load_columns(path: str) -> dict[str, Sequence]:
+    """The columns, by name, of a .jsonl file (one object a line), a .json file (a list of objects)
+    or a saved data set. A key that a row lacks is None there; keys that the first lacks are left
+    out."""
     source = Path(path)
     if source.is_dir():
-        try:
-            dataset = load_from_disk(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a saved data set: {error}") from error
-        if not isinstance(dataset, Dataset):
-            raise UserError(f"{path} holds the splits {list(dataset)}: name the folder of one")
+        columns = _open_saved(path)
     elif source.is_file():
-        dataset = _read_json(source)
+        columns = _read_json(source)
     else:
         raise UserError(f"data file {path} does not exist: give a .jsonl file")
-    if len(dataset) == 0:
+    if not columns or len(next(iter(columns.values()))) == 0:
         raise UserError(f"data set {path} is empty: it must have at least one row")
-    return dataset
+    return columns
 
 
-def _read_json(source: Path) -> Dataset:
+def _open_saved(path: str) -> dict[str, Sequence]:
+    try:
+        # Here, because JSON needs no such package.
+        from datasets import Dataset, load_from_disk
+    except ImportError as error:
+        raise UserError(f"{path} is a folder, to read it pip install datasets: {error}") from error
+    try:
+        dataset = load_from_disk(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a saved data set: {error}") from error
+    if not isinstance(dataset, Dataset):
+        raise UserError(f"{path} holds the splits {list(dataset)}: name the folder of one")
+    return {name: dataset[name] for name in dataset.column_names}
+
+
+def _read_json(source: Path) -> dict[str, list]:
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -56,10 +67,7 @@ def _read_json(source: Path) -> Dataset:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{source}, row {number}: must be an object, got {row!r:.60}")
-    try:
-        return Dataset.from_list(rows)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{source}: a column holds values that do not fit: {error}") from error
+    return {name: [row.get(name) for row in rows] for name in rows[0]} if rows else {}
 
 
 def _parse(source: Path, first_line: int, text: str):
@@ -72,8 +80,8 @@ def _parse(source: Path, first_line: int, text: str):
         raise UserError(f"{source}, line {first_line}: JSON nested too deeply") from error
 
 
-def _column(dataset: Dataset, path: str, name: str, kind: type = str) -> list:
-    values = dataset[name][:]
+def _column(columns: dict[str, Sequence], path: str, name: str, kind: type = str) -> list:
+    values = list(columns[name])
     for number, value in enumerate(values, 1):
         if not isinstance(value, kind):
             raise UserError(
@@ -82,8 +90,8 @@ def _column(dataset: Dataset, path: str, name: str, kind: type = str) -> list:
     return values
 
 
-def _missing_columns(dataset: Dataset, path: str, wanted: str) -> UserError:
-    return UserError(f"{path} must have the columns {wanted}, it has {dataset.column_names}")
+def _missing_columns(columns: dict[str, Sequence], path: str, wanted: str) -> UserError:
+    return UserError(f"{path} must have the columns {wanted}, it has {list(columns)}")
 
 
 def tokenize_prompts(
@@ -105,21 +113,20 @@ def _without_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int
 def load_texts(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Text]:
     """SFT data: `text`, learnt whole, or `prompt` + `completion`, of which the latter is learnt.
     EOS is appended."""
-    dataset = load_rows(path)
-    columns = dataset.column_names
+    columns = load_columns(path)
     eos = [tokenizer.eos_token_id]
-    if {"prompt", "completion"} <= set(columns):
-        prompts = tokenize_prompts(tokenizer, _column(dataset, path, "prompt"), max_length)
-        completions = tokenizer(_column(dataset, path, "completion"), add_special_tokens=False)
+    if {"prompt", "completion"} <= columns.keys():
+        prompts = tokenize_prompts(tokenizer, _column(columns, path, "prompt"), max_length)
+        completions = tokenizer(_column(columns, path, "completion"), add_special_tokens=False)
         texts = [
             Text((prompt + completion + eos)[:max_length], len(prompt))
             for prompt, completion in zip(prompts, completions.input_ids, strict=True)
         ]
     elif "text" in columns:
-        ids = tokenizer(_column(dataset, path, "text")).input_ids
+        ids = tokenizer(_column(columns, path, "text")).input_ids
         texts = [Text((_without_eos(tokenizer, row) + eos)[:max_length], 1) for row in ids]
     else:
-        raise _missing_columns(dataset, path, "text, or prompt and completion")
+        raise _missing_columns(columns, path, "text, or prompt and completion")
     texts = [text for text in texts if len(text.ids) > text.start]
     if not texts:
         raise UserError(f"{path}: no text leaves anything to learn within max_length {max_length}")
@@ -134,21 +141,20 @@ def load_rankings(
     Columns `prompt` and `ranking` (a list of answers, best first), or `prompt`, `chosen`,
     `rejected`. A sequence longer than `max_length` keeps its last tokens.
     """
-    dataset = load_rows(path)
-    columns = set(dataset.column_names)
-    if {"prompt", "ranking"} <= columns:
-        rankings = _column(dataset, path, "ranking", list)
-    elif {"prompt", "chosen", "rejected"} <= columns:
-        chosen, rejected = (_column(dataset, path, name) for name in ("chosen", "rejected"))
+    columns = load_columns(path)
+    if {"prompt", "ranking"} <= columns.keys():
+        rankings = _column(columns, path, "ranking", list)
+    elif {"prompt", "chosen", "rejected"} <= columns.keys():
+        chosen, rejected = (_column(columns, path, name) for name in ("chosen", "rejected"))
         rankings = [list(pair) for pair in zip(chosen, rejected, strict=True)]
     else:
-        raise _missing_columns(dataset, path, "prompt and ranking, or prompt, chosen, rejected")
+        raise _missing_columns(columns, path, "prompt and ranking, or prompt, chosen, rejected")
     for number, ranking in enumerate(rankings, 1):
         if len(ranking) < 2 or not all(isinstance(answer, str) for answer in ranking):
             raise UserError(
                 f"{path}, row {number}: ranking must hold at least 2 strings, got {ranking!r:.60}"
             )
-    prompts = tokenize_prompts(tokenizer, _column(dataset, path, "prompt"), max_length)
+    prompts = tokenize_prompts(tokenizer, _column(columns, path, "prompt"), max_length)
     answers = tokenizer(
         [answer for ranking in rankings for answer in ranking], add_special_tokens=False
     ).input_ids
@@ -162,10 +168,10 @@ def load_rankings(
 
 def load_prompts(path: str) -> list[str]:
     """PPO data: the column `prompt`."""
-    dataset = load_rows(path)
-    if "prompt" not in dataset.column_names:
-        raise _missing_columns(dataset, path, "prompt")
-    return _column(dataset, path, "prompt")
+    columns = load_columns(path)
+    if "prompt" not in columns:
+        raise _missing_columns(columns, path, "prompt")
+    return _column(columns, path, "prompt")
 
 
 def pad(rows: list[list[int]], pad_token_id: int, side: str = "right") -> tuple[Tensor, Tensor]:

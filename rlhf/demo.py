@@ -87,7 +87,7 @@ class Stopwatch:
         self.seconds[name] = round(time.perf_counter() - start, 1)
 
 
-def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
+def run_reviews(output_dir: Path, seed: int, bf16: bool, sizes: ReviewsSizes) -> dict:
     """SFT, reward model and PPO on the built-in reviews; returns the summary.
 
     The preferences are labellers' rankings of the SFT model's own answers. The gold score, which
@@ -129,6 +129,7 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
                 warmup_ratio=0.1,
                 lr_scheduler_type="cosine",
                 seed=seed,
+                bf16=bf16,
                 logging_steps=50,
             )
         )
@@ -142,6 +143,7 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
         response_length=sizes.response_length,
         missing_eos_penalty=1.0,
         seed=seed,
+        bf16=bf16,
         **PPO_SETTINGS,
     )
     with timed("labelling"):
@@ -170,6 +172,7 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
                 warmup_ratio=0.05,
                 lr_scheduler_type="cosine",
                 seed=seed,
+                bf16=bf16,
                 logging_steps=50,
             )
         )
@@ -192,7 +195,11 @@ def run_reviews(output_dir: Path, seed: int, sizes: ReviewsSizes) -> dict:
 
 
 def run_labelled(
-    examples: list[labelled.Example], output_dir: Path, seed: int, sizes: LabelledSizes
+    examples: list[labelled.Example],
+    output_dir: Path,
+    seed: int,
+    bf16: bool,
+    sizes: LabelledSizes,
 ) -> dict:
     """SFT, reward model and PPO on labelled texts; returns the summary.
 
@@ -239,6 +246,7 @@ def run_labelled(
                 lr_scheduler_type="cosine",
                 weight_decay=0.1,
                 seed=seed,
+                bf16=bf16,
                 logging_steps=50,
             )
         )
@@ -258,6 +266,7 @@ def run_labelled(
                 warmup_ratio=0.1,
                 weight_decay=0.1,
                 seed=seed,
+                bf16=bf16,
                 logging_steps=50,
             )
         )
@@ -271,6 +280,7 @@ def run_labelled(
         min_response_length=sizes.min_response_length,
         sample_response_length=True,
         seed=seed,
+        bf16=bf16,
         **PPO_SETTINGS,
     )
     with timed("ppo"):
@@ -303,12 +313,13 @@ def run_demo(
     sizes: ReviewsSizes | LabelledSizes,
     *,
     data: Path | None = None,
+    bf16: bool = False,
     overwrite_output_dir: bool = False,
 ) -> dict:
     """Runs the demo in `output_dir` and writes `summary.json` there; returns the summary.
 
     `data` names a file of labelled texts, and `sizes` are then LabelledSizes; without it the
-    built-in reviews are used, and `sizes` are ReviewsSizes.
+    built-in reviews are used, and `sizes` are ReviewsSizes. `bf16` is that of every stage.
     """
     start = time.perf_counter()
     # Checked first, so that a mistake costs no earlier run.
@@ -318,12 +329,12 @@ def run_demo(
         raise UserError(f"data file {data} lies in output_dir {output_dir}, which is emptied")
     examples = None if data is None else labelled.read_examples(data)
     claim_output_dir(output_dir, run_file=RUN_FILE, overwrite=overwrite_output_dir)
-    settings = {"seed": seed, "data": data and str(data), **asdict(sizes)}
+    settings = {"seed": seed, "data": data and str(data), "bf16": bf16, **asdict(sizes)}
     write_run_file(output_dir / RUN_FILE, settings)
     if examples is None:
-        results = run_reviews(output_dir, seed, sizes)
+        results = run_reviews(output_dir, seed, bf16, sizes)
     else:
-        results = run_labelled(examples, output_dir, seed, sizes)
+        results = run_labelled(examples, output_dir, seed, bf16, sizes)
     summary = {"seed": seed, "seconds": round(time.perf_counter() - start, 1), **results}
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -339,6 +350,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Path,
         help="JSONL file of labelled texts: {'text': ..., 'label': 'positive' | 'negative'} "
         "(default: a built-in world of film reviews)",
+    )
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="run the models in bfloat16 autocast (the weights stay fp32)",
     )
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="replace an earlier demo in output_dir"
@@ -369,6 +385,7 @@ def main(args: Namespace) -> int:
         args.seed,
         sizes,
         data=args.data,
+        bf16=args.bf16,
         overwrite_output_dir=args.overwrite_output_dir,
     )
     show(summary, args.output_dir)

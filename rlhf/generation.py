@@ -71,7 +71,7 @@ def generate(
         sampled = torch.multinomial(probabilities, 1, generator=generator)
         tokens[rows, step] = sampled[:, 0]
         ended = (sampled[:, 0] == eos_token_id) & (step < lengths[rows])
-        lengths[rows[ended]] = step + 1
+        lengths[rows] = torch.where(ended, step + 1, lengths[rows])
         alive = step + 1 < lengths[rows]
         num_alive = int(alive.sum())
         if num_alive == 0:

@@ -173,10 +173,10 @@ class PPOTrainer:
             for minibatch in order.chunk(config.num_mini_batches):
                 denominator = batch.responses.mask[minibatch].sum()
                 stats = defaultdict(float)
-                for index in batch.responses.by_length(
+                for index, part in batch.responses.by_length(
                     minibatch, config.per_device_train_batch_size
                 ):
-                    self._backward(batch, index, denominator, stats)
+                    self._backward(batch, index, part, denominator, stats)
                 for name, model in (("policy", self.policy), ("value", self.critic)):
                     stats[f"grad_norm/{name}"] = clip_gradients(model, config.max_grad_norm)
                 self.optimizer.step()
@@ -186,11 +186,16 @@ class PPOTrainer:
         return steps
 
     def _backward(
-        self, batch: Batch, index: Tensor, denominator: Tensor, stats: dict[str, Tensor]
+        self,
+        batch: Batch,
+        index: Tensor,
+        part: Responses,
+        denominator: Tensor,
+        stats: dict[str, Tensor],
     ) -> None:
-        """Adds the gradient of the micro-batch `index`, and its share of the step's metrics."""
+        """Adds the gradient of a micro-batch, the rows `index` with their responses `part`, and its
+        share of the step's metrics."""
         config = self.config
-        part = batch.responses.select(index)
         columns = slice(0, part.tokens.shape[1])
         old_logprobs = batch.experience.logprobs[index, columns]
         with autocast(config.bf16):

@@ -5,6 +5,7 @@ one position belong to the token at the next, so those of response token t are a
 last T positions of a pass over all but the last token. From here on index t means response token t.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -36,19 +37,21 @@ class Responses(NamedTuple):
     tokens: Tensor
     mask: Tensor
 
-    def select(self, index: Tensor) -> "Responses":
-        """These rows, without the columns in which all of them are padded."""
-        prompt_ids, prompt_mask, tokens, mask = (x[index] for x in self)
-        first = prompt_ids.shape[1] - int(prompt_mask.sum(1).max())
-        width = int(mask.sum(1).max())
-        return Responses(
-            prompt_ids[:, first:], prompt_mask[:, first:], tokens[:, :width], mask[:, :width]
-        )
+    def by_length(self, index: Tensor, size: int) -> Iterator[tuple[Tensor, "Responses"]]:
+        """`index` cut into parts of `size` rows, rows of similar length together; with each part
+        its responses, without the columns in which all of them are padded.
 
-    def by_length(self, index: Tensor, size: int) -> tuple[Tensor, ...]:
-        """`index` cut into parts of `size` rows, rows of similar length together."""
-        lengths = self.prompt_mask[index].sum(1) + self.mask[index].sum(1)
-        return index[lengths.argsort(descending=True, stable=True)].split(size)
+        Waits for the device once, for all widths: the parts can then be queued without a pause.
+        """
+        lengths = torch.stack([self.prompt_mask[index].sum(1), self.mask[index].sum(1)])
+        order = lengths.sum(0).argsort(descending=True, stable=True)
+        parts = order.split(size)
+        widths = torch.stack([lengths[:, part].amax(1) for part in parts]).tolist()
+        for part, (prompt_width, width) in zip(parts, widths, strict=True):
+            rows = index[part]
+            prompt_ids, prompt_mask = (x[rows, -prompt_width:] for x in self[:2])
+            tokens, mask = (x[rows, :width] for x in self[2:])
+            yield rows, Responses(prompt_ids, prompt_mask, tokens, mask)
 
     @property
     def input_ids(self) -> Tensor:
@@ -153,8 +156,7 @@ def evaluate_responses(
     scores = torch.zeros(shape[0], device=device)
     logprobs, ref_logprobs, entropy, values = torch.zeros(4, *shape, device=device).unbind()
     rows = torch.arange(shape[0], device=device)
-    for index in responses.by_length(rows, config.per_device_eval_batch_size):
-        part = responses.select(index)
+    for index, part in responses.by_length(rows, config.per_device_eval_batch_size):
         width = part.tokens.shape[1]
         with autocast(config.bf16):
             logits = response_logits(policy, part, eos_token_id, config.min_response_length)

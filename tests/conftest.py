@@ -1,11 +1,24 @@
 """Backends, awkward rows of logits and closed-form fp64 truth for the tests of ppo_kernels."""
 
+import importlib.util
+import os
+from collections import Counter
+
 import pytest
 import torch
 
-from ppo_kernels import PPOLoss, dispatch, ppo_loss, ppo_loss_
+# Before anything imports Triton: without a GPU its kernels run on the CPU, interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from ppo_kernels import PPOLoss, dispatch, ppo_loss, ppo_loss_
+from tests.compiled import Compilation, table
+
+COMPILATION = pytest.StashKey()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ON_GPU = "triton on cuda"
+TRITON = ("triton", pytest.param(ON_GPU, marks=pytest.mark.gpu))
+KERNELS = ("native", *TRITON)
 
 
 needs_native = pytest.mark.skipif(
@@ -13,13 +26,111 @@ needs_native = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=dispatch.BACKENDS)
-def backend(request):
-    """Every backend that can run on the CPU."""
+def pytest_collection_finish(session):
+    """Kernels compile beside the tests that come before those of compiled kernels."""
+    wanted = any("compiled" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly and importlib.util.find_spec("triton"):
+        session.config.stash[COMPILATION] = Compilation()
+
+
+def pytest_unconfigure(config):
+    if COMPILATION in config.stash:
+        config.stash[COMPILATION].end()
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """What `tests.compiled.collect` found in every kernel."""
+    if COMPILATION not in request.config.stash:
+        pytest.skip("Triton is not installed")
+    return request.config.stash[COMPILATION].reports()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """How often which backend was tested, why tests were skipped, what kernels compiled to."""
+    lines = terminalreporter
+    passed = [dict(x.user_properties).get("backend") for x in lines.getreports("passed")]
+    reasons = [x.longrepr[2].removeprefix("Skipped: ") for x in lines.getreports("skipped")]
+    if reasons:
+        lines.section("skipped")
+        for reason, count in Counter(reasons).most_common():
+            lines.write_line(f"{count:5}  {reason}")
+    ran = Counter(name for name in passed if name in ("triton", ON_GPU))
+    lines.section("Triton")
+    lines.write_line(f"{ran['triton']} tests passed on its interpreter, {ran[ON_GPU]} on a GPU")
+    if COMPILATION in config.stash and config.stash[COMPILATION].done():
+        reports = config.stash[COMPILATION].reports()
+        per_target = Counter(x["target"] for x in reports if "kernel" in x)
+        counts = ", ".join(f"{n} for {target}" for target, n in per_target.items())
+        lines.write_line(f"{per_target.total()} kernels compiled: {counts}; for sm_90:")
+        for line in table(reports):
+            lines.write_line(line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_rounds_as_gpus_do():
+    """Triton's interpreter cuts fp32 off to bf16; GPUs round to the nearest."""
+    if not dispatch.INTERPRETED or dispatch.why_not("triton", "cpu") is not None:
+        return
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cut = InterpreterBuilder.cast_impl
+
+    def cast(builder, x, to):
+        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cut(builder, x, to)
+        rounded = torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(rounded, tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = cast
+
+
+def _run_on(request):
+    request.node.user_properties.append(("backend", request.param))
+    if request.param == ON_GPU:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        torch.set_default_device("cuda")
+        yield "triton"
+        torch.set_default_device(None)
+        return
     reason = dispatch.why_not(request.param, "cpu")
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    return request.param
+    yield request.param
+
+
+@pytest.fixture(params=("reference", *KERNELS))
+def backend(request):
+    """Every backend that can run on the CPU, and Triton where new tensors lie on a GPU."""
+    yield from _run_on(request)
+
+
+@pytest.fixture(params=KERNELS)
+def fused(request):
+    """`backend` without the specification."""
+    yield from _run_on(request)
+
+
+def interpreted(backend):
+    """Whether kernels run on Triton's interpreter, where a row takes milliseconds."""
+    return backend == "triton" and dispatch.INTERPRETED
+
+
+def skip_if_interpreted(backend):
+    if interpreted(backend):
+        pytest.skip("too long for the interpreter: runs on a GPU")
+
+
+def on_default_device(arguments):
+    """Arguments drawn before the test chose a device, there; meta tensors stay."""
+    return {
+        name: x.to(torch.get_default_device())
+        if isinstance(x, torch.Tensor) and not x.is_meta
+        else x
+        for name, x in arguments.items()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +153,11 @@ def set_threads():
     """`torch.set_num_threads`, undone after the test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+def thread_counts(backend):
+    """How many threads a test of the C++ kernels tries; others have none of their own."""
+    return (1, 2, 4) if backend == "native" else (1,)
 
 
 def _with_value(row, position, value):

@@ -14,7 +14,9 @@ LOGITS, TOKENS = torch.randn(2, 5), torch.tensor([1, 4])
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="backend must be auto, reference or native, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, reference, native, triton, got 'cuda'"
+    ):
         token_logprobs(LOGITS, TOKENS, backend="cuda")
 
 

@@ -8,7 +8,15 @@ from torch.distributions import Categorical
 from torch.distributions.kl import kl_divergence as kl_of_distributions
 
 from ppo_kernels import kl_divergence, kl_estimate
-from tests.conftest import DTYPES, assert_as_exact_as_eager, awkward_rows, needs_native
+from tests.conftest import (
+    DTYPES,
+    assert_as_exact_as_eager,
+    awkward_rows,
+    interpreted,
+    on_default_device,
+    skip_if_interpreted,
+    thread_counts,
+)
 
 
 def eager(logits, ref_logits, temperature):
@@ -53,7 +61,7 @@ def test_matches_torch_distributions(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", (1, 2, 7, 1031, 4096, 16384, 16385, 50257, 151936, 262144))
 def test_as_exact_as_eager(backend, vocabulary, dtype):
-    rows = 2 if vocabulary > 10000 else 20
+    rows = 2 if vocabulary > 10000 or interpreted(backend) else 20
     logits, ref_logits = (2 * torch.randn(2, rows, vocabulary)).to(dtype)
     upstream = torch.randn(rows)
     result = value_and_gradient(
@@ -151,6 +159,8 @@ def test_of_a_row_with_itself_is_zero(backend):
 
 @pytest.mark.parametrize("shape", ((0,), (3, 0), (), (1,), (65537,)))
 def test_row_counts(backend, shape):
+    if shape == (65537,):
+        skip_if_interpreted(backend)
     logits, ref_logits = torch.randn(2, *shape, 7, dtype=torch.float64)
     result = value_and_gradient(lambda z: kl_divergence(z, ref_logits, backend=backend), logits)
     for ours, truth in zip(result, truth_of(logits, ref_logits, 1.0), strict=True):
@@ -158,8 +168,8 @@ def test_row_counts(backend, shape):
 
 
 def test_views_and_stride_0_upstream(backend):
-    logits = torch.randn(4, 9, 1200).requires_grad_()
-    ref_logits = torch.randn(9, 4, 1200)
+    logits = torch.randn(3, 5, 1200).requires_grad_()
+    ref_logits = torch.randn(5, 3, 1200)
     z, ref = logits[:, :-1], ref_logits.transpose(0, 1)[:, 1:]
     kl = kl_divergence(z, ref, backend=backend)
     (grad,) = torch.autograd.grad(kl.sum() * 2, logits)
@@ -181,17 +191,16 @@ def test_rows_without_upstream_get_exactly_zero(backend):
     assert (grad[[0, 2]] != 0).any()
 
 
-@needs_native
-def test_a_row_is_bitwise_the_same_wherever_it_stands(set_threads):
+def test_a_row_is_bitwise_the_same_wherever_it_stands(fused, set_threads):
     row, ref_row = 2 * torch.randn(2, 1, 40009)
     filler, ref_filler = torch.randn(2, 20, 40009)
     seen = []
-    for threads in (1, 2, 4):
+    for threads in thread_counts(fused):
         set_threads(threads)
         for before in (0, 1, 17):
             z = torch.cat((filler[:before], row, filler[:2]))
             ref = torch.cat((ref_filler[:before], ref_row, ref_filler[:2]))
-            result = value_and_gradient(lambda z, r=ref: kl_divergence(z, r, backend="native"), z)
+            result = value_and_gradient(lambda z, r=ref: kl_divergence(z, r, backend=fused), z)
             seen.append([x[before] for x in result])
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
@@ -205,8 +214,8 @@ def test_no_gradient_flows_into_the_reference(backend):
 
 
 def test_gradcheck(backend):
-    logits = torch.randn(3, 2, 9, dtype=torch.float64, requires_grad=True)
-    ref_logits = torch.randn(3, 2, 9, dtype=torch.float64)
+    logits = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
+    ref_logits = torch.randn(2, 1, 5, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda z: kl_divergence(z, ref_logits, temperature=1.3, backend=backend), logits
     )
@@ -268,12 +277,11 @@ def test_estimator_dtypes_and_gradients(backend, estimator, dtype):
         )
 
 
-@needs_native
-def test_second_derivative_is_refused():
+def test_second_derivative_is_refused(fused):
     x = torch.randn(2, 5, requires_grad=True)
     for kl in (
-        kl_divergence(x, torch.randn(2, 5), backend="native"),
-        kl_estimate(x, torch.randn(2, 5), estimator="k3", backend="native"),
+        kl_divergence(x, torch.randn(2, 5), backend=fused),
+        kl_estimate(x, torch.randn(2, 5), estimator="k3", backend=fused),
     ):
         with pytest.raises(RuntimeError, match="differentiated once"):
             torch.autograd.grad(kl.sum(), x, create_graph=True)
@@ -289,7 +297,7 @@ def test_second_derivative_is_refused():
         (
             {"ref_logits": torch.ones(2, 5, device="meta")},
             ValueError,
-            "ref_logits must be on cpu.*meta",
+            "ref_logits must be on .*got meta",
         ),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0, got 0"),
         ({"temperature": math.nan}, ValueError, "temperature must be finite, got nan"),
@@ -299,7 +307,7 @@ def test_second_derivative_is_refused():
 def test_bad_arguments_are_named(backend, arguments, error, message):
     good = {"logits": torch.ones(2, 5), "ref_logits": torch.ones(2, 5), "backend": backend}
     with pytest.raises(error, match=message):
-        kl_divergence(**good | arguments)
+        kl_divergence(**good | on_default_device(arguments))
 
 
 @pytest.mark.parametrize(
@@ -314,4 +322,4 @@ def test_bad_arguments_are_named(backend, arguments, error, message):
 def test_bad_arguments_of_the_estimators_are_named(backend, arguments, error, message):
     good = {"logprobs": torch.ones(3), "ref_logprobs": torch.ones(3), "estimator": "k1"}
     with pytest.raises(error, match=message):
-        kl_estimate(**good | arguments, backend=backend)
+        kl_estimate(**good | on_default_device(arguments), backend=backend)

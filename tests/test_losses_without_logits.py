@@ -9,7 +9,7 @@ from ppo_kernels import clipped_policy_loss, value_loss
 from tests.conftest import (
     DTYPES,
     loss_inputs,
-    needs_native,
+    on_default_device,
     ppo_loss_truth,
 )
 
@@ -137,12 +137,11 @@ def test_losses_from_scalars_divide_by_the_denominator(backend, denominator):
     torch.testing.assert_close(x.grad, torch.tensor([0.0, 1 / 3]))
 
 
-@needs_native
-def test_second_derivative_of_losses_from_scalars_is_refused():
+def test_second_derivative_of_losses_from_scalars_is_refused(fused):
     x, y = torch.randn(3, requires_grad=True), torch.randn(3)
     for loss in (
-        value_loss(x, y, y, backend="native").loss,
-        clipped_policy_loss(x, y, y, backend="native").loss,
+        value_loss(x, y, y, backend=fused).loss,
+        clipped_policy_loss(x, y, y, backend=fused).loss,
     ):
         with pytest.raises(RuntimeError, match="differentiated once"):
             torch.autograd.grad(loss, x, create_graph=True)
@@ -163,7 +162,7 @@ def test_second_derivative_of_losses_from_scalars_is_refused():
 def test_bad_arguments_of_value_loss_are_named(backend, arguments, error, message):
     good = {name: torch.ones(3) for name in ("values", "old_values", "returns")}
     with pytest.raises(error, match=message):
-        value_loss(**good | arguments, backend=backend)
+        value_loss(**good | on_default_device(arguments), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -181,4 +180,4 @@ def test_bad_arguments_of_value_loss_are_named(backend, arguments, error, messag
 def test_bad_arguments_of_clipped_policy_loss_are_named(backend, arguments, error, message):
     good = {name: torch.ones(3) for name in ("logprobs", "old_logprobs", "advantages")}
     with pytest.raises(error, match=message):
-        clipped_policy_loss(**good | arguments, backend=backend)
+        clipped_policy_loss(**good | on_default_device(arguments), backend=backend)

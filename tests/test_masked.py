@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ppo_kernels import masked_mean, masked_whiten
-from tests.conftest import DTYPES, needs_native
+from tests.conftest import DTYPES, interpreted
 
 X = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 MASK = [[True, False, True], [True, True, False]]
@@ -62,8 +62,8 @@ def test_empty_mask_gives_zero(backend, shape):
 
 
 def test_large_fp32_sums(backend):
-    """A running fp32 sum of 4 M terms near 1000 would be off by far more."""
-    x = 1000 + torch.rand(1 << 22)
+    """A running fp32 sum of so many terms near 1000 would be off by far more."""
+    x = 1000 + torch.rand(1 << (18 if interpreted(backend) else 22))
     truth = x.double().mean().item()
     assert masked_mean(x, backend=backend).item() == pytest.approx(truth, rel=1e-6)
 
@@ -123,11 +123,10 @@ def test_whiten_over_a_process_group_is_whiten_of_the_whole(tmp_path):
     torch.testing.assert_close(torch.stack(parts), whole, atol=1e-12, rtol=0)
 
 
-@needs_native
-def test_second_derivative_is_refused():
+def test_second_derivative_is_refused(fused):
     x = torch.randn(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
-        torch.autograd.grad(masked_mean(x, backend="native"), x, create_graph=True)
+        torch.autograd.grad(masked_mean(x, backend=fused), x, create_graph=True)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_second_derivative_is_refused():
         ({"mask": torch.ones(3)}, TypeError, "mask must be a bool tensor.*float32"),
         ({"mask": torch.ones(4).bool()}, ValueError, r"mask must have shape \(3,\).*\(4,\)"),
         ({"mask": torch.ones(3, device="meta").bool()}, ValueError, "mask must be on cpu.*meta"),
-        ({"backend": "fast"}, ValueError, "backend must be auto, .*got 'fast'"),
+        ({"backend": "fast"}, ValueError, "backend must be one of auto, .*got 'fast'"),
     ],
     ids=lambda x: "",
 )
@@ -155,7 +154,7 @@ def test_bad_arguments_are_named(function, arguments, error, message):
         (math.nan, ValueError, "denominator must be finite, got nan"),
         ("3", TypeError, "denominator must be a Python number, got str"),
         (torch.ones(2), ValueError, r"denominator must have one element, got shape \(2,\)"),
-        (torch.ones((), device="meta"), ValueError, "denominator must be on cpu, got meta"),
+        (torch.ones((), device="meta"), ValueError, "denominator must be on .*got meta"),
     ],
 )
 def test_bad_denominators_are_named(backend, denominator, error, message):

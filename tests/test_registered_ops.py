@@ -13,14 +13,14 @@ from tests.conftest import loss_inputs, needs_native
 K3 = reference.ESTIMATORS.index("k3")
 
 
-def _samples():
+def _samples(backend):
     """Op name -> list of positional arguments; at least one per op in `schemas.SCHEMAS`."""
     torch.manual_seed(0)
     loss = loss_inputs(2, 3, 11)
     logits, tokens, mask = loss["logits"], loss["tokens"], loss["mask"]
     per_token = [loss[name].float() for name in ("old_logprobs", "advantages")]
     ref_logprobs, count = loss["ref_logprobs"].float(), torch.tensor(7.0, dtype=torch.float64)
-    kernels = dispatch.kernels("native")
+    kernels = dispatch.kernels(backend)
     cool = dispatch.scalars(0.7)
     _, entropy, stats = kernels.token_logprobs(logits, tokens, cool)
     other = torch.randn(2, 3, 11)
@@ -64,11 +64,10 @@ def _samples():
     }
 
 
-@needs_native
 @pytest.mark.parametrize("name", schemas.SCHEMAS)
-def test_opcheck(name):
-    op = getattr(dispatch.kernels("native"), name).default
-    for arguments in _samples()[name]:
+def test_opcheck(fused, name):
+    op = getattr(dispatch.kernels(fused), name).default
+    for arguments in _samples(fused)[name]:
         torch.library.opcheck(op, arguments)
 
 
@@ -154,7 +153,7 @@ def _public(backend):
     }
 
 
-FUNCTIONS = [name for name in ppo_kernels.__all__ if name[0].islower()]
+FUNCTIONS = [*_public("reference")]
 
 
 def _value_and_gradient(function, x, scale):
@@ -189,15 +188,14 @@ def test_compiles_as_one_graph_with_the_same_values_and_gradients(backend, name)
 SPECIALISED_BEFORE_2_13 = ("gae", "gae_packed", "masked_mean")
 
 
-@needs_native
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_scalars_that_change_compile_once(name):
+def test_scalars_that_change_compile_once(fused, name):
     """The second value of a float makes it dynamic; further ones must not compile again."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     if version < (2, 13) and name in SPECIALISED_BEFORE_2_13:
         pytest.xfail(f"torch {torch.__version__} compiles a graph for each value")
     torch._dynamo.reset()
-    function, x = _public("native")[name]
+    function, x = _public(fused)[name]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for scale in (1.0, 0.9, 0.8, 0.7, 0.6):
@@ -208,16 +206,15 @@ def test_scalars_that_change_compile_once(name):
     assert counter.frame_count <= 2
 
 
-@needs_native
 @pytest.mark.parametrize("name", ("ppo_loss", "ppo_loss_"))
-def test_batches_that_change_compile_once(name):
+def test_batches_that_change_compile_once(fused, name):
     torch._dynamo.reset()
     function = getattr(ppo_kernels, name)
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
     def compiled(logits, tokens, old_logprobs, advantages, mask, ref_logprobs):
-        return function(logits * 1, tokens, old_logprobs, advantages, mask, backend="native").loss
+        return function(logits * 1, tokens, old_logprobs, advantages, mask, backend=fused).loss
 
     for batch, length in ((2, 3), (4, 6), (5, 7), (9, 4), (3, 12)):
         inputs = loss_inputs(batch, length, 11)

@@ -35,8 +35,7 @@ class Sampler:
         distributions, summed over each of the policy's own responses, mean over responses."""
         total = 0.0
         rows = torch.arange(len(responses.tokens), device=responses.tokens.device)
-        for index in responses.by_length(rows, self.config.per_device_eval_batch_size):
-            part = responses.select(index)
+        for _, part in responses.by_length(rows, self.config.per_device_eval_batch_size):
             logits, ref_logits = (
                 response_logits(
                     sampler.policy,

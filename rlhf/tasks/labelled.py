@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import load_rows
+from rlhf.data import load_columns
 from rlhf.errors import UserError
 from rlhf.tasks.base import EOS
 
@@ -43,15 +43,15 @@ def read_examples(path: str | Path) -> list[Example]:
     for a file that is missing, empty or not JSONL, lacks a column, or holds another or too few
     labels.
     """
-    rows = load_rows(str(path))
-    missing = [name for name in ("text", "label") if name not in rows.column_names]
+    columns = load_columns(str(path))
+    missing = [name for name in ("text", "label") if name not in columns]
     if missing:
         raise UserError(
-            f"{path} must have the columns text and label, it has {rows.column_names}: "
+            f"{path} must have the columns text and label, it has {list(columns)}: "
             f"add {' and '.join(missing)}"
         )
     examples: dict[str, Example] = {}
-    for number, (text, label) in enumerate(zip(rows["text"], rows["label"], strict=True), 1):
+    for number, (text, label) in enumerate(zip(columns["text"], columns["label"], strict=True), 1):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{path}, row {number}: text must be a string of words, got {text!r}")
         if label not in LABELS:

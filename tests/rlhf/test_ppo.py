@@ -89,13 +89,18 @@ def test_padding_changes_no_logits_values_or_scores(make_trainer, any_model):
         torch.testing.assert_close(scores[row], alone[0, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_select_drops_only_columns_of_padding(make_trainer):
+def test_parts_are_of_similar_length_and_drop_only_columns_of_padding(make_trainer):
     responses = make_trainer().sample([[3], [4, 5], [3, 5, 7, 8], [6]])
-    part = responses.select(torch.tensor([1, 0]))
-    assert part.prompt_ids.tolist() == [[4, 5], [0, 3]]
-    assert part.tokens.shape[1] == responses.mask[:2].sum(1).max()
-    for row, original in enumerate((1, 0)):
-        assert row_ids(part, row) == row_ids(responses, original)
+    lengths = responses.attention_mask.sum(1)
+    seen = []
+    for index, part in responses.by_length(torch.tensor([1, 0, 3]), 2):
+        seen += index.tolist()
+        assert part.prompt_ids.shape[1] == responses.prompt_mask[index].sum(1).max()
+        assert part.tokens.shape[1] == responses.mask[index].sum(1).max()
+        for row, original in enumerate(index.tolist()):
+            assert row_ids(part, row) == row_ids(responses, original)
+    assert sorted(seen) == [0, 1, 3]
+    assert lengths[seen].tolist() == sorted(lengths[seen].tolist(), reverse=True)
 
 
 def test_score_is_read_at_eos_where_pad_is_eos(make_trainer):

@@ -1,0 +1,123 @@
+"""What the launchers of every family share."""
+
+import contextlib
+import functools
+import inspect
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ppo_kernels.schemas import NAMESPACE
+
+_library = torch.library.Library(NAMESPACE["triton"], "IMPL")
+
+
+def implement(name):
+    """Register a launcher as the op `name`; its first tensor says on which device it runs."""
+
+    def register(launcher):
+        @functools.wraps(launcher)
+        def on_device_of_first(*arguments):
+            device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+            if device.type == "cpu":
+                return launcher(*arguments)
+            with torch.cuda.device(device):
+                return launcher(*arguments)
+
+        _library.impl(name, on_device_of_first, "CompositeExplicitAutograd")
+        return launcher
+
+    return register
+
+
+def kernel(*vectors):
+    """`triton.jit` for kernels that are compiled once for all numbers.
+
+    Triton otherwise compiles anew for a 1, for multiples of 16 and for aligned pointers. Here
+    integers annotated `tl.int32` or `tl.int64` are runtime numbers of any value, those annotated
+    `tl.float64` arrive as doubles, and of the pointers, which have no annotation, only those named
+    in `vectors`, read or written 16 bytes at a time, are told apart by their alignment.
+    """
+
+    def compile_once(function):
+        kinds = function.__annotations__
+        pointers = [x for x in inspect.signature(function).parameters if x not in kinds]
+        return triton.jit(
+            do_not_specialize=[x for x in kinds if kinds[x] in (tl.int32, tl.int64)],
+            do_not_specialize_on_alignment=[x for x in pointers if x not in vectors],
+        )(function)
+
+    return compile_once
+
+
+def launch(function, programs, *arguments, **options):
+    """Run a kernel on a grid of `programs`; none is no launch."""
+    if programs:
+        function[(programs,)](*arguments, **options, enable_fp_fusion=True)
+
+
+def result_dtype(*inputs):
+    """fp64 where an input is, fp32 otherwise: what a kernel computes in and gives."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+class Rows(NamedTuple):
+    """Rows of a (..., V) tensor where they lie: row i starts, in elements from the pointer of
+    `data`, at (i // inner) * outer_stride + (i % inner) * inner_stride."""
+
+    data: torch.Tensor
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def _row_dims(x):
+    """(size, stride) of the leading dimensions, those that follow on each other as one."""
+    dims = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims
+
+
+def _in_rows(x):
+    """`x`, or a copy if V has no unit stride or two strides do not tell where its rows are."""
+    unit_stride = x.shape[-1] == 1 or x.stride(-1) == 1
+    return x if unit_stride and len(_row_dims(x)) <= 2 else x.contiguous()
+
+
+def rows(x):
+    """Rows of `x` (..., V), without a copy if possible."""
+    x = _in_rows(x)
+    (_, outer_stride), (inner, inner_stride) = [(1, 0), (1, 0), *_row_dims(x)][-2:]
+    return Rows(x, inner, outer_stride, inner_stride)
+
+
+def aligned(*tensors):
+    """Whether all rows of these (..., V) tensors begin and end at multiples of 16 bytes."""
+    vector = 16 // tensors[0].element_size()
+    laid = [rows(x) for x in tensors]
+    return tensors[0].shape[-1] % vector == 0 and all(
+        r.data.data_ptr() % 16 == 0 and r.outer_stride % vector == r.inner_stride % vector == 0
+        for r in laid
+    )
+
+
+@contextlib.contextmanager
+def written_in_place(x):
+    """`x` in a form that `rows` does not copy; what is written there is in `x` afterwards."""
+    target = _in_rows(x)
+    yield target
+    if target is not x:
+        x.copy_(target)
+
+
+def per_token(x):
+    """An optional tensor of a few numbers per token, contiguous."""
+    return None if x is None else x.contiguous()

@@ -1,0 +1,179 @@
+"""kl_divergence and kl_estimate; formulas in ppo_kernels/kl.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ppo_kernels._triton import math, sweeps
+from ppo_kernels._triton.common import (
+    aligned,
+    implement,
+    kernel,
+    launch,
+    per_token,
+    result_dtype,
+    rows,
+)
+from ppo_kernels._triton.means import BLOCK
+
+
+@kernel("logits_ptr", "ref_logits_ptr")
+def _forward(
+    logits_ptr,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    ref_logits_ptr,
+    ref_inner: tl.int32,
+    ref_outer_stride: tl.int64,
+    ref_inner_stride: tl.int64,
+    kl_ptr,
+    stats_ptr,
+    ref_stats_ptr,
+    V: tl.int32,
+    k: tl.float64,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    row = tl.program_id(0)
+    start = sweeps.row_start(row, inner, outer_stride, inner_stride)
+    ref_start = sweeps.row_start(row, ref_inner, ref_outer_stride, ref_inner_stride)
+    k = math.number(k, kl_ptr.dtype.element_ty)
+    shift, total, ref_shift, ref_total, cross = sweeps.joint_statistics(
+        logits_ptr, ref_logits_ptr, start, ref_start, V, k, L, ALIGNED
+    )
+    tl.store(kl_ptr + row, math.kl(total, ref_total, cross))
+    stats = 2 * row.to(tl.int64)
+    tl.store(stats_ptr + stats, shift)
+    tl.store(stats_ptr + stats + 1, tl.log2(total))
+    tl.store(ref_stats_ptr + stats, ref_shift)
+    tl.store(ref_stats_ptr + stats + 1, tl.log2(ref_total))
+
+
+@implement("kl_divergence")
+def kl_divergence(logits, ref_logits, scalars):
+    (temperature,) = scalars.tolist()
+    shape, real = logits.shape[:-1], result_dtype(logits)
+    kl = logits.new_empty(shape, dtype=real)
+    stats, ref_stats = (logits.new_empty((*shape, 2), dtype=real) for _ in range(2))
+    launch(
+        _forward,
+        kl.numel(),
+        *rows(logits),
+        *rows(ref_logits),
+        *(kl, stats, ref_stats),
+        logits.shape[-1],
+        math.LOG2_E / temperature,
+        ALIGNED=aligned(logits, ref_logits),
+        **sweeps.lanes(logits),
+    )
+    return kl, stats, ref_stats
+
+
+@kernel("logits_ptr", "ref_logits_ptr", "grad_ptr")
+def _backward(
+    grad_kl_ptr,
+    logits_ptr,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    ref_logits_ptr,
+    ref_inner: tl.int32,
+    ref_outer_stride: tl.int64,
+    ref_inner_stride: tl.int64,
+    kl_ptr,
+    stats_ptr,
+    ref_stats_ptr,
+    grad_ptr,
+    V: tl.int32,
+    temperature: tl.float64,
+    k: tl.float64,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """p (log p - log q - KL) g / τ = 2^t (a + b (t - t_ref))"""
+    R: tl.constexpr = kl_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    out_start = row.to(tl.int64) * V
+    g = tl.load(grad_kl_ptr + row).to(R)
+    if g != 0.0:
+        stats = 2 * row.to(tl.int64)
+        shift, log2_sum = tl.load(stats_ptr + stats), tl.load(stats_ptr + stats + 1)
+        ref_shift = tl.load(ref_stats_ptr + stats)
+        ref_log2_sum = tl.load(ref_stats_ptr + stats + 1)
+        weight = g * tl.exp2(-log2_sum) / math.number(temperature, R)
+        sweeps.kl_gradient(
+            logits_ptr,
+            ref_logits_ptr,
+            grad_ptr,
+            sweeps.row_start(row, inner, outer_stride, inner_stride),
+            sweeps.row_start(row, ref_inner, ref_outer_stride, ref_inner_stride),
+            out_start,
+            V,
+            math.number(k, R),
+            shift,
+            ref_shift,
+            weight * ((ref_log2_sum - log2_sum) * math.LN_2 - tl.load(kl_ptr + row)),
+            weight * math.LN_2,
+            L,
+            ALIGNED,
+        )
+    else:
+        sweeps.fill_zero(grad_ptr, out_start, V, L, ALIGNED)
+
+
+@implement("kl_divergence_backward")
+def kl_divergence_backward(
+    grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats, scalars
+):
+    (temperature,) = scalars.tolist()
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    launch(
+        _backward,
+        kl.numel(),
+        per_token(grad_kl),
+        *rows(logits),
+        *rows(ref_logits),
+        *map(per_token, (kl, softmax_stats, ref_softmax_stats)),
+        grad_logits,
+        logits.shape[-1],
+        temperature,
+        math.LOG2_E / temperature,
+        ALIGNED=aligned(logits, ref_logits, grad_logits),
+        **sweeps.lanes(logits),
+    )
+    return grad_logits
+
+
+@kernel()
+def _estimate(
+    logprobs_ptr,
+    ref_logprobs_ptr,
+    kl_ptr,
+    derivative_ptr,
+    n: tl.int64,
+    estimator: tl.int32,
+    BLOCK: tl.constexpr,
+):
+    R: tl.constexpr = kl_ptr.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    logprob = tl.load(logprobs_ptr + i, mask=inside).to(R)
+    ref_logprob = tl.load(ref_logprobs_ptr + i, mask=inside).to(R)
+    value, derivative = math.kl_term(estimator, logprob - ref_logprob)
+    tl.store(kl_ptr + i, value, mask=inside)
+    tl.store(derivative_ptr + i, derivative, mask=inside)
+
+
+@implement("kl_estimate")
+def kl_estimate(logprobs, ref_logprobs, estimator):
+    real = result_dtype(logprobs)
+    value, derivative = (logprobs.new_empty(logprobs.shape, dtype=real) for _ in range(2))
+    n = value.numel()
+    launch(
+        _estimate,
+        triton.cdiv(n, BLOCK),
+        *(per_token(logprobs), per_token(ref_logprobs), value, derivative, n, estimator),
+        BLOCK=BLOCK,
+    )
+    return value, derivative

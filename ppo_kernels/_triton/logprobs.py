@@ -1,0 +1,190 @@
+"""token_logprobs and its backward; formulas in ppo_kernels/logprobs.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ppo_kernels._triton import math, sweeps
+from ppo_kernels._triton.common import (
+    aligned,
+    implement,
+    kernel,
+    launch,
+    per_token,
+    result_dtype,
+    rows,
+)
+
+
+@triton.jit
+def load_logit(x_ptr, start, V, token, R: tl.constexpr):
+    """The logit of a token, NaN for one outside [0, V)."""
+    inside = (token >= 0) & (token < V)
+    return tl.load(x_ptr + start + token, mask=inside, other=float("nan")).to(R)
+
+
+@triton.jit
+def score(x_ptr, start, V, token, k, L: tl.constexpr, ALIGNED: tl.constexpr):
+    """(shift, log2_sum, logit of the token, logprob, entropy) of a row."""
+    # Before the barriers of the sweep: afterwards another thread may write a gradient there.
+    logit = load_logit(x_ptr, start, V, token, k.dtype)
+    shift, total, weighted = sweeps.statistics(x_ptr, start, V, k, L, ALIGNED)
+    log2_sum = tl.log2(total)
+    logprob = (tl.fma(logit, k, -shift) - log2_sum) * math.LN_2
+    return shift, log2_sum, logit, logprob, math.entropy(total, weighted)
+
+
+@triton.jit
+def write_gradient(
+    x_ptr,
+    out_ptr,
+    start,
+    out_start,
+    V,
+    token,
+    logit,
+    g,
+    h,
+    entropy,
+    shift,
+    log2_sum,
+    temperature,
+    k,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Write the gradient of g logprob + h entropy in one row of logits.
+
+    (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ = 2^t_j (a + b t_j) + 1[j = a] g / τ
+    """
+    weight = -tl.exp2(-log2_sum) / temperature
+    a = weight * (g + h * (entropy - log2_sum * math.LN_2))
+    b = weight * h * math.LN_2
+    t = math.exponents(logit, k, shift)
+    at_token = tl.exp2(t) * tl.fma(t, b, a) + g / temperature
+    sweeps.gradient(x_ptr, out_ptr, start, out_start, V, k, shift, a, b, L, ALIGNED)
+    # Other threads wrote an unfinished value there.
+    tl.debug_barrier()
+    inside = (token >= 0) & (token < V)
+    tl.store(out_ptr + out_start + token, at_token.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@kernel("logits_ptr")
+def _forward(
+    logits_ptr,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    tokens_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    stats_ptr,
+    V: tl.int32,
+    k: tl.float64,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    R: tl.constexpr = stats_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    start = sweeps.row_start(row, inner, outer_stride, inner_stride)
+    k = math.number(k, R)
+    token = tl.load(tokens_ptr + row).to(tl.int64)
+    shift, log2_sum, _, logprob, entropy = score(logits_ptr, start, V, token, k, L, ALIGNED)
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(stats_ptr + 2 * row.to(tl.int64), shift)
+    tl.store(stats_ptr + 2 * row.to(tl.int64) + 1, log2_sum)
+
+
+@implement("token_logprobs")
+def token_logprobs(logits, tokens, scalars):
+    (temperature,) = scalars.tolist()
+    real = result_dtype(logits)
+    logprobs, entropy = (logits.new_empty(tokens.shape, dtype=real) for _ in range(2))
+    stats = logits.new_empty((*tokens.shape, 2), dtype=real)
+    launch(
+        _forward,
+        tokens.numel(),
+        *rows(logits),
+        *(per_token(tokens), logprobs, entropy, stats),
+        logits.shape[-1],
+        math.LOG2_E / temperature,
+        ALIGNED=aligned(logits),
+        **sweeps.lanes(logits),
+    )
+    return logprobs, entropy, stats
+
+
+@kernel("logits_ptr", "grad_ptr")
+def _backward(
+    grad_logprobs_ptr,
+    grad_entropy_ptr,
+    logits_ptr,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    tokens_ptr,
+    entropy_ptr,
+    stats_ptr,
+    grad_ptr,
+    V: tl.int32,
+    temperature: tl.float64,
+    k: tl.float64,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    R: tl.constexpr = stats_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    start = sweeps.row_start(row, inner, outer_stride, inner_stride)
+    out_start = row.to(tl.int64) * V
+    g = tl.zeros((), R)
+    h = tl.zeros((), R)
+    if grad_logprobs_ptr is not None:
+        g = tl.load(grad_logprobs_ptr + row).to(R)
+    if grad_entropy_ptr is not None:
+        h = tl.load(grad_entropy_ptr + row).to(R)
+    # A row without upstream gradient may be one that a mask excluded, whose token is anything.
+    if (g != 0.0) | (h != 0.0):
+        stats = stats_ptr + 2 * row.to(tl.int64)
+        token = tl.load(tokens_ptr + row).to(tl.int64)
+        write_gradient(
+            logits_ptr,
+            grad_ptr,
+            start,
+            out_start,
+            V,
+            token,
+            load_logit(logits_ptr, start, V, token, R),
+            g,
+            h,
+            tl.load(entropy_ptr + row),
+            tl.load(stats),
+            tl.load(stats + 1),
+            math.number(temperature, R),
+            math.number(k, R),
+            L,
+            ALIGNED,
+        )
+    else:
+        sweeps.fill_zero(grad_ptr, out_start, V, L, ALIGNED)
+
+
+@implement("token_logprobs_backward")
+def token_logprobs_backward(
+    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, scalars
+):
+    (temperature, *_) = scalars.tolist()
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    launch(
+        _backward,
+        tokens.numel(),
+        *(per_token(grad_logprobs), per_token(grad_entropy)),
+        *rows(logits),
+        *(per_token(tokens), per_token(entropy), per_token(softmax_stats), grad_logits),
+        logits.shape[-1],
+        temperature,
+        math.LOG2_E / temperature,
+        ALIGNED=aligned(logits, grad_logits),
+        **sweeps.lanes(logits),
+    )
+    return grad_logits

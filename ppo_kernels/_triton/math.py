@@ -1,0 +1,212 @@
+"""Per-token arithmetic and softmax states: the twin of csrc/ppo_math.h and csrc/softmax_state.h.
+
+Base 2 as there: with k = log2(e) / τ a logit z stands for the exponent t = k z - shift, where shift
+is k times the maximum of what was seen, carried as the very number that was subtracted.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# The shift of a state that has seen nothing with probability; finite, so that no difference of
+# shifts is NaN.
+NOTHING = tl.constexpr(-1e30)
+# Exponents below this are raised to it: their power is 0 all the same, and 0 times it too.
+UNDERFLOW = tl.constexpr(-1200.0)
+
+K1 = tl.constexpr(0)
+K2 = tl.constexpr(1)
+K3 = tl.constexpr(2)
+
+
+@triton.jit
+def number(x, R: tl.constexpr):
+    """A number of the call (a double) in the type that the kernel computes in."""
+    return tl.full((), x, R)
+
+
+@triton.jit
+def _quadratic_part(x):
+    """exp(x) - 1 - x for |x| < 1/2, by its series; the first left-out term is below 1e-17."""
+    series = tl.full(x.shape, 1.0, x.dtype)
+    for i in tl.static_range(13):
+        series = 1.0 + x * series * (1.0 / (15 - i))
+    return 0.5 * x * x * series
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 without cancellation."""
+    return tl.where(tl.abs(x) < 0.5, x + _quadratic_part(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def k3(log_ratio):
+    """exp(x) - 1 - x without cancellation."""
+    beyond = tl.exp(log_ratio) - 1.0 - log_ratio
+    return tl.where(tl.abs(log_ratio) < 0.5, _quadratic_part(log_ratio), beyond)
+
+
+@triton.jit
+def policy_term(log_ratio, advantage, clip_low, clip_high, dual_clip):
+    """(loss, ∂loss/∂logprob, k3 estimate of KL(old || new), clipped); dual_clip inf for none."""
+    ratio = tl.exp(log_ratio)
+    bounded = tl.where(ratio < 1.0 - clip_low, 1.0 - clip_low, ratio)
+    bounded = tl.where(ratio > 1.0 + clip_high, 1.0 + clip_high, bounded)
+    unclipped_loss = -advantage * ratio
+    clipped_loss = -advantage * bounded
+    clipped = clipped_loss > unclipped_loss
+    loss = tl.where(clipped, clipped_loss, unclipped_loss)
+    grad = tl.where(clipped, 0.0, unclipped_loss)
+    bound = -advantage * dual_clip
+    beyond = (advantage < 0.0) & (loss > bound)
+    loss = tl.where(beyond, bound, loss)
+    grad = tl.where(beyond, 0.0, grad)
+    return loss, grad, k3(log_ratio), clipped
+
+
+@triton.jit
+def value_term(value, old_value, target, clip):
+    """(loss, ∂loss/∂value, clipped); clip inf for none."""
+    error = value - target
+    move = value - old_value
+    outside = (move < -clip) | (move > clip)
+    bounded = old_value + tl.where(move < 0.0, -clip, clip) - target
+    bounded = tl.where(outside, bounded, error)
+    clipped = bounded * bounded > error * error
+    chosen = tl.where(clipped, bounded, error)
+    return 0.5 * chosen * chosen, tl.where(clipped, 0.0, error), clipped
+
+
+@triton.jit
+def kl_term(estimator, log_ratio):
+    """(value, ∂value/∂logprob) of an estimator, by its index in `reference.ESTIMATORS`."""
+    sign = (log_ratio > 0.0).to(log_ratio.dtype) - (log_ratio < 0.0).to(log_ratio.dtype)
+    value, grad = tl.abs(log_ratio), sign
+    value = tl.where(estimator == K1, log_ratio, value)
+    grad = tl.where(estimator == K1, 1.0, grad)
+    value = tl.where(estimator == K2, 0.5 * log_ratio * log_ratio, value)
+    grad = tl.where(estimator == K2, log_ratio, grad)
+    value = tl.where(estimator == K3, k3(-log_ratio), value)
+    grad = tl.where(estimator == K3, -expm1(-log_ratio), grad)
+    return value, grad
+
+
+@triton.jit
+def gae_step(reward, value, counted, done, G, gamma, gamma_lam):
+    """(A, G) at a token, from the G = γ V + γ λ A of the next one; 0 and that G where it does not
+    count."""
+    advantage = reward - value + tl.where(done, 0.0, G)
+    handed = gamma * value + gamma_lam * advantage
+    return tl.where(counted, advantage, 0.0), tl.where(counted, handed, G)
+
+
+@triton.jit
+def apply_map(g, c, G):
+    """What tokens hand on, g + c G; c is 0 past a done, where G may be NaN."""
+    return tl.where(c == 0.0, g, g + c * G)
+
+
+@triton.jit
+def compose_maps(later_g, later_c, g, c):
+    """The map of some tokens followed by later ones."""
+    return apply_map(g, c, later_g), c * later_c
+
+
+@triton.jit
+def _maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exponents(x, k, shift):
+    """k x - shift in one rounding, NaN where x is."""
+    return _maximum(tl.fma(x, k, -shift), UNDERFLOW)
+
+
+@triton.jit
+def weighed(weight, x):
+    """weight * x, and 0 for a weight of 0, though x may have overflowed."""
+    return tl.where(weight == 0.0, 0.0, weight * x)
+
+
+@triton.jit
+def _shifted(total, weighted, change):
+    """Sums of 2^t and 2^t t after every exponent changed by `change` <= 0."""
+    factor = tl.exp2(change)
+    return factor * total, weighed(factor, weighted + change * total)
+
+
+@triton.jit
+def absorb(shift, total, weighted, x, k):
+    """Lane states (L,) and a block (L, n, 2) of logits, n·2 to each lane -> lane states.
+
+    The block's maximum comes first, so that it costs one exponential an element and one a lane.
+    """
+    x = x.to(shift.dtype)
+    top = tl.maximum(shift, k * tl.max(tl.max(x, axis=2), axis=1))
+    t = exponents(x, k, top[:, None, None])
+    e = tl.exp2(t)
+    total, weighted = _shifted(total, weighted, shift - top)
+    total += tl.sum(tl.sum(e, axis=2), axis=1)
+    weighted += tl.sum(tl.sum(e * t, axis=2), axis=1)
+    return top, total, weighted
+
+
+@triton.jit
+def merge(shift, total, weighted):
+    """Lane states -> the state of the row."""
+    top = tl.max(shift, axis=0)
+    total, weighted = _shifted(total, weighted, shift - top)
+    return top, tl.sum(total, axis=0), tl.sum(weighted, axis=0)
+
+
+@triton.jit
+def entropy(total, weighted):
+    """H = -Σ p log p in nats."""
+    return (tl.log2(total) - weighted / total) * LN_2
+
+
+@triton.jit
+def _shifted_cross(cross, total, change, ref_change):
+    """Σ 2^t (t - t_ref) after the exponents of both softmaxes changed; inf stays inf."""
+    factor = tl.exp2(change)
+    return weighed(factor, cross + total * (change - ref_change))
+
+
+@triton.jit
+def joint_absorb(shift, total, ref_shift, ref_total, cross, x, y, k):
+    """Lane states of two softmaxes and blocks (L, n) of their logits -> lane states.
+
+    `cross` is Σ 2^t (t - t_ref), +inf where the reference excludes what the first one allows.
+    """
+    x, y = x.to(shift.dtype), y.to(shift.dtype)
+    top = tl.maximum(shift, k * tl.max(x, axis=1))
+    ref_top = tl.maximum(ref_shift, k * tl.max(y, axis=1))
+    t = exponents(x, k, top[:, None])
+    u = tl.fma(y, k, -ref_top[:, None])
+    e = tl.exp2(t)
+    change, ref_change = shift - top, ref_shift - ref_top
+    cross = _shifted_cross(cross, total, change, ref_change)
+    cross += tl.sum(weighed(e, t - u), axis=1)
+    total = tl.exp2(change) * total + tl.sum(e, axis=1)
+    ref_total = tl.exp2(ref_change) * ref_total + tl.sum(tl.exp2(u), axis=1)
+    return top, total, ref_top, ref_total, cross
+
+
+@triton.jit
+def joint_merge(shift, total, ref_shift, ref_total, cross):
+    """Lane states of two softmaxes -> the state of the row."""
+    top, ref_top = tl.max(shift, axis=0), tl.max(ref_shift, axis=0)
+    change, ref_change = shift - top, ref_shift - ref_top
+    cross = tl.sum(_shifted_cross(cross, total, change, ref_change), axis=0)
+    total = tl.sum(tl.exp2(change) * total, axis=0)
+    return top, total, ref_top, tl.sum(tl.exp2(ref_change) * ref_total, axis=0), cross
+
+
+@triton.jit
+def kl(total, ref_total, cross):
+    """KL(p || q) in nats."""
+    return (cross / total - tl.log2(total) + tl.log2(ref_total)) * LN_2

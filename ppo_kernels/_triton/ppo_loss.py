@@ -1,0 +1,298 @@
+"""ppo_loss, ppo_loss_ and the losses of log-probs and values; formulas in ppo_kernels/ppo_loss.py.
+
+Nothing waits for the device, so nothing raises for what a tensor holds: `loss` is NaN where a
+counted token has no finite log-probability.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ppo_kernels._triton import math, sweeps
+from ppo_kernels._triton.common import (
+    aligned,
+    implement,
+    kernel,
+    launch,
+    per_token,
+    result_dtype,
+    rows,
+    written_in_place,
+)
+from ppo_kernels._triton.logprobs import score, write_gradient
+from ppo_kernels._triton.means import (
+    BLOCK,
+    counted,
+    load_denominator,
+    means,
+    store_part,
+    which_count,
+)
+
+
+@kernel("logits_ptr")
+def _ppo_loss(
+    logits_ptr,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    tokens_ptr,
+    old_logprobs_ptr,
+    advantages_ptr,
+    mask_ptr,
+    ref_logprobs_ptr,
+    denominator_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    terms_ptr,
+    stats_ptr,
+    grad_logprobs_ptr,
+    grad_entropy_ptr,
+    n: tl.int64,
+    V: tl.int32,
+    temperature: tl.float64,
+    k: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    dual_clip: tl.float64,
+    entropy_coef: tl.float64,
+    kl_coef: tl.float64,
+    kl_estimator: tl.int32,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """One row: its token's terms of the loss, and their gradient in place of the logits, or, where
+    there are `stats_ptr` and the pointers after it, what the backward needs."""
+    R: tl.constexpr = logprobs_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    start = sweeps.row_start(tl.program_id(0), inner, outer_stride, inner_stride)
+    k = math.number(k, R)
+    counts = True
+    if mask_ptr is not None:
+        counts = tl.load(mask_ptr + row) != 0
+    zero = tl.zeros((), R)
+    logprob, entropy, shift, log2_sum, g, h = zero, zero, zero, zero, zero, zero
+    loss, policy, kl, approx_kl, clip = zero, zero, zero, zero, zero
+    if counts:
+        token = tl.load(tokens_ptr + row).to(tl.int64)
+        shift, log2_sum, logit, logprob, entropy = score(logits_ptr, start, V, token, k, L, ALIGNED)
+        policy, g, approx_kl, clipped = math.policy_term(
+            logprob - tl.load(old_logprobs_ptr + row).to(R),
+            tl.load(advantages_ptr + row).to(R),
+            math.number(clip_low, R),
+            math.number(clip_high, R),
+            math.number(dual_clip, R),
+        )
+        clip = clipped.to(R)
+        if ref_logprobs_ptr is not None:
+            ref_logprob = tl.load(ref_logprobs_ptr + row).to(R)
+            kl, kl_grad = math.kl_term(kl_estimator, logprob - ref_logprob)
+            g += math.number(kl_coef, R) * kl_grad
+        h = -math.number(entropy_coef, R)
+        loss = policy + h * entropy + math.number(kl_coef, R) * kl
+        loss = tl.where(tl.abs(logprob) < float("inf"), loss, float("nan"))
+        denominator = load_denominator(denominator_ptr, n).to(R)
+        g /= denominator
+        h /= denominator
+        if stats_ptr is None:
+            write_gradient(
+                logits_ptr,
+                logits_ptr,
+                start,
+                start,
+                V,
+                token,
+                logit,
+                g,
+                h,
+                entropy,
+                shift,
+                log2_sum,
+                math.number(temperature, R),
+                k,
+                L,
+                ALIGNED,
+            )
+    else:
+        if stats_ptr is None:
+            sweeps.fill_zero(logits_ptr, start, V, L, ALIGNED)
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(terms_ptr + row, loss)
+    tl.store(terms_ptr + n + row, policy)
+    tl.store(terms_ptr + 2 * n + row, entropy)
+    tl.store(terms_ptr + 3 * n + row, kl)
+    tl.store(terms_ptr + 4 * n + row, approx_kl)
+    tl.store(terms_ptr + 5 * n + row, clip)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + 2 * row, shift)
+        tl.store(stats_ptr + 2 * row + 1, log2_sum)
+        tl.store(grad_logprobs_ptr + row, g)
+        tl.store(grad_entropy_ptr + row, h)
+
+
+def _run(
+    logits,
+    tokens,
+    old_logprobs,
+    advantages,
+    mask,
+    ref_logprobs,
+    denominator,
+    scalars,
+    kl_estimator,
+    saved,
+    lanes,
+):
+    """The results of both ops; `saved` are the tensors for the backward, None for in place."""
+    temperature, *numbers = scalars.tolist()
+    n = tokens.numel()
+    logprobs, entropy = (logits.new_empty(tokens.shape, dtype=result_dtype(logits)) for _ in "12")
+    terms = logprobs.new_empty((6, n))
+    denominator = counted(mask, denominator)
+    launch(
+        _ppo_loss,
+        n,
+        *rows(logits),
+        *map(per_token, (tokens, old_logprobs, advantages, mask, ref_logprobs)),
+        *(denominator, logprobs, entropy, terms, *saved, n),
+        *(logits.shape[-1], temperature, math.LOG2_E / temperature, *numbers, kl_estimator),
+        ALIGNED=aligned(logits),
+        **lanes,
+    )
+    return *means(terms, denominator, n, logprobs.dtype), logprobs, entropy
+
+
+@implement("ppo_loss")
+def ppo_loss(logits, tokens, *arguments):
+    real = result_dtype(logits)
+    shapes = (*tokens.shape, 2), tokens.shape, tokens.shape
+    saved = tuple(logits.new_empty(shape, dtype=real) for shape in shapes)
+    return *_run(logits, tokens, *arguments, saved, sweeps.lanes(logits)), *saved
+
+
+@implement("ppo_loss_")
+def ppo_loss_(logits, tokens, *arguments):
+    with written_in_place(logits) as target:
+        return _run(target, tokens, *arguments, (None,) * 3, sweeps.lanes_in_place(logits))
+
+
+@kernel("grad_ptr")
+def _rescale(
+    grad_ptr,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    scale_ptr,
+    V: tl.int32,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    factor = tl.load(scale_ptr)
+    if factor != 1.0:
+        row = tl.program_id(0)
+        start = sweeps.row_start(row, inner, outer_stride, inner_stride)
+        sweeps.scale(grad_ptr, start, V, factor, L, ALIGNED)
+
+
+@implement("rescale_")
+def rescale_(grad, scale):
+    with written_in_place(grad) as target:
+        launch(
+            _rescale,
+            grad.shape[:-1].numel(),
+            *rows(target),
+            scale.to(result_dtype(grad)),
+            grad.shape[-1],
+            ALIGNED=aligned(target),
+            **sweeps.lanes(grad),
+        )
+
+
+@kernel()
+def _clipped_policy_loss(
+    logprobs_ptr,
+    old_logprobs_ptr,
+    advantages_ptr,
+    mask_ptr,
+    denominator_ptr,
+    parts_ptr,
+    grad_ptr,
+    n: tl.int64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    dual_clip: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    R: tl.constexpr = grad_ptr.dtype.element_ty
+    block, counts, i = which_count(mask_ptr, n, BLOCK)
+    logprob = tl.load(logprobs_ptr + i, mask=counts, other=0.0).to(R)
+    old_logprob = tl.load(old_logprobs_ptr + i, mask=counts, other=0.0).to(R)
+    advantage = tl.load(advantages_ptr + i, mask=counts, other=0.0).to(R)
+    loss, grad, approx_kl, clipped = math.policy_term(
+        logprob - old_logprob,
+        advantage,
+        math.number(clip_low, R),
+        math.number(clip_high, R),
+        math.number(dual_clip, R),
+    )
+    denominator = load_denominator(denominator_ptr, n).to(R)
+    tl.store(grad_ptr + i, tl.where(counts, grad / denominator, 0.0), mask=i < n)
+    store_part(parts_ptr, block, 0, tl.where(counts, loss, 0.0))
+    store_part(parts_ptr, block, 1, tl.where(counts, approx_kl, 0.0))
+    store_part(parts_ptr, block, 2, tl.where(counts, clipped.to(R), 0.0))
+
+
+@implement("clipped_policy_loss")
+def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, denominator, scalars):
+    grad = logprobs.new_empty(logprobs.shape, dtype=result_dtype(logprobs))
+    denominator, n = counted(mask, denominator), grad.numel()
+    parts = grad.new_empty((3, triton.cdiv(n, BLOCK)), dtype=torch.float64)
+    launch(
+        _clipped_policy_loss,
+        parts.shape[1],
+        *map(per_token, (logprobs, old_logprobs, advantages, mask)),
+        *(denominator, parts, grad, n, *scalars.tolist()),
+        BLOCK=BLOCK,
+    )
+    return *means(parts, denominator, n, grad.dtype), grad
+
+
+@kernel()
+def _value_loss(
+    values_ptr,
+    old_values_ptr,
+    returns_ptr,
+    mask_ptr,
+    denominator_ptr,
+    parts_ptr,
+    grad_ptr,
+    n: tl.int64,
+    clip: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    R: tl.constexpr = grad_ptr.dtype.element_ty
+    block, counts, i = which_count(mask_ptr, n, BLOCK)
+    value = tl.load(values_ptr + i, mask=counts, other=0.0).to(R)
+    old_value = tl.load(old_values_ptr + i, mask=counts, other=0.0).to(R)
+    target = tl.load(returns_ptr + i, mask=counts, other=0.0).to(R)
+    loss, grad, clipped = math.value_term(value, old_value, target, math.number(clip, R))
+    denominator = load_denominator(denominator_ptr, n).to(R)
+    tl.store(grad_ptr + i, tl.where(counts, grad / denominator, 0.0), mask=i < n)
+    store_part(parts_ptr, block, 0, tl.where(counts, loss, 0.0))
+    store_part(parts_ptr, block, 1, tl.where(counts, clipped.to(R), 0.0))
+
+
+@implement("value_loss")
+def value_loss(values, old_values, returns, mask, denominator, scalars):
+    grad = values.new_empty(values.shape, dtype=result_dtype(values))
+    denominator, n = counted(mask, denominator), grad.numel()
+    parts = grad.new_empty((2, triton.cdiv(n, BLOCK)), dtype=torch.float64)
+    launch(
+        _value_loss,
+        parts.shape[1],
+        *map(per_token, (values, old_values, returns, mask)),
+        *(denominator, parts, grad, n, *scalars.tolist()),
+        BLOCK=BLOCK,
+    )
+    return *means(parts, denominator, n, grad.dtype), grad

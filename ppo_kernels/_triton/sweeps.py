@@ -1,0 +1,247 @@
+"""What runs over the vocabulary: one program walks one row with L lanes.
+
+A lane takes VEC elements at a time, 16 bytes of them. Where every row is ALIGNED to 16 bytes they
+stand together and are one load; elsewhere (V = 50257) they stand L apart, so that the lanes' loads
+do. Which it is depends on the layout of the tensors, not on the row: sums come out bitwise the same
+wherever a row stands.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ppo_kernels._triton import math
+
+WARP_SIZE = 32 if torch.version.hip is None else 64
+# A lane has two vectors in flight: 512 of them 16 KiB.
+_BYTES_PER_LANE = 128
+_MOST_LANES = 512
+# Longer rows, of which four at a time stay in no L2 until their second sweep, get twice the lanes.
+_LONG_ROW_BYTES = 96 * 1024
+
+
+def lanes(x):
+    """Launch options for a program per row of `x` (..., V); of nothing but V and dtype, so that
+    results do not change with the batch."""
+    wanted = triton.next_power_of_2(triton.cdiv(_row_bytes(x), _BYTES_PER_LANE))
+    return _options(min(_MOST_LANES, max(32, wanted)))
+
+
+def lanes_in_place(x):
+    """The same for a kernel that reads the row again."""
+    long = _row_bytes(x) > _LONG_ROW_BYTES and x.dtype != torch.float64
+    return _options(lanes(x)["L"] * (2 if long else 1))
+
+
+def _row_bytes(x):
+    return x.shape[-1] * x.element_size()
+
+
+def _options(lanes):
+    return {"L": lanes, "num_warps": max(1, lanes // WARP_SIZE)}
+
+
+@triton.jit
+def row_start(row, inner, outer_stride, inner_stride):
+    """The first element of a row; see `common.Rows`."""
+    outer = row // inner
+    return outer.to(tl.int64) * outer_stride + (row - outer * inner) * inner_stride
+
+
+@triton.jit
+def _pointer(ptr, start, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    # The compiler believes a product; it forgets a `tl.multiple_of` on a number.
+    if ALIGNED:
+        start = start // VEC * VEC
+    return ptr + start
+
+
+@triton.jit
+def _lengths(V, STEP: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """V, and the multiple of STEP below it."""
+    if ALIGNED:
+        V = V // VEC * VEC
+    return V, V // STEP * STEP
+
+
+@triton.jit
+def _block(L: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Offsets (L, VEC) of the elements of each lane."""
+    lane, i = tl.arange(0, L)[:, None], tl.arange(0, VEC)[None, :]
+    return lane * VEC + i if ALIGNED else i * L + lane
+
+
+@triton.jit
+def _pair(p, STEP: tl.constexpr, EVICT: tl.constexpr):
+    return tl.join(tl.load(p, eviction_policy=EVICT), tl.load(p + STEP, eviction_policy=EVICT))
+
+
+@triton.jit
+def _pair_below(p, offset, n, STEP: tl.constexpr):
+    """The pair at `offset`, -inf from `n` on."""
+    return tl.join(
+        tl.load(p + offset, mask=offset < n, other=-float("inf")),
+        tl.load(p + offset + STEP, mask=offset + STEP < n, other=-float("inf")),
+    )
+
+
+@triton.jit
+def statistics(x_ptr, start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
+    """(shift, Σ 2^t, Σ 2^t t) of a row."""
+    VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    STEP: tl.constexpr = L * VEC
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    n, full = _lengths(V, 2 * STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
+    shift = tl.full((L,), math.NOTHING, k.dtype)
+    total = tl.zeros((L,), k.dtype)
+    weighted = total
+    for i in range(0, full, 2 * STEP):
+        x = _pair(p + i + block, STEP, "")
+        shift, total, weighted = math.absorb(shift, total, weighted, x, k)
+    if full < n:
+        x = _pair_below(p, full + block, n, STEP)
+        shift, total, weighted = math.absorb(shift, total, weighted, x, k)
+    return math.merge(shift, total, weighted)
+
+
+@triton.jit
+def _slope(x, k, shift, a, b):
+    """2^t (a + b t), 0 where 2^t is."""
+    t = math.exponents(x.to(k.dtype), k, shift)
+    return tl.exp2(t) * tl.fma(t, b, a)
+
+
+@triton.jit
+def gradient(
+    x_ptr,
+    out_ptr,
+    start,
+    out_start,
+    V,
+    k,
+    shift,
+    a,
+    b,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Write 2^t (a + b t) of each element of a row, from its end back; `out_ptr` may be `x_ptr`."""
+    T: tl.constexpr = out_ptr.dtype.element_ty
+    VEC: tl.constexpr = 128 // T.primitive_bitwidth
+    STEP: tl.constexpr = L * VEC
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    out = _pointer(out_ptr, out_start, VEC, ALIGNED)
+    n, full = _lengths(V, 2 * STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
+    if full < n:
+        x = _pair_below(p, full + block, n, STEP)
+        near, far = tl.split(_slope(x, k, shift, a, b).to(T))
+        tl.store(out + full + block, near, mask=full + block < n)
+        tl.store(out + full + STEP + block, far, mask=full + STEP + block < n)
+    for walked in range(0, full, 2 * STEP):
+        i = full - 2 * STEP - walked
+        x = _pair(p + i + block, STEP, "evict_first")
+        near, far = tl.split(_slope(x, k, shift, a, b).to(T))
+        tl.store(out + i + block, near, eviction_policy="evict_first")
+        tl.store(out + i + STEP + block, far, eviction_policy="evict_first")
+
+
+@triton.jit
+def fill_zero(out_ptr, start, V, L: tl.constexpr, ALIGNED: tl.constexpr):
+    """Write zeros to a row."""
+    T: tl.constexpr = out_ptr.dtype.element_ty
+    VEC: tl.constexpr = 128 // T.primitive_bitwidth
+    out = _pointer(out_ptr, start, VEC, ALIGNED)
+    n, _ = _lengths(V, VEC, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
+    zeros = tl.zeros((L, VEC), T)
+    for i in range(0, n, L * VEC):
+        tl.store(out + i + block, zeros, mask=i + block < n)
+
+
+@triton.jit
+def scale(x_ptr, start, V, factor, L: tl.constexpr, ALIGNED: tl.constexpr):
+    """Multiply a row by `factor` in place; zeros stay zeros."""
+    VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    n, _ = _lengths(V, VEC, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
+    for i in range(0, n, L * VEC):
+        x = tl.load(p + i + block, mask=i + block < n)
+        scaled = tl.where(x == 0.0, 0.0, x.to(factor.dtype) * factor)
+        tl.store(p + i + block, scaled.to(x.dtype), mask=i + block < n)
+
+
+@triton.jit
+def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
+    """(shift, Σ 2^t, shift_ref, Σ 2^t_ref, Σ 2^t (t - t_ref)) of a row of each tensor."""
+    VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    STEP: tl.constexpr = L * VEC
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    q = _pointer(y_ptr, y_start, VEC, ALIGNED)
+    n, full = _lengths(V, STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
+    shift = tl.full((L,), math.NOTHING, k.dtype)
+    total = tl.zeros((L,), k.dtype)
+    ref_shift, ref_total, cross = shift, total, total
+    for i in range(0, full, STEP):
+        x, y = tl.load(p + i + block), tl.load(q + i + block)
+        shift, total, ref_shift, ref_total, cross = math.joint_absorb(
+            shift, total, ref_shift, ref_total, cross, x, y, k
+        )
+    if full < n:
+        inside = full + block < n
+        x = tl.load(p + full + block, mask=inside, other=-float("inf"))
+        y = tl.load(q + full + block, mask=inside, other=-float("inf"))
+        shift, total, ref_shift, ref_total, cross = math.joint_absorb(
+            shift, total, ref_shift, ref_total, cross, x, y, k
+        )
+    return math.joint_merge(shift, total, ref_shift, ref_total, cross)
+
+
+@triton.jit
+def _kl_slope(x, y, k, shift, ref_shift, a, b):
+    """2^t (a + b (t - t_ref)), 0 where 2^t is."""
+    t = math.exponents(x.to(k.dtype), k, shift)
+    u = tl.fma(y.to(k.dtype), k, -ref_shift)
+    return math.weighed(tl.exp2(t), tl.fma(t - u, b, a))
+
+
+@triton.jit
+def kl_gradient(
+    x_ptr,
+    y_ptr,
+    out_ptr,
+    start,
+    y_start,
+    out_start,
+    V,
+    k,
+    shift,
+    ref_shift,
+    a,
+    b,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Write 2^t (a + b (t - t_ref)) of each element of a row."""
+    T: tl.constexpr = out_ptr.dtype.element_ty
+    VEC: tl.constexpr = 128 // T.primitive_bitwidth
+    STEP: tl.constexpr = L * VEC
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    q = _pointer(y_ptr, y_start, VEC, ALIGNED)
+    out = _pointer(out_ptr, out_start, VEC, ALIGNED)
+    n, full = _lengths(V, STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
+    if full < n:
+        inside = full + block < n
+        x = tl.load(p + full + block, mask=inside, other=-float("inf"))
+        y = tl.load(q + full + block, mask=inside, other=-float("inf"))
+        slope = _kl_slope(x, y, k, shift, ref_shift, a, b)
+        tl.store(out + full + block, slope.to(T), mask=inside)
+    for walked in range(0, full, STEP):
+        i = full - STEP - walked
+        x, y = tl.load(p + i + block), tl.load(q + i + block)
+        slope = _kl_slope(x, y, k, shift, ref_shift, a, b)
+        tl.store(out + i + block, slope.to(T))

@@ -1,0 +1,104 @@
+"""Every Triton kernel compiled for GPUs that are not here; its machine code judged on sm_90."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ppo_kernels
+from ppo_kernels import schemas
+from tests.compiled import TARGETS, exponentials, measured, sweeps
+
+# Ops that sweep a vocabulary -> their kernel, its loops that load logits, those that also store.
+SWEEPS = {
+    "token_logprobs": ("logprobs._forward", 1, 0),
+    "token_logprobs_backward": ("logprobs._backward", 1, 1),
+    "kl_divergence": ("kl._forward", 1, 0),
+    "kl_divergence_backward": ("kl._backward", 1, 1),
+    "ppo_loss": ("ppo_loss._ppo_loss", 1, 0),
+    "ppo_loss_": ("ppo_loss._ppo_loss", 2, 1),
+    "rescale_": ("ppo_loss._rescale", 1, 1),
+}
+
+
+def of_op(reports, op):
+    return [x for x in reports if x["op"] == op]
+
+
+def those_with(reports, *keys):
+    """Of the reports where one of these is there and not 0: what was called, and these."""
+    shown = ("dtype", "call", "target", "kernel", *keys)
+    return [[x[k] for k in shown if k in x] for x in reports if any(x.get(k) for k in keys)]
+
+
+def test_every_kernel_is_compiled(compiled):
+    folder = Path(ppo_kernels.__file__).parent / "_triton"
+    written = {
+        f"{path.stem}.{node.name}"
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(x).startswith("kernel(") for x in node.decorator_list)
+    }
+    assert written
+    assert written - {x["kernel"] for x in measured(compiled)} == set()
+
+
+@pytest.mark.parametrize("op", schemas.SCHEMAS)
+def test_compiles_for_every_target(compiled, op):
+    """In each dtype, with and without optional inputs: NVIDIA's sm_80, sm_90, sm_100, and AMD."""
+    reports = of_op(compiled, op)
+    assert those_with(reports, "error") == []
+    assert {x["target"] for x in reports} == {x for targets in TARGETS for x in targets}
+
+
+@pytest.mark.parametrize("op", schemas.SCHEMAS)
+def test_calls_that_differ_in_numbers_compile_nothing(compiled, op):
+    """Temperature, clip, coefficients, estimator, rows, lengths, V of the same divisibility, and
+    where tensors of numbers per token begin."""
+    assert those_with(of_op(compiled, op), "recompiled") == []
+
+
+@pytest.mark.parametrize("op", schemas.SCHEMAS)
+def test_sass_of_no_kernel_spills(compiled, op):
+    kernels = measured(of_op(compiled, op))
+    assert kernels
+    assert those_with(kernels, "spills", "stack") == []
+
+
+def test_sass_shows_spills():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.compiled.spilling"],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(result.stdout)
+    assert report["spills"] > 0
+    assert report["stack"] > 0
+
+
+@pytest.mark.parametrize("op", SWEEPS)
+def test_sass_of_sweeps(compiled, op):
+    """16 bytes to a load and to a store, and one exponential to an element, a few to a block."""
+    kernel, loads, stores = SWEEPS[op]
+    found = [
+        x
+        for x in measured(of_op(compiled, op))
+        # Rows that are not aligned to 16 bytes are read element by element.
+        if x["kernel"] == kernel and x["dtype"] != "float64" and "strided" not in x["call"]
+    ]
+    assert {x["dtype"] for x in found} == {"float32", "bfloat16", "float16"}
+    for x in found:
+        assert len(sweeps(x)) == loads, x
+        assert {loop["narrowest_load"] for loop in sweeps(x)} == {128}, x
+        assert sum(loop["narrowest_store"] == 128 for loop in sweeps(x)) == stores, x
+        assert max(exponentials(x)) <= 1.25, x
