@@ -317,7 +317,8 @@ def _run(inputs, strides, cu_seqlens, bootstrap_values, scalars, batch, length, 
     rewards, values, *_ = inputs
     dtype = result_dtype(rewards, values)
     advantages, returns = (rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
-    maps = rewards.new_empty((slots, 2), dtype=dtype) if length > options["CHUNK"] else None
+    one_chunk = cu_seqlens is None and length <= options["CHUNK"]
+    maps = None if one_chunk else rewards.new_empty((slots, 2), dtype=dtype)
     arguments = (*inputs, per_token(cu_seqlens), maps, *strides[:4])
     arguments += (batch, length, batch.bit_length(), gamma, gamma * lam)
     results = per_token(bootstrap_values), advantages, returns, strides[4]

@@ -100,20 +100,21 @@ def family(op):
     return "gae" if op.startswith("gae") else "other"
 
 
-def calls(op, thorough):
-    """Calls that between them compile the op's kernels in every dtype, with none and with all of
-    the optional inputs; if thorough in each combination of them, for every width and strided."""
+def calls(op, every_width):
+    """Calls that between them compile the op's kernels in every dtype, in each combination of the
+    optional inputs; if wanted, with none and all of these for the other widths and strided too."""
     names = optional(op)
     # A backward is called for at least one upstream gradient.
     fewest = 1 if op == "token_logprobs_backward" else 0
     subsets = [x for n in range(fewest, len(names) + 1) for x in itertools.combinations(names, n)]
     extremes = dict.fromkeys((subsets[0], subsets[-1]))
-    widths = WIDTHS[family(op)] if thorough else WIDTHS[family(op)][-1:]
+    *others, last = WIDTHS[family(op)]
     for dtype in DTYPES:
-        for width in widths:
-            for given in subsets if thorough and width == widths[-1] else extremes:
-                yield Call(op, dtype, width, given)
-        if thorough and op != "rescale_" and family(op) == "logits":
+        for given in subsets:
+            yield Call(op, dtype, last, given)
+        for width, given in itertools.product(others if every_width else (), extremes):
+            yield Call(op, dtype, width, given)
+        if every_width and op != "rescale_" and family(op) == "logits":
             yield Call(op, dtype, 32_001, subsets[-1], strided=True)
 
 
@@ -201,7 +202,7 @@ def main(names):
         sweeps.WARP_SIZE = driver.active.get_current_target().warp_size
         for op in schemas.SCHEMAS:
             done = []
-            for call in calls(op, thorough=name == MEASURED):
+            for call in calls(op, every_width=name == MEASURED):
                 if compiles(call):
                     done.append(call)
                     for kernel in compiled:
