@@ -110,9 +110,10 @@ def denominator(x, device):
             raise ValueError(f"denominator must have one element, got shape {tuple(x.shape)}")
         if x.device != device and x.device.type != "cpu":
             raise ValueError(f"denominator must be on {device}, got {x.device}")
-        return x.detach().to(device, torch.float64).reshape(())
-    number("denominator", x, at_least=0)
-    # A product: `torch.tensor` would copy to the device and wait, and recompile for each number.
+        x = x.detach().reshape(())
+    else:
+        number("denominator", x, at_least=0)
+    # A product: a copy to the device would wait, and `torch.tensor` recompile for each number.
     return torch.ones((), dtype=torch.float64, device=device) * x
 
 

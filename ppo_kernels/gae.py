@@ -103,7 +103,8 @@ def gae_packed(
     Args:
         rewards, values: (N,) floating, B trajectories one after the other.
         cu_seqlens: (B + 1,) int32 or int64, 0 = first ≤ … ≤ last = N: trajectory i is
-            [cu_seqlens[i], cu_seqlens[i + 1]); empty ones are allowed.
+            [cu_seqlens[i], cu_seqlens[i + 1]); empty ones are allowed. On a GPU nobody looks: other
+            values give undefined results, from within `rewards` and `values`.
         mask, dones: (N,) bool.
         gamma, lam: in [0, 1].
         bootstrap_values: (B,) value after the last counted token; 0 when None.

@@ -170,6 +170,10 @@ def define(backend):
     """Register every schema and fake under the backend's namespace; kernels are added by it."""
     library = torch.library.Library(NAMESPACE[backend], "DEF")
     for name, (schema, fake) in SCHEMAS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        tags = [torch.Tag.pt2_compliant_tag]
+        if "scalars" in schema:
+            # Read when it is launched: `torch.compile` must not replay it with the old numbers.
+            tags.append(torch.Tag.cudagraph_unsafe)
+        library.define(name + schema, tags=tags)
         torch.library.register_fake(f"{NAMESPACE[backend]}::{name}", fake, lib=library)
     _libraries.append(library)

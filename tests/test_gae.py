@@ -141,6 +141,16 @@ def test_nothing_leaks_from_masked_out_positions(backend, garbage):
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
 
 
+@pytest.mark.parametrize("lam", (0.0, 0.5))
+def test_nan_is_not_lost_on_its_way_back(backend, lam):
+    """Also where its weight, 0.5 ** 199 or 0, is less than the smallest number."""
+    rewards, values = torch.randn(2, 1, 200)
+    rewards[0, -1] = math.nan
+    advantages, returns = gae(rewards, values, gamma=0.5, lam=lam, backend=backend)
+    assert advantages.isnan().all()
+    assert returns.isnan().all()
+
+
 @pytest.mark.parametrize("garbage", (math.nan, math.inf))
 def test_nothing_leaks_across_a_done(backend, garbage):
     rewards, values = torch.randn(2, 1, 50)

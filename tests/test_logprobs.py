@@ -275,6 +275,19 @@ def test_a_row_is_bitwise_the_same_wherever_it_stands(fused, dtype, set_threads)
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
+@pytest.mark.parametrize(("vocabulary", "stride"), ((512, 513), (1024, 1028), (509, 509)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_row_of_a_view_is_bitwise_the_same_alone(fused, dtype, vocabulary, stride):
+    """However its rows are aligned."""
+    logits = (4 * torch.randn(5, stride)).to(dtype)[:, :vocabulary]
+    tokens = torch.full((5,), 123)
+    batch = token_logprobs_and_entropy(logits, tokens, backend=fused)
+    for i in range(5):
+        for row in (logits[i : i + 1], logits[i : i + 1].clone()):
+            alone = token_logprobs_and_entropy(row, tokens[:1], backend=fused)
+            assert all(torch.equal(x[i], y[0]) for x, y in zip(batch, alone, strict=True))
+
+
 @pytest.mark.parametrize("bad", (-1, 11, 2**40))
 def test_ids_out_of_range_are_named(backend, bad):
     tokens = torch.zeros(2, 3, dtype=torch.int64)

@@ -92,6 +92,29 @@ def test_waits_for_nothing(name):
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
+def test_a_denominator_on_the_cpu_is_not_waited_for():
+    inputs = loss_inputs(2, 3, 11)
+    denominator = torch.tensor(5.0, device="cpu")
+    with no_waiting():
+        result = ppo_kernels.ppo_loss(**inputs, denominator=denominator, backend="triton")
+    expected = ppo_kernels.ppo_loss(**inputs, denominator=5.0, backend="triton")
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_graphs_of_the_compiler_take_new_numbers():
+    """CUDA graphs are replayed with the numbers that they were recorded with."""
+    torch._dynamo.reset()
+    logits, tokens = torch.randn(3, 11), torch.tensor([1, 5, 9])
+
+    def step(temperature):
+        return token_logprobs_and_entropy(logits, tokens, temperature=temperature, backend="triton")
+
+    compiled = torch.compile(step, mode="reduce-overhead")
+    for temperature in (1.0, 0.7, 0.9, 0.9, 0.9, 0.8):
+        results = [x.clone() for x in compiled(temperature)]
+        torch.testing.assert_close(results, list(step(temperature)))
+
+
 def test_the_default_compiler_takes_all_ops_in_one_graph():
     torch._dynamo.reset()
     public = _public("triton")

@@ -99,16 +99,6 @@ def rows(x):
     return Rows(x, inner, outer_stride, inner_stride)
 
 
-def aligned(*tensors):
-    """Whether all rows of these (..., V) tensors begin and end at multiples of 16 bytes."""
-    vector = 16 // tensors[0].element_size()
-    laid = [rows(x) for x in tensors]
-    return tensors[0].shape[-1] % vector == 0 and all(
-        r.data.data_ptr() % 16 == 0 and r.outer_stride % vector == r.inner_stride % vector == 0
-        for r in laid
-    )
-
-
 @contextlib.contextmanager
 def written_in_place(x):
     """`x` in a form that `rows` does not copy; what is written there is in `x` afterwards."""

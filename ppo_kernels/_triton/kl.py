@@ -6,7 +6,6 @@ import triton.language as tl
 
 from ppo_kernels._triton import math, sweeps
 from ppo_kernels._triton.common import (
-    aligned,
     implement,
     kernel,
     launch,
@@ -33,14 +32,14 @@ def _forward(
     V: tl.int32,
     k: tl.float64,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
     ref_start = sweeps.row_start(row, ref_inner, ref_outer_stride, ref_inner_stride)
     k = math.number(k, kl_ptr.dtype.element_ty)
     shift, total, ref_shift, ref_total, cross = sweeps.joint_statistics(
-        logits_ptr, ref_logits_ptr, start, ref_start, V, k, L, ALIGNED
+        logits_ptr, ref_logits_ptr, start, ref_start, V, k, L, LAYOUT
     )
     tl.store(kl_ptr + row, math.kl(total, ref_total, cross))
     stats = 2 * row.to(tl.int64)
@@ -56,15 +55,16 @@ def kl_divergence(logits, ref_logits, scalars):
     shape, real = logits.shape[:-1], result_dtype(logits)
     kl = logits.new_empty(shape, dtype=real)
     stats, ref_stats = (logits.new_empty((*shape, 2), dtype=real) for _ in range(2))
+    laid, ref_laid = rows(logits), rows(ref_logits)
     launch(
         _forward,
         kl.numel(),
-        *rows(logits),
-        *rows(ref_logits),
+        *laid,
+        *ref_laid,
         *(kl, stats, ref_stats),
         logits.shape[-1],
         math.LOG2_E / temperature,
-        ALIGNED=aligned(logits, ref_logits),
+        LAYOUT=sweeps.layout(laid, ref_laid),
         **sweeps.lanes(logits),
     )
     return kl, stats, ref_stats
@@ -89,7 +89,7 @@ def _backward(
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """p (log p - log q - KL) g / τ = 2^t (a + b (t - t_ref))"""
     R: tl.constexpr = kl_ptr.dtype.element_ty
@@ -116,10 +116,10 @@ def _backward(
             weight * ((ref_log2_sum - log2_sum) * math.LN_2 - tl.load(kl_ptr + row)),
             weight * math.LN_2,
             L,
-            ALIGNED,
+            LAYOUT,
         )
     else:
-        sweeps.fill_zero(grad_ptr, out_start, V, L, ALIGNED)
+        sweeps.fill_zero(grad_ptr, out_start, V, L, LAYOUT)
 
 
 @implement("kl_divergence_backward")
@@ -128,18 +128,19 @@ def kl_divergence_backward(
 ):
     (temperature,) = scalars.tolist()
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    laid, ref_laid = rows(logits), rows(ref_logits)
     launch(
         _backward,
         kl.numel(),
         per_token(grad_kl),
-        *rows(logits),
-        *rows(ref_logits),
+        *laid,
+        *ref_laid,
         *map(per_token, (kl, softmax_stats, ref_softmax_stats)),
         grad_logits,
         logits.shape[-1],
         temperature,
         math.LOG2_E / temperature,
-        ALIGNED=aligned(logits, ref_logits, grad_logits),
+        LAYOUT=sweeps.layout(laid, ref_laid, rows(grad_logits)),
         **sweeps.lanes(logits),
     )
     return grad_logits

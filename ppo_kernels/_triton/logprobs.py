@@ -6,7 +6,6 @@ import triton.language as tl
 
 from ppo_kernels._triton import math, sweeps
 from ppo_kernels._triton.common import (
-    aligned,
     implement,
     kernel,
     launch,
@@ -24,11 +23,11 @@ def load_logit(x_ptr, start, V, token, R: tl.constexpr):
 
 
 @triton.jit
-def score(x_ptr, start, V, token, k, L: tl.constexpr, ALIGNED: tl.constexpr):
+def score(x_ptr, start, V, token, k, L: tl.constexpr, LAYOUT: tl.constexpr):
     """(shift, log2_sum, logit of the token, logprob, entropy) of a row."""
     # Before the barriers of the sweep: afterwards another thread may write a gradient there.
     logit = load_logit(x_ptr, start, V, token, k.dtype)
-    shift, total, weighted = sweeps.statistics(x_ptr, start, V, k, L, ALIGNED)
+    shift, total, weighted = sweeps.statistics(x_ptr, start, V, k, L, LAYOUT)
     log2_sum = tl.log2(total)
     logprob = (tl.fma(logit, k, -shift) - log2_sum) * math.LN_2
     return shift, log2_sum, logit, logprob, math.entropy(total, weighted)
@@ -51,7 +50,7 @@ def write_gradient(
     temperature,
     k,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Write the gradient of g logprob + h entropy in one row of logits.
 
@@ -62,7 +61,7 @@ def write_gradient(
     b = weight * h * math.LN_2
     t = math.exponents(logit, k, shift)
     at_token = tl.exp2(t) * tl.fma(t, b, a) + g / temperature
-    sweeps.gradient(x_ptr, out_ptr, start, out_start, V, k, shift, a, b, L, ALIGNED)
+    sweeps.gradient(x_ptr, out_ptr, start, out_start, V, k, shift, a, b, L, LAYOUT)
     # Other threads wrote an unfinished value there.
     tl.debug_barrier()
     inside = (token >= 0) & (token < V)
@@ -82,14 +81,14 @@ def _forward(
     V: tl.int32,
     k: tl.float64,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     R: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
     k = math.number(k, R)
     token = tl.load(tokens_ptr + row).to(tl.int64)
-    shift, log2_sum, _, logprob, entropy = score(logits_ptr, start, V, token, k, L, ALIGNED)
+    shift, log2_sum, _, logprob, entropy = score(logits_ptr, start, V, token, k, L, LAYOUT)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(stats_ptr + 2 * row.to(tl.int64), shift)
@@ -102,14 +101,15 @@ def token_logprobs(logits, tokens, scalars):
     real = result_dtype(logits)
     logprobs, entropy = (logits.new_empty(tokens.shape, dtype=real) for _ in range(2))
     stats = logits.new_empty((*tokens.shape, 2), dtype=real)
+    laid = rows(logits)
     launch(
         _forward,
         tokens.numel(),
-        *rows(logits),
+        *laid,
         *(per_token(tokens), logprobs, entropy, stats),
         logits.shape[-1],
         math.LOG2_E / temperature,
-        ALIGNED=aligned(logits),
+        LAYOUT=sweeps.layout(laid),
         **sweeps.lanes(logits),
     )
     return logprobs, entropy, stats
@@ -131,7 +131,7 @@ def _backward(
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     R: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0)
@@ -163,10 +163,10 @@ def _backward(
             math.number(temperature, R),
             math.number(k, R),
             L,
-            ALIGNED,
+            LAYOUT,
         )
     else:
-        sweeps.fill_zero(grad_ptr, out_start, V, L, ALIGNED)
+        sweeps.fill_zero(grad_ptr, out_start, V, L, LAYOUT)
 
 
 @implement("token_logprobs_backward")
@@ -175,16 +175,17 @@ def token_logprobs_backward(
 ):
     (temperature, *_) = scalars.tolist()
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    laid = rows(logits)
     launch(
         _backward,
         tokens.numel(),
         *(per_token(grad_logprobs), per_token(grad_entropy)),
-        *rows(logits),
+        *laid,
         *(per_token(tokens), per_token(entropy), per_token(softmax_stats), grad_logits),
         logits.shape[-1],
         temperature,
         math.LOG2_E / temperature,
-        ALIGNED=aligned(logits, grad_logits),
+        LAYOUT=sweeps.layout(laid, rows(grad_logits)),
         **sweeps.lanes(logits),
     )
     return grad_logits

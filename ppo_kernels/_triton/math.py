@@ -1,4 +1,5 @@
-"""Per-token arithmetic and softmax states: the twin of csrc/ppo_math.h and csrc/softmax_state.h.
+"""Per-token arithmetic and softmax states: the twin of csrc/ppo_math.h and csrc/softmax_state.h,
+under the same names where a function is the same.
 
 Base 2 as there: with k = log2(e) / τ a logit z stands for the exponent t = k z - shift, where shift
 is k times the maximum of what was seen, carried as the very number that was subtracted.
@@ -29,24 +30,24 @@ def number(x, R: tl.constexpr):
 
 @triton.jit
 def _quadratic_part(x):
-    """exp(x) - 1 - x for |x| < 1/2, by its series; the first left-out term is below 1e-17."""
+    """exp(x) - 1 - x for |x| < 1, by its series; the first left-out term is below 1e-17."""
     series = tl.full(x.shape, 1.0, x.dtype)
-    for i in tl.static_range(13):
-        series = 1.0 + x * series * (1.0 / (15 - i))
+    for i in tl.static_range(16):
+        series = 1.0 + x * series * (1.0 / (18 - i))
     return 0.5 * x * x * series
 
 
 @triton.jit
 def expm1(x):
     """exp(x) - 1 without cancellation."""
-    return tl.where(tl.abs(x) < 0.5, x + _quadratic_part(x), tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 1.0, x + _quadratic_part(x), tl.exp(x) - 1.0)
 
 
 @triton.jit
 def k3(log_ratio):
     """exp(x) - 1 - x without cancellation."""
     beyond = tl.exp(log_ratio) - 1.0 - log_ratio
-    return tl.where(tl.abs(log_ratio) < 0.5, _quadratic_part(log_ratio), beyond)
+    return tl.where(tl.abs(log_ratio) < 1.0, _quadratic_part(log_ratio), beyond)
 
 
 @triton.jit
@@ -94,6 +95,10 @@ def kl_term(estimator, log_ratio):
     return value, grad
 
 
+# The coefficient past a done: no number that arithmetic could arrive at, and kept by products.
+CUT = tl.constexpr(float("nan"))
+
+
 @triton.jit
 def gae_step(reward, value, counted, done, G, gamma, gamma_lam):
     """(A, G) at a token, from the G = γ V + γ λ A of the next one; 0 and that G where it does not
@@ -105,8 +110,8 @@ def gae_step(reward, value, counted, done, G, gamma, gamma_lam):
 
 @triton.jit
 def apply_map(g, c, G):
-    """What tokens hand on, g + c G; c is 0 past a done, where G may be NaN."""
-    return tl.where(c == 0.0, g, g + c * G)
+    """What tokens hand on, g + c G; only g where c is CUT, as past a done."""
+    return tl.where(c != c, g, g + c * G)
 
 
 @triton.jit

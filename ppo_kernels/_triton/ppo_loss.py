@@ -10,7 +10,6 @@ import triton.language as tl
 
 from ppo_kernels._triton import math, sweeps
 from ppo_kernels._triton.common import (
-    aligned,
     implement,
     kernel,
     launch,
@@ -59,7 +58,7 @@ def _ppo_loss(
     kl_coef: tl.float64,
     kl_estimator: tl.int32,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """One row: its token's terms of the loss, and their gradient in place of the logits, or, where
     there are `stats_ptr` and the pointers after it, what the backward needs."""
@@ -75,7 +74,7 @@ def _ppo_loss(
     loss, policy, kl, approx_kl, clip = zero, zero, zero, zero, zero
     if counts:
         token = tl.load(tokens_ptr + row).to(tl.int64)
-        shift, log2_sum, logit, logprob, entropy = score(logits_ptr, start, V, token, k, L, ALIGNED)
+        shift, log2_sum, logit, logprob, entropy = score(logits_ptr, start, V, token, k, L, LAYOUT)
         policy, g, approx_kl, clipped = math.policy_term(
             logprob - tl.load(old_logprobs_ptr + row).to(R),
             tl.load(advantages_ptr + row).to(R),
@@ -111,11 +110,11 @@ def _ppo_loss(
                 math.number(temperature, R),
                 k,
                 L,
-                ALIGNED,
+                LAYOUT,
             )
     else:
         if stats_ptr is None:
-            sweeps.fill_zero(logits_ptr, start, V, L, ALIGNED)
+            sweeps.fill_zero(logits_ptr, start, V, L, LAYOUT)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(terms_ptr + row, loss)
@@ -150,14 +149,15 @@ def _run(
     logprobs, entropy = (logits.new_empty(tokens.shape, dtype=result_dtype(logits)) for _ in "12")
     terms = logprobs.new_empty((6, n))
     denominator = counted(mask, denominator)
+    laid = rows(logits)
     launch(
         _ppo_loss,
         n,
-        *rows(logits),
+        *laid,
         *map(per_token, (tokens, old_logprobs, advantages, mask, ref_logprobs)),
         *(denominator, logprobs, entropy, terms, *saved, n),
         *(logits.shape[-1], temperature, math.LOG2_E / temperature, *numbers, kl_estimator),
-        ALIGNED=aligned(logits),
+        LAYOUT=sweeps.layout(laid),
         **lanes,
     )
     return *means(terms, denominator, n, logprobs.dtype), logprobs, entropy
@@ -186,25 +186,26 @@ def _rescale(
     scale_ptr,
     V: tl.int32,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     factor = tl.load(scale_ptr)
     if factor != 1.0:
         row = tl.program_id(0)
         start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-        sweeps.scale(grad_ptr, start, V, factor, L, ALIGNED)
+        sweeps.scale(grad_ptr, start, V, factor, L, LAYOUT)
 
 
 @implement("rescale_")
 def rescale_(grad, scale):
     with written_in_place(grad) as target:
+        laid = rows(target)
         launch(
             _rescale,
             grad.shape[:-1].numel(),
-            *rows(target),
+            *laid,
             scale.to(result_dtype(grad)),
             grad.shape[-1],
-            ALIGNED=aligned(target),
+            LAYOUT=sweeps.layout(laid),
             **sweeps.lanes(grad),
         )
 

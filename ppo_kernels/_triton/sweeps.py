@@ -1,9 +1,9 @@
 """What runs over the vocabulary: one program walks one row with L lanes.
 
-A lane takes VEC elements at a time, 16 bytes of them. Where every row is ALIGNED to 16 bytes they
-stand together and are one load; elsewhere (V = 50257) they stand L apart, so that the lanes' loads
-do. Which it is depends on the layout of the tensors, not on the row: sums come out bitwise the same
-wherever a row stands.
+A lane takes VEC elements at a time, 16 bytes of them. Where V is a multiple of VEC they stand
+together, and are one load if rows begin at multiples of 16 bytes too; for other V (50257) they
+stand L apart, so that the lanes' loads are together. Which lane sums what depends on V and dtype
+alone: a row comes out bitwise the same wherever it stands.
 """
 
 import torch
@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 
 from ppo_kernels._triton import math
+
+# How the elements of a lane lie: each by itself, together, or together and aligned to 16 bytes.
+APART, TOGETHER, ALIGNED = (tl.constexpr(i) for i in range(3))
 
 WARP_SIZE = 32 if torch.version.hip is None else 64
 # A lane has two vectors in flight: 512 of them 16 KiB.
@@ -33,6 +36,17 @@ def lanes_in_place(x):
     return _options(lanes(x)["L"] * (2 if long else 1))
 
 
+def layout(x, *others):
+    """LAYOUT of tensors (..., V) of the same dtype, given as their Rows."""
+    vector = 16 // x.data.element_size()
+    if x.data.shape[-1] % vector != 0:
+        return APART
+    for data, _, *strides in (x, *others):
+        if data.data_ptr() % 16 != 0 or any(stride % vector != 0 for stride in strides):
+            return TOGETHER
+    return ALIGNED
+
+
 def _row_bytes(x):
     return x.shape[-1] * x.element_size()
 
@@ -49,26 +63,26 @@ def row_start(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def _pointer(ptr, start, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def _pointer(ptr, start, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     # The compiler believes a product; it forgets a `tl.multiple_of` on a number.
-    if ALIGNED:
+    if LAYOUT == ALIGNED:
         start = start // VEC * VEC
     return ptr + start
 
 
 @triton.jit
-def _lengths(V, STEP: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def _lengths(V, STEP: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     """V, and the multiple of STEP below it."""
-    if ALIGNED:
+    if LAYOUT == ALIGNED:
         V = V // VEC * VEC
     return V, V // STEP * STEP
 
 
 @triton.jit
-def _block(L: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def _block(L: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     """Offsets (L, VEC) of the elements of each lane."""
     lane, i = tl.arange(0, L)[:, None], tl.arange(0, VEC)[None, :]
-    return lane * VEC + i if ALIGNED else i * L + lane
+    return i * L + lane if LAYOUT == APART else lane * VEC + i
 
 
 @triton.jit
@@ -86,13 +100,13 @@ def _pair_below(p, offset, n, STEP: tl.constexpr):
 
 
 @triton.jit
-def statistics(x_ptr, start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
+def statistics(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
     """(shift, Σ 2^t, Σ 2^t t) of a row."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, ALIGNED)
-    n, full = _lengths(V, 2 * STEP, VEC, ALIGNED)
-    block = _block(L, VEC, ALIGNED)
+    p = _pointer(x_ptr, start, VEC, LAYOUT)
+    n, full = _lengths(V, 2 * STEP, VEC, LAYOUT)
+    block = _block(L, VEC, LAYOUT)
     shift = tl.full((L,), math.NOTHING, k.dtype)
     total = tl.zeros((L,), k.dtype)
     weighted = total
@@ -124,16 +138,16 @@ def gradient(
     a,
     b,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Write 2^t (a + b t) of each element of a row, from its end back; `out_ptr` may be `x_ptr`."""
     T: tl.constexpr = out_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // T.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, ALIGNED)
-    out = _pointer(out_ptr, out_start, VEC, ALIGNED)
-    n, full = _lengths(V, 2 * STEP, VEC, ALIGNED)
-    block = _block(L, VEC, ALIGNED)
+    p = _pointer(x_ptr, start, VEC, LAYOUT)
+    out = _pointer(out_ptr, out_start, VEC, LAYOUT)
+    n, full = _lengths(V, 2 * STEP, VEC, LAYOUT)
+    block = _block(L, VEC, LAYOUT)
     if full < n:
         x = _pair_below(p, full + block, n, STEP)
         near, far = tl.split(_slope(x, k, shift, a, b).to(T))
@@ -148,25 +162,25 @@ def gradient(
 
 
 @triton.jit
-def fill_zero(out_ptr, start, V, L: tl.constexpr, ALIGNED: tl.constexpr):
+def fill_zero(out_ptr, start, V, L: tl.constexpr, LAYOUT: tl.constexpr):
     """Write zeros to a row."""
     T: tl.constexpr = out_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // T.primitive_bitwidth
-    out = _pointer(out_ptr, start, VEC, ALIGNED)
-    n, _ = _lengths(V, VEC, VEC, ALIGNED)
-    block = _block(L, VEC, ALIGNED)
+    out = _pointer(out_ptr, start, VEC, LAYOUT)
+    n, _ = _lengths(V, VEC, VEC, LAYOUT)
+    block = _block(L, VEC, LAYOUT)
     zeros = tl.zeros((L, VEC), T)
     for i in range(0, n, L * VEC):
         tl.store(out + i + block, zeros, mask=i + block < n)
 
 
 @triton.jit
-def scale(x_ptr, start, V, factor, L: tl.constexpr, ALIGNED: tl.constexpr):
+def scale(x_ptr, start, V, factor, L: tl.constexpr, LAYOUT: tl.constexpr):
     """Multiply a row by `factor` in place; zeros stay zeros."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    p = _pointer(x_ptr, start, VEC, ALIGNED)
-    n, _ = _lengths(V, VEC, VEC, ALIGNED)
-    block = _block(L, VEC, ALIGNED)
+    p = _pointer(x_ptr, start, VEC, LAYOUT)
+    n, _ = _lengths(V, VEC, VEC, LAYOUT)
+    block = _block(L, VEC, LAYOUT)
     for i in range(0, n, L * VEC):
         x = tl.load(p + i + block, mask=i + block < n)
         scaled = tl.where(x == 0.0, 0.0, x.to(factor.dtype) * factor)
@@ -174,14 +188,14 @@ def scale(x_ptr, start, V, factor, L: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
+def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
     """(shift, Σ 2^t, shift_ref, Σ 2^t_ref, Σ 2^t (t - t_ref)) of a row of each tensor."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, ALIGNED)
-    q = _pointer(y_ptr, y_start, VEC, ALIGNED)
-    n, full = _lengths(V, STEP, VEC, ALIGNED)
-    block = _block(L, VEC, ALIGNED)
+    p = _pointer(x_ptr, start, VEC, LAYOUT)
+    q = _pointer(y_ptr, y_start, VEC, LAYOUT)
+    n, full = _lengths(V, STEP, VEC, LAYOUT)
+    block = _block(L, VEC, LAYOUT)
     shift = tl.full((L,), math.NOTHING, k.dtype)
     total = tl.zeros((L,), k.dtype)
     ref_shift, ref_total, cross = shift, total, total
@@ -223,17 +237,17 @@ def kl_gradient(
     a,
     b,
     L: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Write 2^t (a + b (t - t_ref)) of each element of a row."""
     T: tl.constexpr = out_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // T.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, ALIGNED)
-    q = _pointer(y_ptr, y_start, VEC, ALIGNED)
-    out = _pointer(out_ptr, out_start, VEC, ALIGNED)
-    n, full = _lengths(V, STEP, VEC, ALIGNED)
-    block = _block(L, VEC, ALIGNED)
+    p = _pointer(x_ptr, start, VEC, LAYOUT)
+    q = _pointer(y_ptr, y_start, VEC, LAYOUT)
+    out = _pointer(out_ptr, out_start, VEC, LAYOUT)
+    n, full = _lengths(V, STEP, VEC, LAYOUT)
+    block = _block(L, VEC, LAYOUT)
     if full < n:
         inside = full + block < n
         x = tl.load(p + full + block, mask=inside, other=-float("inf"))

@@ -18,6 +18,7 @@ class Loop(NamedTuple):
     loaded: int
     narrowest_load: int
     narrowest_store: int
+    exchanges: int  # barriers, and values passed between threads
 
 
 class Sass(NamedTuple):
@@ -45,6 +46,7 @@ def _loop(opcodes):
         loaded=sum(loads) // 8,
         narrowest_load=min(loads, default=0),
         narrowest_store=min(stores, default=0),
+        exchanges=sum(x.split(".")[0] in ("BAR", "SHFL", "LDS", "STS") for x in opcodes),
     )
 
 

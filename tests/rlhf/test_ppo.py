@@ -93,7 +93,7 @@ def test_parts_are_of_similar_length_and_drop_only_columns_of_padding(make_train
     responses = make_trainer().sample([[3], [4, 5], [3, 5, 7, 8], [6]])
     lengths = responses.attention_mask.sum(1)
     seen = []
-    for index, part in responses.by_length(torch.tensor([1, 0, 3]), 2):
+    for index, part in responses.by_length(torch.tensor([3, 1, 0]), 2):
         seen += index.tolist()
         assert part.prompt_ids.shape[1] == responses.prompt_mask[index].sum(1).max()
         assert part.tokens.shape[1] == responses.mask[index].sum(1).max()

@@ -1,6 +1,7 @@
 """SFT and the reward model: their data, their losses, and what they save."""
 
 import json
+import sys
 from collections import Counter
 from itertools import chain, combinations
 
@@ -55,6 +56,14 @@ def test_saved_data_sets_and_json_lists_are_read(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert load_prompts(str(tmp_path / "saved")) == ["film", "plot"]
     assert load_prompts(str(tmp_path / "data.json")) == ["film", "plot"]
+
+
+def test_only_saved_data_sets_need_the_datasets_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    write_jsonl(tmp_path / "data.jsonl", [{"prompt": "film"}])
+    assert load_prompts(str(tmp_path / "data.jsonl")) == ["film"]
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_prompts(str(tmp_path))
 
 
 def test_chosen_and_rejected_are_a_ranking_of_two(tokenizer, tmp_path):
