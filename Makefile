@@ -33,13 +33,11 @@ bench: install
 	$(VENV)/bin/python -m benchmarks.report .benchmarks/latest.json
 
 # On a machine with a GPU: build, test and measure there, with that machine's own torch and Triton and
-# without network, in under ten minutes. RESULTS is the folder of the figures, PEERS one from which
+# without network, in under ten minutes. RESULTS is a folder for the figures, PEERS one from which
 # trl and liger_kernel may be imported. `make gpu DRY_RUN=1` rehearses all of it on the CPU.
-RESULTS ?= benchmarks/results
-
 gpu: $(if $(DRY_RUN),install)
 	$(if $(DRY_RUN),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY_RUN),--dry-run) \
-		--results $(RESULTS) $(if $(PEERS),--peers $(PEERS))
+		$(if $(RESULTS),--results $(RESULTS)) $(if $(PEERS),--peers $(PEERS))
 
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

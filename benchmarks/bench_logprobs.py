@@ -12,7 +12,8 @@ from benchmarks.harness import (
     DTYPES,
     MOST_EAGER_TOKENS,
     Contest,
-    check_accuracy,
+    check_agreement,
+    check_rows,
     checked,
 )
 from ppo_kernels import reference, token_logprobs, token_logprobs_and_entropy
@@ -32,29 +33,28 @@ class Batch:
         if shape[0] <= MOST_EAGER_TOKENS:
             self.others = {"eager": reference.token_logprobs_and_entropy}
             self.others |= peers.logprobs(setting)
+        if shape in COMPILED:
+            self.others["compile"] = compiled_reference
         self.grads = torch.randn(2, shape[0], device=device).unbind()
 
     def check(self, results):
-        """Results on some rows, and those of the peers, if not to the last digit."""
+        """Results on some rows, then those of the others."""
         rows, row_tokens = checked(self.logits), checked(self.tokens)
         eager = reference.token_logprobs_and_entropy(rows, row_tokens)
         truth = reference.token_logprobs_and_entropy(rows.double(), row_tokens)
         for name, got, *expected in zip(results._fields, results, eager, truth, strict=True):
-            check_accuracy(name, checked(got), *expected)
+            check_rows(name, got, *expected)
         for function in self.others.values():
             for x, y in zip(function(self.logits, self.tokens), results, strict=False):
-                torch.testing.assert_close(x.float(), y, rtol=0.03, atol=0.03)
+                check_agreement(x, y)
 
 
 def make_logprobs(shape, dtype, setting):
     batch = Batch(shape, dtype, setting)
     arguments = batch.logits, batch.tokens
-    functions = dict(batch.others)
-    if shape in COMPILED:
-        functions["compile"] = compiled_reference
     return Contest(
         op=lambda: batch.op(*arguments),
-        baselines={name: lambda f=f: f(*arguments) for name, f in functions.items()},
+        baselines={name: lambda f=f: f(*arguments) for name, f in batch.others.items()},
         copied=batch.logits,
         moved_bytes=batch.logits.nbytes,
         check=lambda: batch.check(batch.op(*arguments)),
@@ -72,6 +72,7 @@ def make_logprobs_backward(shape, dtype, setting):
         return lambda: torch.autograd.grad(results, leaf, batch.grads, retain_graph=True)
 
     op = backward(batch.op)
+    baselines = {name: backward(f) for name, f in batch.others.items() if name == "trl"}
 
     def check():
         (gradient,) = op()
@@ -81,11 +82,13 @@ def make_logprobs_backward(shape, dtype, setting):
             results = reference.token_logprobs_and_entropy(logits, checked(batch.tokens))
             upstream = [checked(grad).to(results[0].dtype) for grad in batch.grads]
             rows += torch.autograd.grad(results, logits, upstream)
-        check_accuracy("gradient", checked(gradient), *rows)
+        check_rows("gradient", gradient, *rows)
+        for baseline in baselines.values():
+            check_agreement(checked(*baseline()), checked(gradient))
 
     return Contest(
         op=op,
-        baselines={name: backward(f) for name, f in batch.others.items() if name == "trl"},
+        baselines=baselines,
         copied=leaf,
         moved_bytes=2 * leaf.nbytes,
         check=check,

@@ -14,7 +14,8 @@ from benchmarks.harness import (
     DTYPES,
     MOST_EAGER_TOKENS,
     Contest,
-    check_accuracy,
+    check_agreement,
+    check_rows,
     checked,
 )
 from ppo_kernels import ppo_loss, ppo_loss_, reference, token_logprobs
@@ -65,19 +66,24 @@ class Batch:
             baselines["compile"] = lambda: self.loss_and_gradient(compiled_reference)
         return baselines
 
-    def check(self, results, gradient):
-        """Gradient and per-token results on some rows, then the loss that follows from the latter
-        on all."""
+    def check(self, results, gradient, baselines):
+        """Gradient and per-token results on some rows, the loss that follows from the latter on
+        all, then what the baselines give."""
         got = (results.logprobs, results.token_entropy, gradient)
         eager, truth = (self._rows(dtype) for dtype in (self.logits.dtype, torch.float64))
         names = ("logprobs", "token_entropy", "gradient")
         for name, x, *expected in zip(names, got, eager, truth, strict=True):
-            check_accuracy(name, checked(x), *expected)
+            check_rows(name, x, *expected)
 
         per_token = (results.logprobs.double(), self.old_logprobs.double(), self.advantages)
         policy_loss, *_ = reference.clipped_policy_loss(*per_token)
         loss = policy_loss - ENTROPY_COEF * results.token_entropy.double().mean()
         torch.testing.assert_close(results.loss, loss.float())
+
+        if "compile" in baselines:
+            compiled, compiled_gradient = baselines["compile"]()
+            check_agreement(compiled[0].detach(), results.loss)
+            check_agreement(checked(compiled_gradient), checked(gradient))
 
     def _rows(self, dtype):
         rows = checked(self.logits).to(dtype).requires_grad_()
@@ -99,7 +105,7 @@ def make_ppo_loss(shape, dtype, setting):
 
     def check():
         results, gradient = batch.loss_and_gradient(function)
-        batch.check(results, gradient)
+        batch.check(results, gradient, baselines)
         if "liger" in baselines:
             baselines["liger"].check(results.logprobs)
 
@@ -115,19 +121,26 @@ def make_ppo_loss(shape, dtype, setting):
 def make_ppo_loss_in_place(shape, dtype, setting):
     batch = Batch(shape, dtype, setting)
     logits = batch.logits.clone()
+    baselines = batch.baselines(logits, inplace=True)
     function = functools.partial(ppo_loss_, backend=setting.backend)
+
+    def reset():
+        logits.copy_(batch.logits)
 
     def check():
         results = batch.loss(function, logits)
-        batch.check(results, logits)
+        batch.check(results, logits, baselines)
+        if "liger" in baselines:
+            reset()
+            baselines["liger"].check(results.logprobs)
 
     return Contest(
         op=lambda: batch.loss(function, logits),
-        baselines=batch.baselines(logits, inplace=True),
+        baselines=baselines,
         copied=batch.logits,
         moved_bytes=2 * logits.nbytes,
         check=check,
-        reset=lambda: logits.copy_(batch.logits),
+        reset=reset,
     )
 
 

@@ -146,17 +146,17 @@ def _shifted(total, weighted, change):
 
 @triton.jit
 def absorb(shift, total, weighted, x, k):
-    """Lane states (L,) and a block (L, n, 2) of logits, n·2 to each lane -> lane states.
+    """Lane states (L,) and a block (L, n) of logits, n to each lane -> lane states.
 
     The block's maximum comes first, so that it costs one exponential an element and one a lane.
     """
     x = x.to(shift.dtype)
-    top = tl.maximum(shift, k * tl.max(tl.max(x, axis=2), axis=1))
-    t = exponents(x, k, top[:, None, None])
+    top = tl.maximum(shift, k * tl.max(x, axis=1))
+    t = exponents(x, k, top[:, None])
     e = tl.exp2(t)
     total, weighted = _shifted(total, weighted, shift - top)
-    total += tl.sum(tl.sum(e, axis=2), axis=1)
-    weighted += tl.sum(tl.sum(e * t, axis=2), axis=1)
+    total += tl.sum(e, axis=1)
+    weighted += tl.sum(e * t, axis=1)
     return top, total, weighted
 
 

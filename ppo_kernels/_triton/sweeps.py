@@ -86,17 +86,9 @@ def _block(L: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _pair(p, STEP: tl.constexpr, EVICT: tl.constexpr):
-    return tl.join(tl.load(p, eviction_policy=EVICT), tl.load(p + STEP, eviction_policy=EVICT))
-
-
-@triton.jit
-def _pair_below(p, offset, n, STEP: tl.constexpr):
-    """The pair at `offset`, -inf from `n` on."""
-    return tl.join(
-        tl.load(p + offset, mask=offset < n, other=-float("inf")),
-        tl.load(p + offset + STEP, mask=offset + STEP < n, other=-float("inf")),
-    )
+def _load_below(p, offset, n):
+    """Elements at `offset`, -inf from `n` on."""
+    return tl.load(p + offset, mask=offset < n, other=-float("inf"))
 
 
 @triton.jit
@@ -111,11 +103,13 @@ def statistics(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
     total = tl.zeros((L,), k.dtype)
     weighted = total
     for i in range(0, full, 2 * STEP):
-        x = _pair(p + i + block, STEP, "")
+        x, y = tl.load(p + i + block), tl.load(p + i + STEP + block)
         shift, total, weighted = math.absorb(shift, total, weighted, x, k)
+        shift, total, weighted = math.absorb(shift, total, weighted, y, k)
     if full < n:
-        x = _pair_below(p, full + block, n, STEP)
+        x, y = _load_below(p, full + block, n), _load_below(p, full + STEP + block, n)
         shift, total, weighted = math.absorb(shift, total, weighted, x, k)
+        shift, total, weighted = math.absorb(shift, total, weighted, y, k)
     return math.merge(shift, total, weighted)
 
 
@@ -149,16 +143,17 @@ def gradient(
     n, full = _lengths(V, 2 * STEP, VEC, LAYOUT)
     block = _block(L, VEC, LAYOUT)
     if full < n:
-        x = _pair_below(p, full + block, n, STEP)
-        near, far = tl.split(_slope(x, k, shift, a, b).to(T))
-        tl.store(out + full + block, near, mask=full + block < n)
-        tl.store(out + full + STEP + block, far, mask=full + STEP + block < n)
+        x, y = _load_below(p, full + block, n), _load_below(p, full + STEP + block, n)
+        x, y = _slope(x, k, shift, a, b).to(T), _slope(y, k, shift, a, b).to(T)
+        tl.store(out + full + block, x, mask=full + block < n)
+        tl.store(out + full + STEP + block, y, mask=full + STEP + block < n)
     for walked in range(0, full, 2 * STEP):
         i = full - 2 * STEP - walked
-        x = _pair(p + i + block, STEP, "evict_first")
-        near, far = tl.split(_slope(x, k, shift, a, b).to(T))
-        tl.store(out + i + block, near, eviction_policy="evict_first")
-        tl.store(out + i + STEP + block, far, eviction_policy="evict_first")
+        x = tl.load(p + i + block, eviction_policy="evict_first")
+        y = tl.load(p + i + STEP + block, eviction_policy="evict_first")
+        x, y = _slope(x, k, shift, a, b).to(T), _slope(y, k, shift, a, b).to(T)
+        tl.store(out + i + block, x, eviction_policy="evict_first")
+        tl.store(out + i + STEP + block, y, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -205,9 +200,7 @@ def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, LAYOUT
             shift, total, ref_shift, ref_total, cross, x, y, k
         )
     if full < n:
-        inside = full + block < n
-        x = tl.load(p + full + block, mask=inside, other=-float("inf"))
-        y = tl.load(q + full + block, mask=inside, other=-float("inf"))
+        x, y = _load_below(p, full + block, n), _load_below(q, full + block, n)
         shift, total, ref_shift, ref_total, cross = math.joint_absorb(
             shift, total, ref_shift, ref_total, cross, x, y, k
         )
@@ -249,11 +242,9 @@ def kl_gradient(
     n, full = _lengths(V, STEP, VEC, LAYOUT)
     block = _block(L, VEC, LAYOUT)
     if full < n:
-        inside = full + block < n
-        x = tl.load(p + full + block, mask=inside, other=-float("inf"))
-        y = tl.load(q + full + block, mask=inside, other=-float("inf"))
+        x, y = _load_below(p, full + block, n), _load_below(q, full + block, n)
         slope = _kl_slope(x, y, k, shift, ref_shift, a, b)
-        tl.store(out + full + block, slope.to(T), mask=inside)
+        tl.store(out + full + block, slope.to(T), mask=full + block < n)
     for walked in range(0, full, STEP):
         i = full - STEP - walked
         x, y = tl.load(p + i + block), tl.load(q + i + block)
