@@ -90,8 +90,10 @@ def check_accuracy(
 ) -> None:
     """Raises AssertionError unless `got` errs at most twice as much as `eager` against the fp64
     `truth`, give or take four roundings of the largest value, or of `scale`, the size of terms that
-    cancel in it."""
-    slack = 4 * torch.finfo(got.dtype).eps * max(scale, truth.abs().max().item())
+    cancel in it; and 16 of fp32, as a ratio has from the rounding of its log-probability near -10,
+    which in a single row eager may be spared by luck."""
+    roundings = 4 * torch.finfo(got.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    slack = roundings * max(scale, truth.abs().max().item())
     error, eager_error = ((x.double() - truth).abs().max().item() for x in (got, eager))
     if not error <= 2 * eager_error + slack:
         raise AssertionError(f"{name}: error {error:.3g}, eager PyTorch's is {eager_error:.3g}")
