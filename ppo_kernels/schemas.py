@@ -13,20 +13,21 @@ NAMESPACE = {"native": "ppo_kernels_native", "triton": "ppo_kernels_triton"}
 _libraries = []
 
 
-def _result_dtype(*inputs):
+def result_dtype(*inputs):
+    """fp64 where an input is, fp32 otherwise: what an op computes in and gives per token."""
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 def _row(logits):
-    return logits.new_empty(logits.shape[:-1], dtype=_result_dtype(logits))
+    return logits.new_empty(logits.shape[:-1], dtype=result_dtype(logits))
 
 
 def _stats(logits):
-    return logits.new_empty((*logits.shape[:-1], 2), dtype=_result_dtype(logits))
+    return logits.new_empty((*logits.shape[:-1], 2), dtype=result_dtype(logits))
 
 
 def _scalars(x, n):
-    return tuple(x.new_empty((), dtype=_result_dtype(x)) for _ in range(n))
+    return tuple(x.new_empty((), dtype=result_dtype(x)) for _ in range(n))
 
 
 def _token_logprobs(logits, tokens, scalars):
@@ -50,12 +51,12 @@ def _kl_divergence_backward(
 
 
 def _kl_estimate(logprobs, ref_logprobs, estimator):
-    result = logprobs.new_empty(logprobs.shape, dtype=_result_dtype(logprobs))
+    result = logprobs.new_empty(logprobs.shape, dtype=result_dtype(logprobs))
     return result, torch.empty_like(result)
 
 
 def _gae(rewards, values, mask, dones, bootstrap_values, scalars):
-    result = rewards.new_empty(rewards.shape, dtype=_result_dtype(rewards, values))
+    result = rewards.new_empty(rewards.shape, dtype=result_dtype(rewards, values))
     return result, torch.empty_like(result)
 
 
@@ -76,12 +77,12 @@ def _rescale_(grad, scale):
 
 
 def _clipped_policy_loss(logprobs, *_):
-    grad = logprobs.new_empty(logprobs.shape, dtype=_result_dtype(logprobs))
+    grad = logprobs.new_empty(logprobs.shape, dtype=result_dtype(logprobs))
     return *_scalars(logprobs, 3), grad
 
 
 def _value_loss(values, *_):
-    grad = values.new_empty(values.shape, dtype=_result_dtype(values))
+    grad = values.new_empty(values.shape, dtype=result_dtype(values))
     return *_scalars(values, 2), grad
 
 
@@ -90,7 +91,7 @@ def _masked_mean(x, mask, denominator):
 
 
 def _masked_whiten(x, mask, scalars):
-    return x.new_empty(x.shape, dtype=_result_dtype(x))
+    return x.new_empty(x.shape, dtype=result_dtype(x))
 
 
 _PPO_LOSS_ARGUMENTS = (

@@ -58,11 +58,6 @@ def launch(function, programs, *arguments, **options):
         function[(programs,)](*arguments, **options, enable_fp_fusion=True)
 
 
-def result_dtype(*inputs):
-    """fp64 where an input is, fp32 otherwise: what a kernel computes in and gives."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-
-
 class Rows(NamedTuple):
     """Rows of a (..., V) tensor where they lie: row i starts, in elements from the pointer of
     `data`, at (i // inner) * outer_stride + (i % inner) * inner_stride."""

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from ppo_kernels._triton import math
-from ppo_kernels._triton.common import implement, kernel, launch, per_token, result_dtype
+from ppo_kernels._triton.common import implement, kernel, launch, per_token
+from ppo_kernels.schemas import result_dtype
 
 # Tokens to a lane: 16 bytes of fp32.
 VEC = tl.constexpr(4)

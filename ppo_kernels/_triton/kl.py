@@ -10,10 +10,10 @@ from ppo_kernels._triton.common import (
     kernel,
     launch,
     per_token,
-    result_dtype,
     rows,
 )
 from ppo_kernels._triton.means import BLOCK
+from ppo_kernels.schemas import result_dtype
 
 
 @kernel("logits_ptr", "ref_logits_ptr")

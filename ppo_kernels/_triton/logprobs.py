@@ -10,9 +10,9 @@ from ppo_kernels._triton.common import (
     kernel,
     launch,
     per_token,
-    result_dtype,
     rows,
 )
+from ppo_kernels.schemas import result_dtype
 
 
 @triton.jit

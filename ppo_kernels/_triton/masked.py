@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from ppo_kernels._triton import means
-from ppo_kernels._triton.common import implement, kernel, launch, per_token, result_dtype
+from ppo_kernels._triton.common import implement, kernel, launch, per_token
+from ppo_kernels.schemas import result_dtype
 
 _BLOCK = 4096
 # Blocks whose sums are merged at a time.

@@ -121,14 +121,10 @@ def compose_maps(later_g, later_c, g, c):
 
 
 @triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def exponents(x, k, shift):
     """k x - shift in one rounding, NaN where x is."""
-    return _maximum(tl.fma(x, k, -shift), UNDERFLOW)
+    t = tl.fma(x, k, -shift)
+    return tl.maximum(t, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

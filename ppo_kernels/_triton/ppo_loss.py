@@ -14,7 +14,6 @@ from ppo_kernels._triton.common import (
     kernel,
     launch,
     per_token,
-    result_dtype,
     rows,
     written_in_place,
 )
@@ -27,6 +26,7 @@ from ppo_kernels._triton.means import (
     store_part,
     which_count,
 )
+from ppo_kernels.schemas import result_dtype
 
 
 @kernel("logits_ptr")
@@ -146,7 +146,9 @@ def _run(
     """The results of both ops; `saved` are the tensors for the backward, None for in place."""
     temperature, *numbers = scalars.tolist()
     n = tokens.numel()
-    logprobs, entropy = (logits.new_empty(tokens.shape, dtype=result_dtype(logits)) for _ in "12")
+    logprobs, entropy = (
+        logits.new_empty(tokens.shape, dtype=result_dtype(logits)) for _ in range(2)
+    )
     terms = logprobs.new_empty((6, n))
     denominator = counted(mask, denominator)
     laid = rows(logits)
@@ -210,6 +212,22 @@ def rescale_(grad, scale):
         )
 
 
+def _loss_of_blocks(function, sums, inputs, mask, denominator, scalars):
+    """So many means, the loss first, and its gradient in the first of `inputs`, by a kernel over
+    blocks of tokens."""
+    grad = inputs[0].new_empty(inputs[0].shape, dtype=result_dtype(inputs[0]))
+    denominator, n = counted(mask, denominator), grad.numel()
+    parts = grad.new_empty((sums, triton.cdiv(n, BLOCK)), dtype=torch.float64)
+    launch(
+        function,
+        parts.shape[1],
+        *map(per_token, (*inputs, mask)),
+        *(denominator, parts, grad, n, *scalars.tolist()),
+        BLOCK=BLOCK,
+    )
+    return *means(parts, denominator, n, grad.dtype), grad
+
+
 @kernel()
 def _clipped_policy_loss(
     logprobs_ptr,
@@ -246,17 +264,8 @@ def _clipped_policy_loss(
 
 @implement("clipped_policy_loss")
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, denominator, scalars):
-    grad = logprobs.new_empty(logprobs.shape, dtype=result_dtype(logprobs))
-    denominator, n = counted(mask, denominator), grad.numel()
-    parts = grad.new_empty((3, triton.cdiv(n, BLOCK)), dtype=torch.float64)
-    launch(
-        _clipped_policy_loss,
-        parts.shape[1],
-        *map(per_token, (logprobs, old_logprobs, advantages, mask)),
-        *(denominator, parts, grad, n, *scalars.tolist()),
-        BLOCK=BLOCK,
-    )
-    return *means(parts, denominator, n, grad.dtype), grad
+    inputs = logprobs, old_logprobs, advantages
+    return _loss_of_blocks(_clipped_policy_loss, 3, inputs, mask, denominator, scalars)
 
 
 @kernel()
@@ -286,14 +295,5 @@ def _value_loss(
 
 @implement("value_loss")
 def value_loss(values, old_values, returns, mask, denominator, scalars):
-    grad = values.new_empty(values.shape, dtype=result_dtype(values))
-    denominator, n = counted(mask, denominator), grad.numel()
-    parts = grad.new_empty((2, triton.cdiv(n, BLOCK)), dtype=torch.float64)
-    launch(
-        _value_loss,
-        parts.shape[1],
-        *map(per_token, (values, old_values, returns, mask)),
-        *(denominator, parts, grad, n, *scalars.tolist()),
-        BLOCK=BLOCK,
-    )
-    return *means(parts, denominator, n, grad.dtype), grad
+    inputs = values, old_values, returns
+    return _loss_of_blocks(_value_loss, 2, inputs, mask, denominator, scalars)
