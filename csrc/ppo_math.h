@@ -12,6 +12,18 @@
 
 namespace ppo {
 
+// The type that elements of type T are computed in.
+template <class T>
+struct RealOf {
+  using type = float;
+};
+template <>
+struct RealOf<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
+
 template <class T>
 struct PolicyTerm {
   T loss;
@@ -86,6 +98,34 @@ PPO_HD KLTerm<T> kl_term(KLEstimator estimator, T log_ratio) {
   }
 }
 
+template <class T>
+struct Objective {
+  T clip_low, clip_high, dual_clip, entropy_coef, kl_coef;
+  KLEstimator kl_estimator;
+};
+
+template <class T>
+struct TokenTerms {
+  PolicyTerm<T> policy;
+  KLTerm<T> kl;
+
+  // ∂loss/∂logprob
+  PPO_HD T grad(const Objective<T>& objective) const {
+    return policy.grad + objective.kl_coef * kl.grad;
+  }
+};
+
+// `ref_logprob` may be null.
+template <class T>
+PPO_HD TokenTerms<T> token_terms(const Objective<T>& objective, T logprob, T old_logprob,
+                                 T advantage, const T* ref_logprob) {
+  TokenTerms<T> terms{policy_term(logprob - old_logprob, advantage, objective.clip_low,
+                                  objective.clip_high, objective.dual_clip),
+                      {}};
+  if (ref_logprob) terms.kl = kl_term(objective.kl_estimator, logprob - *ref_logprob);
+  return terms;
+}
+
 // What a GAE scan hands to the token before.
 template <class T>
 struct GAECarry {
@@ -99,6 +139,40 @@ PPO_HD GAECarry<T> gae_step(T reward, T value, bool done, T gamma, T gamma_lam, 
   const T next_value = done ? T(0) : next.value;
   const T next_advantage = done ? T(0) : next.advantage;
   return {value, reward + gamma * next_value - value + gamma_lam * next_advantage};
+}
+
+// All that a token hands to those before it is one number, G = γ V + γ λ A. Tokens in a row are a
+// map of the G that comes to them, g + c G; past a done it is g alone, and c is NaN: no number that
+// arithmetic could arrive at, and kept by products.
+template <class T>
+struct alignas(2 * sizeof(T)) GAEMap {
+  T g, c;
+};
+
+// The map of no tokens.
+template <class T>
+PPO_HD GAEMap<T> no_tokens() {
+  return {T(0), T(1)};
+}
+
+template <class T>
+PPO_HD T apply_map(const GAEMap<T>& map, T G) {
+  return map.c != map.c ? map.g : std::fma(map.c, G, map.g);
+}
+
+// The map of some tokens followed by later ones.
+template <class T>
+PPO_HD GAEMap<T> compose_maps(const GAEMap<T>& later, const GAEMap<T>& map) {
+  return {apply_map(map, later.g), map.c * later.c};
+}
+
+// The advantage of a token, from the G of the next one, which becomes its own; 0 and that G where it
+// does not count.
+template <class T>
+PPO_HD T gae_step(T reward, T value, bool counted, bool done, T gamma, T gamma_lam, T& G) {
+  const T advantage = reward - value + (done ? T(0) : G);
+  if (counted) G = std::fma(gamma_lam, advantage, gamma * value);
+  return counted ? advantage : T(0);
 }
 
 }  // namespace ppo

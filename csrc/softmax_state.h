@@ -64,6 +64,48 @@ PPO_HD T entropy(const SoftmaxState<T>& s) {
   return T(kLn2) * (log2_sum(s) - s.weighted / s.sum);
 }
 
+// What `softmax_stats` holds of a row: shift and log2 Σ 2^(k z - shift).
+template <class T>
+struct RowStats {
+  T shift, log2_sum;
+};
+
+// A row's statistics as the loss and its gradient need them.
+template <class T>
+struct Scored {
+  RowStats<T> stats;
+  T logprob, entropy;
+};
+
+template <class T>
+PPO_HD Scored<T> score(const SoftmaxState<T>& state, T logit, T k) {
+  // Nothing with probability: a row of -inf throughout.
+  if (state.sum == T(0)) return {{state.shift, T(0)}, T(NAN), T(NAN)};
+  const T log2 = log2_sum(state);
+  return {{state.shift, log2}, T(kLn2) * (std::fma(k, logit, -state.shift) - log2), entropy(state)};
+}
+
+// Gradient of g logprob + h entropy in one row of logits:
+//   (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ = 2^t_j (a + b t_j) + 1[j = a] g / τ
+template <class T>
+struct RowGradient {
+  T shift, a, b;
+  T at_token;  // the whole sum, before it is rounded to the logits' type
+
+  PPO_HD bool zero() const { return a == T(0) && b == T(0); }
+};
+
+template <class T>
+PPO_HD RowGradient<T> row_gradient(T g, T h, T entropy, const RowStats<T>& stats, T temperature,
+                                   T token_logit, T k) {
+  const T weight = -std::exp2(-stats.log2_sum) / temperature;
+  const T a = weight * (g + h * (entropy - T(kLn2) * stats.log2_sum));
+  const T b = weight * h * T(kLn2);
+  const T t = std::fma(k, token_logit, -stats.shift);
+  const T softmax_part = t == -T(INFINITY) ? T(0) : std::exp2(t) * std::fma(b, t, a);
+  return {stats.shift, a, b, softmax_part + g / temperature};
+}
+
 // State of two softmaxes over the same part of a row, for KL(p || q).
 template <class T>
 struct JointState {

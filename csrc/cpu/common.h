@@ -1,16 +1,11 @@
-// What the op families share on the CPU: tensors, rows, threads.
+// What the op families share on the CPU: rows, threads, errors.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -18,13 +13,10 @@
 #include <utility>
 #include <vector>
 
+#include "../tensors.h"
 #include "sweeps.h"
 
 namespace ppo::cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Reaches Python as ValueError (pybind11 translates std::invalid_argument).
 template <class... Args>
@@ -33,32 +25,6 @@ template <class... Args>
   (message << ... << args);
   throw std::invalid_argument(message.str());
 }
-
-// Calls f with a value of the element type.
-template <class F>
-auto dispatch(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      return f(float{});
-  }
-}
-
-// The dtype of per-token results computed in R.
-template <class R>
-constexpr ScalarType kDtype = std::is_same_v<R, double> ? ScalarType::Double : ScalarType::Float;
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
-inline std::vector<int64_t> shape(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 template <class R>
 Tensor empty(const std::vector<int64_t>& shape) {
@@ -93,30 +59,6 @@ Tensor scalar(R value) {
   Tensor result = empty<R>({});
   *data<R>(result) = value;
   return result;
-}
-
-inline Tensor packed(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
-
-// `x` as R, contiguous; itself where it already is.
-template <class R>
-Tensor as(const Tensor& x) {
-  return packed(x.scalar_type() == kDtype<R> ? x : torch::stable::to(x, kDtype<R>));
-}
-
-template <class R>
-OptionalTensor as(const OptionalTensor& x) {
-  return x ? OptionalTensor(as<R>(*x)) : std::nullopt;
-}
-
-inline OptionalTensor packed(const OptionalTensor& x) {
-  return x ? OptionalTensor(packed(*x)) : std::nullopt;
-}
-
-template <class T>
-const T* data_or_null(const OptionalTensor& x) {
-  return x ? data<T>(*x) : nullptr;
 }
 
 // Ids of either integer type.
@@ -159,19 +101,9 @@ template <class T>
 class Rows {
  public:
   explicit Rows(const Tensor& x)
-      : tensor_(x.size(-1) == 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x)) {
-    const auto sizes = tensor_.sizes(), strides = tensor_.strides();
-    length = sizes[sizes.size() - 1];
-    base_ = data<T>(tensor_);
-    for (size_t d = 0; d + 1 < sizes.size(); ++d) {
-      count *= sizes[d];
-      if (sizes[d] == 1) continue;
-      if (!dims_.empty() && dims_.back().stride == strides[d] * sizes[d]) {
-        dims_.back() = {dims_.back().size * sizes[d], strides[d]};
-      } else {
-        dims_.push_back({sizes[d], strides[d]});
-      }
-    }
+      : tensor_(in_rows(x)), base_(data<T>(tensor_)), dims_(row_dims(tensor_)) {
+    length = x.size(-1);
+    for (const RowDim& dim : dims_) count *= dim.size;
   }
 
   T* operator[](int64_t row) const {
@@ -187,12 +119,9 @@ class Rows {
   int64_t length = 0;
 
  private:
-  struct Dim {
-    int64_t size, stride;
-  };
   Tensor tensor_;
   T* base_;
-  std::vector<Dim> dims_;
+  std::vector<RowDim> dims_;
 };
 
 // Below this many elements the start of a thread costs more than it saves.
@@ -257,12 +186,6 @@ void write_rows(int64_t rows, int64_t length, const Write& write) {
     write(i / chunks, begin, std::min(kChunk, length - begin));
   });
 }
-
-// What `softmax_stats` holds of a row: shift and log2 Σ 2^(k z - shift).
-template <class R>
-struct RowStats {
-  R shift, log2_sum;
-};
 
 constexpr auto no_write = [](int64_t, int64_t, int64_t) {};
 

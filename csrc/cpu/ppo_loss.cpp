@@ -1,17 +1,10 @@
 // ppo_loss, ppo_loss_ and the losses of log-probs and values; formulas in ppo_kernels/ppo_loss.py.
 #include <array>
 
-#include "../ppo_math.h"
 #include "logprobs.h"
 
 namespace ppo::cpu {
 namespace {
-
-template <class R>
-struct Objective {
-  R clip_low, clip_high, dual_clip, entropy_coef, kl_coef;
-  KLEstimator kl_estimator;
-};
 
 // Per-token inputs, contiguous, in R; `ref_logprobs` and `mask` may be null.
 template <class R>
@@ -32,21 +25,10 @@ struct TokenInputs {
 };
 
 template <class R>
-struct TokenTerms {
-  PolicyTerm<R> policy;
-  KLTerm<R> kl;
-};
-
-template <class R>
-TokenTerms<R> token_terms(const Objective<R>& objective, const TokenInputs<R>& in, int64_t row,
-                          R logprob) {
-  TokenTerms<R> terms{policy_term(logprob - in.old_logprobs[row], in.advantages[row],
-                                  objective.clip_low, objective.clip_high, objective.dual_clip),
-                      {}};
-  if (in.ref_logprobs) {
-    terms.kl = kl_term(objective.kl_estimator, logprob - in.ref_logprobs[row]);
-  }
-  return terms;
+TokenTerms<R> terms_of(const Objective<R>& objective, const TokenInputs<R>& in, int64_t row,
+                       R logprob) {
+  return token_terms(objective, logprob, in.old_logprobs[row], in.advantages[row],
+                     in.ref_logprobs ? in.ref_logprobs + row : nullptr);
 }
 
 using Scalars = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -57,7 +39,7 @@ Scalars summarise(const Objective<R>& objective, const TokenInputs<R>& in, doubl
                   const R* logprobs, const R* entropies) {
   double policy = 0, entropy = 0, kl = 0, approx_kl = 0, clipped = 0;
   for (const int64_t row : in.rows) {
-    const auto terms = token_terms(objective, in, row, logprobs[row]);
+    const auto terms = terms_of(objective, in, row, logprobs[row]);
     policy += terms.policy.loss;
     approx_kl += terms.policy.approx_kl;
     clipped += terms.policy.clipped;
@@ -112,9 +94,8 @@ struct Loss {
           const Scored<R> scored = score(state, R(z[row][ids[row]]), k);
           logprob_of[row] = scored.logprob;
           entropy_of[row] = scored.entropy;
-          const auto terms = token_terms(objective, in, row, scored.logprob);
-          finish(row, scored,
-                 R((terms.policy.grad + objective.kl_coef * terms.kl.grad) / denominator),
+          const auto terms = terms_of(objective, in, row, scored.logprob);
+          finish(row, scored, R(terms.grad(objective) / denominator),
                  R(-objective.entropy_coef / denominator));
         },
         write);
@@ -228,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(Tensor logprobs, 
     const double count = denominator_of(denominator, in.rows.size());
     double loss = 0, approx_kl = 0, clipped = 0;
     for (const int64_t row : in.rows) {
-      const auto policy = token_terms(objective, in, row, x[row]).policy;
+      const auto policy = terms_of(objective, in, row, x[row]).policy;
       loss += policy.loss;
       approx_kl += policy.approx_kl;
       clipped += policy.clipped;

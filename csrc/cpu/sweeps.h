@@ -14,18 +14,6 @@ namespace ppo::cpu {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// The type that elements of type T are computed in.
-template <class T>
-struct RealOf {
-  using type = float;
-};
-template <>
-struct RealOf<double> {
-  using type = double;
-};
-template <class T>
-using Real = typename RealOf<T>::type;
-
 // A row is reduced in chunks of this many elements, merged in order: the result does not depend on
 // how chunks are shared out over threads. Long enough that merging costs little beside summing,
 // short enough to share a row of a large vocabulary out over several threads.

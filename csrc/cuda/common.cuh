@@ -1,0 +1,166 @@
+// What the op families share on the GPU: streams, launches, rows, per-token inputs.
+//
+// Nothing waits for the device, so nothing raises for what a tensor holds.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "../tensors.h"
+#include "ptx.cuh"
+
+// Of libtorch_cuda. Weak, so that the extension loads where torch is built without CUDA.
+extern "C" {
+struct CUDAGuardOpaque;
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+__attribute__((weak)) AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardOpaque**);
+__attribute__((weak)) AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardOpaque*);
+}
+
+namespace ppo::cuda {
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+template <class T>
+__host__ __device__ constexpr T ceil_div(T x, T y) {
+  return (x + y - 1) / y;
+}
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// What a kernel runs on: CTAs of so many threads, with `shared` bytes of dynamic shared memory
+// each, in clusters of so many.
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t shared = 0;
+  int cluster = 1;
+};
+
+// The device and current stream of a tensor; its device is the current one meanwhile.
+class Device {
+ public:
+  explicit Device(const Tensor& x) : index_(x.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  ~Device() { aoti_torch_delete_cuda_guard(guard_); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, index_));
+    return value;
+  }
+
+  // Clusters, barriers that count bytes and bulk copies.
+  bool has_clusters() const { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+  cudaStream_t stream() const { return stream_; }
+
+  // No block is no launch.
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), const Grid& grid,
+              const Arguments&... arguments) const {
+    if (grid.blocks == 0) return;
+    constexpr int64_t kGranted = 48 << 10;
+    if (grid.shared > kGranted) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(grid.shared)));
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(grid.blocks));
+    config.blockDim = dim3(unsigned(grid.threads));
+    config.dynamicSmemBytes = size_t(grid.shared);
+    config.stream = stream_;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = grid.cluster > 1;
+    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  }
+
+ private:
+  int32_t index_;
+  CUDAGuardOpaque* guard_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+};
+
+template <class R>
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, shape, kDtype<R>);
+}
+
+inline Tensor empty_logits(const Tensor& like) {
+  return torch::stable::new_empty(like, shape(like));
+}
+
+// Ids of either integer type, contiguous.
+class Ids {
+ public:
+  explicit Ids(const Tensor& x)
+      : data_(data<void>(x)), wide_(x.scalar_type() == ScalarType::Long) {}
+  __device__ int64_t operator[](int64_t i) const {
+    return wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
+  }
+
+ private:
+  const void* data_;
+  bool wide_;
+};
+
+// The rows of a tensor (..., V) that two strides tell the place of: row i starts at
+// (i / inner) * outer_stride + (i % inner) * inner_stride.
+template <class T>
+struct Rows {
+  T* data;
+  uint32_t inner;
+  int64_t outer_stride, inner_stride;
+
+  __device__ T* operator[](uint32_t row) const {
+    const uint32_t outer = row / inner;
+    return data + outer * outer_stride + (row - outer * inner) * inner_stride;
+  }
+};
+
+// `x`, or a copy if two strides do not tell where its rows are.
+inline Tensor readable(const Tensor& x) {
+  const Tensor y = in_rows(x);
+  return row_dims(y).size() <= 2 ? y : torch::stable::contiguous(y);
+}
+
+// Of a `readable` tensor.
+template <class T>
+Rows<T> rows(const Tensor& x) {
+  auto dims = row_dims(x);
+  dims.insert(dims.begin(), 2 - dims.size(), RowDim{1, 0});
+  return {data<T>(x), uint32_t(dims[1].size), dims[0].stride, dims[1].stride};
+}
+
+// f(`x` in readable form); what it writes there is in `x` afterwards.
+template <class F>
+void in_place(const Tensor& x, const F& f) {
+  const Tensor target = readable(x);
+  f(target);
+  if (data<void>(target) != data<void>(x)) {
+    Tensor original = x;
+    torch::stable::copy_(original, target);
+  }
+}
+
+}  // namespace ppo::cuda

@@ -1,0 +1,165 @@
+// kl_divergence and kl_estimate; formulas in ppo_kernels/kl.py.
+#include "sweeps.cuh"
+
+namespace ppo::cuda {
+namespace {
+
+// Vectors of each of the two rows that a thread has in flight.
+constexpr int kPairs = kFlight / 2;
+
+template <class T, Layout kLayout>
+__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
+    forward(Rows<T> logits, Rows<T> ref_logits, int length, Real<T> k, Real<T>* result,
+            RowStats<Real<T>>* stats, RowStats<Real<T>>* ref_stats) {
+  using State = JointState<Real<T>>;
+  const uint32_t row = blockIdx.x;
+  const T *z = logits[row], *ref = ref_logits[row];
+  State state;
+  nothing_seen(state);
+  const int vectors = vectors_each<T>(length);
+  for (int i = 0; i < vectors; i += kPairs) {
+    uint4 x[kPairs], y[kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) x[j] = load<T, kLayout>(z, length, i + j);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) y[j] = load<T, kLayout>(ref, length, i + j);
+    absorb<T>(state, x, y, k);
+  }
+  state = merge_threads(state, reinterpret_cast<State*>(shared_memory()));
+  if (threadIdx.x > 0) return;
+  result[row] = kl(state);
+  stats[row] = {state.shift, std::log2(state.sum)};
+  ref_stats[row] = {state.ref_shift, std::log2(state.ref_sum)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits, Tensor scalars) {
+  const Device device(logits);
+  const double temperature = *data<double>(scalars);
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using R = Real<T>;
+    auto out_shape = shape(logits);
+    out_shape.back() = 2;
+    const Tensor stats = empty<R>(logits, out_shape), ref_stats = empty<R>(logits, out_shape);
+    out_shape.pop_back();
+    const Tensor result = empty<R>(logits, out_shape);
+    const Tensor held = readable(logits), ref_held = readable(ref_logits);
+    const auto z = rows<T>(held), ref = rows<T>(ref_held);
+    const int64_t length = logits.size(-1);
+    const Grid grid{result.numel(), threads_for_row(logits),
+                    kMostThreads / kWarp * sizeof(JointState<R>)};
+    with_layout(layout_of(length, z, ref), [&](auto layout) {
+      device.launch(forward<T, layout>, grid, z, ref, length, kLog2E / temperature, data<R>(result),
+                    data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats));
+    });
+    return std::tuple(result, stats, ref_stats);
+  });
+}
+
+// p (log p - log q - KL) g / τ = 2^t (a + b (t - t_ref)), 0 where 2^t is.
+template <class T, Layout kLayout>
+struct Gradient {
+  using R = Real<T>;
+  static constexpr int kInFlight = kPairs;
+  struct Loaded {
+    uint4 logits, ref_logits;
+  };
+  InGlobal<T, kLayout> logits, ref_logits;
+  R k, shift, ref_shift, a, b;
+
+  __device__ __forceinline__ Loaded load(int i) const {
+    return {logits.load(i), ref_logits.load(i)};
+  }
+  __device__ __forceinline__ void compute(const Loaded& loaded, R (&x)[kVector<T>]) const {
+    R y[kVector<T>];
+    unpack_vector<T>(loaded.logits, x);
+    unpack_vector<T>(loaded.ref_logits, y);
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) {
+      const R t = exponent(x[j], k, shift), u = std::fma(y[j], k, -ref_shift);
+      x[j] = weighed(fast_exp2(t), std::fma(b, t - u, a));
+    }
+  }
+};
+
+template <class T, Layout kLayout>
+__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
+    backward(const Real<T>* grad_kl, Rows<T> logits, Rows<T> ref_logits, int length,
+             const Real<T>* divergence, const RowStats<Real<T>>* stats,
+             const RowStats<Real<T>>* ref_stats, Real<T> temperature, Real<T> k, T* grad_logits) {
+  using R = Real<T>;
+  const uint32_t row = blockIdx.x;
+  T* out = grad_logits + int64_t(row) * length;
+  const R g = grad_kl[row];
+  if (g == R(0)) {
+    write_row<T, kLayout>(out, length, Zeros<T>{});
+    return;
+  }
+  const RowStats<R> p = stats[row], q = ref_stats[row];
+  const R weight = g * std::exp2(-p.log2_sum) / temperature;
+  const R a = weight * (R(kLn2) * (q.log2_sum - p.log2_sum) - divergence[row]);
+  write_row<T, kLayout>(out, length,
+                        Gradient<T, kLayout>{{logits[row], length},
+                                             {ref_logits[row], length},
+                                             k,
+                                             p.shift,
+                                             q.shift,
+                                             a,
+                                             weight * R(kLn2)});
+}
+
+Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl,
+                              Tensor softmax_stats, Tensor ref_softmax_stats, Tensor scalars) {
+  const Device device(logits);
+  const double temperature = *data<double>(scalars);
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using R = Real<T>;
+    const Tensor g = as<R>(grad_kl), divergence = packed(kl), grad_logits = empty_logits(logits);
+    const Tensor stats = packed(softmax_stats), ref_stats = packed(ref_softmax_stats);
+    const Tensor held = readable(logits), ref_held = readable(ref_logits);
+    const auto z = rows<T>(held), ref = rows<T>(ref_held);
+    const int64_t length = logits.size(-1);
+    const Grid grid{divergence.numel(), threads_for_row(logits)};
+    with_layout(layout_of(length, z, ref, rows<T>(grad_logits)), [&](auto layout) {
+      device.launch(backward<T, layout>, grid, data<R>(g), z, ref, length, data<R>(divergence),
+                    data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats), temperature,
+                    kLog2E / temperature, data<T>(grad_logits));
+    });
+    return grad_logits;
+  });
+}
+
+template <class R>
+__global__ void __launch_bounds__(kTokenThreads)
+    estimate(const R* logprobs, const R* ref_logprobs, int64_t count, KLEstimator estimator,
+             R* values, R* derivatives) {
+  for_tokens_of_block(count, [&](int64_t i) {
+    const KLTerm<R> term = kl_term(estimator, logprobs[i] - ref_logprobs[i]);
+    values[i] = term.value;
+    derivatives[i] = term.grad;
+  });
+}
+
+std::tuple<Tensor, Tensor> kl_estimate(Tensor logprobs, Tensor ref_logprobs, int64_t estimator) {
+  const Device device(logprobs);
+  return dispatch(logprobs.scalar_type(), [&](auto type) {
+    using R = Real<decltype(type)>;
+    const Tensor x = as<R>(logprobs), ref = as<R>(ref_logprobs);
+    const Tensor values = empty<R>(x, shape(x)), derivatives = empty<R>(x, shape(x));
+    device.launch(estimate<R>, Grid{token_blocks(x.numel()), kTokenThreads}, data<R>(x),
+                  data<R>(ref), x.numel(), KLEstimator(estimator), data<R>(values),
+                  data<R>(derivatives));
+    return std::tuple(values, derivatives);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
+  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
+  m.impl("kl_divergence_backward", TORCH_BOX(&kl_divergence_backward));
+  m.impl("kl_estimate", TORCH_BOX(&kl_estimate));
+}
+
+}  // namespace ppo::cuda

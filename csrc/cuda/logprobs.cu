@@ -1,0 +1,95 @@
+// token_logprobs and its backward; formulas in ppo_kernels/logprobs.py.
+#include "logprobs.cuh"
+
+namespace ppo::cuda {
+namespace {
+
+template <class T, Layout kLayout>
+__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
+    forward(Rows<T> logits, Ids tokens, int length, Real<T> k, Real<T>* logprobs, Real<T>* entropy,
+            RowStats<Real<T>>* stats) {
+  const uint32_t row = blockIdx.x;
+  const T* z = logits[row];
+  const Real<T> logit = logit_of(z, length, tokens[row]);
+  const auto scored = score_row<T, kLayout>(z, length, logit, k);
+  if (threadIdx.x > 0) return;
+  logprobs[row] = scored.logprob;
+  entropy[row] = scored.entropy;
+  stats[row] = scored.stats;
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, Tensor scalars) {
+  const Device device(logits);
+  const double temperature = *data<double>(scalars);
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using R = Real<T>;
+    auto out_shape = shape(tokens);
+    const Tensor logprobs = empty<R>(logits, out_shape), entropy = empty<R>(logits, out_shape);
+    out_shape.push_back(2);
+    const Tensor stats = empty<R>(logits, out_shape);
+    const Tensor held = readable(logits), ids = packed(tokens);
+    const auto z = rows<T>(held);
+    const int64_t length = logits.size(-1);
+    with_layout(layout_of(length, z), [&](auto layout) {
+      device.launch(forward<T, layout>, Grid{tokens.numel(), threads_for_row(logits), kScratch<T>},
+                    z, Ids(ids), length, kLog2E / temperature, data<R>(logprobs), data<R>(entropy),
+                    data<RowStats<R>>(stats));
+    });
+    return std::tuple(logprobs, entropy, stats);
+  });
+}
+
+template <class T, Layout kLayout>
+__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
+    backward(const Real<T>* grad_logprobs, const Real<T>* grad_entropy, Rows<T> logits, Ids tokens,
+             const Real<T>* entropy, const RowStats<Real<T>>* stats, int length,
+             Real<T> temperature, Real<T> k, T* grad_logits) {
+  using R = Real<T>;
+  const uint32_t row = blockIdx.x;
+  const R g = grad_logprobs ? grad_logprobs[row] : R(0);
+  const R h = grad_entropy ? grad_entropy[row] : R(0);
+  T* out = grad_logits + int64_t(row) * length;
+  // A row without upstream gradient may be one that a mask excluded, whose token is anything.
+  if (g == R(0) && h == R(0)) {
+    write_row<T, kLayout>(out, length, Zeros<T>{});
+    return;
+  }
+  const T* z = logits[row];
+  const int64_t token = tokens[row];
+  const auto gradient =
+      row_gradient(g, h, entropy[row], stats[row], temperature, logit_of(z, length, token), k);
+  write_gradient<T, kLayout>(gradient, InGlobal<T, kLayout>{z, length}, out, length, token, k);
+}
+
+Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
+                               Tensor logits, Tensor tokens, Tensor entropy, Tensor softmax_stats,
+                               Tensor scalars) {
+  const Device device(logits);
+  const double temperature = *data<double>(scalars);
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using R = Real<T>;
+    const auto g = as<R>(grad_logprobs), h = as<R>(grad_entropy);
+    const Tensor held = readable(logits), ids = packed(tokens), entropies = packed(entropy);
+    const Tensor stats = packed(softmax_stats), grad_logits = empty_logits(logits);
+    const auto z = rows<T>(held);
+    const int64_t length = logits.size(-1);
+    with_layout(layout_of(length, z, rows<T>(grad_logits)), [&](auto layout) {
+      device.launch(backward<T, layout>, Grid{tokens.numel(), threads_for_row(logits)},
+                    data_or_null<R>(g), data_or_null<R>(h), z, Ids(ids), data<R>(entropies),
+                    data<RowStats<R>>(stats), length, temperature, kLog2E / temperature,
+                    data<T>(grad_logits));
+    });
+    return grad_logits;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
+  m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
+  m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
+}
+
+}  // namespace ppo::cuda

@@ -1,0 +1,141 @@
+// masked_mean and masked_whiten; formulas in ppo_kernels/masked.py.
+#include "means.cuh"
+
+namespace ppo::cuda {
+namespace {
+
+// The tokens that count; `mask` may be null.
+template <class R>
+struct Tokens {
+  const R* x;
+  const bool* mask;
+  int64_t count;
+
+  __device__ bool counts(int64_t i) const { return !mask || mask[i]; }
+};
+
+// Parts (2, blocks): the sum of each block, and a 1 whose mean is what a token weighs.
+template <class R>
+__global__ void __launch_bounds__(kTokenThreads) sum_block(Tokens<R> tokens, double* parts) {
+  double sum = 0;
+  for_tokens_of_block(tokens.count, [&](int64_t i) {
+    if (tokens.counts(i)) sum += double(tokens.x[i]);
+  });
+  sum = cta_sum(sum, reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x > 0) return;
+  parts[blockIdx.x] = sum;
+  parts[gridDim.x + blockIdx.x] = double(blockIdx.x == 0);
+}
+
+std::tuple<Tensor, Tensor> masked_mean(Tensor x, OptionalTensor mask, OptionalTensor denominator) {
+  const Device device(x);
+  return dispatch(x.scalar_type(), [&](auto type) {
+    using R = Real<decltype(type)>;
+    const Tensor values = as<R>(x);
+    const OptionalTensor counts = packed(mask), total = counted(mask, denominator);
+    // One block at least: without tokens too a token weighs something.
+    const int64_t count = x.numel(), blocks = std::max<int64_t>(1, token_blocks(count));
+    const Tensor parts = empty<double>(x, {2, blocks});
+    const Tokens<R> tokens{data<R>(values), data_or_null<bool>(counts), count};
+    device.launch(sum_block<R>, Grid{blocks, kTokenThreads, kSumScratch}, tokens,
+                  data<double>(parts));
+    return means<2, R, double>(device, parts, Denominator{data_or_null<double>(total), count});
+  });
+}
+
+// Of tokens: how many, their mean, and their squares about it.
+struct Moments {
+  double count, mean, squares;
+};
+
+// By all threads of a CTA, in its first warp, from what each has: `sum` and `count`, and then
+// `squares(mean)`.
+template <class Squares>
+__device__ Moments cta_moments(double count, double sum, const Squares& squares) {
+  auto* scratch = reinterpret_cast<double*>(shared_memory());
+  constexpr int kStep = kTokenThreads / kWarp;
+  Moments all;
+  all.count = cta_sum(count, scratch);
+  all.mean = cta_sum(sum, scratch + kStep) / (all.count > 1 ? all.count : 1);
+  if (threadIdx.x == 0) scratch[3 * kStep] = all.mean;
+  __syncthreads();
+  all.squares = cta_sum(squares(scratch[3 * kStep]), scratch + 2 * kStep);
+  return all;
+}
+constexpr int64_t kMomentsScratch = 3 * kSumScratch + sizeof(double);
+
+template <class R>
+__global__ void __launch_bounds__(kTokenThreads)
+    moments_of_block(Tokens<R> tokens, Moments* parts) {
+  double count = 0, sum = 0;
+  for_tokens_of_block(tokens.count, [&](int64_t i) {
+    if (!tokens.counts(i)) return;
+    count += 1;
+    sum += double(tokens.x[i]);
+  });
+  const Moments moments = cta_moments(count, sum, [&](double mean) {
+    double squares = 0;
+    for_tokens_of_block(tokens.count, [&](int64_t i) {
+      const double centred = double(tokens.x[i]) - mean;
+      if (tokens.counts(i)) squares += centred * centred;
+    });
+    return squares;
+  });
+  if (threadIdx.x == 0) parts[blockIdx.x] = moments;
+}
+
+// Those of `blocks` blocks as one.
+__global__ void __launch_bounds__(kTokenThreads)
+    merge_moments(const Moments* parts, int64_t blocks, Moments* all) {
+  double count = 0, sum = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += kTokenThreads) {
+    count += parts[i].count;
+    sum += parts[i].count * parts[i].mean;
+  }
+  const Moments moments = cta_moments(count, sum, [&](double mean) {
+    double squares = 0;
+    for (int64_t i = threadIdx.x; i < blocks; i += kTokenThreads) {
+      const double off = parts[i].mean - mean;
+      squares += parts[i].squares + parts[i].count * off * off;
+    }
+    return squares;
+  });
+  if (threadIdx.x == 0) *all = moments;
+}
+
+template <class R>
+__global__ void __launch_bounds__(kTokenThreads)
+    whiten(Tokens<R> tokens, const Moments* moments, double eps, R* whitened) {
+  const double count = moments->count > 1 ? moments->count : 1;
+  const double scale = 1 / std::sqrt(moments->squares / count + eps), mean = moments->mean;
+  for_tokens_of_block(tokens.count, [&](int64_t i) {
+    whitened[i] = tokens.counts(i) ? R((double(tokens.x[i]) - mean) * scale) : R(0);
+  });
+}
+
+Tensor masked_whiten(Tensor x, OptionalTensor mask, Tensor scalars) {
+  const Device device(x);
+  const double eps = *data<double>(scalars);
+  return dispatch(x.scalar_type(), [&](auto type) {
+    using R = Real<decltype(type)>;
+    const Tensor values = as<R>(x), whitened = empty<R>(x, shape(x));
+    const OptionalTensor counts = packed(mask);
+    const int64_t count = x.numel(), blocks = token_blocks(count);
+    const Tensor moments = empty<double>(x, {blocks + 1, 3});
+    auto *all = data<Moments>(moments), *parts = all + 1;
+    const Tokens<R> tokens{data<R>(values), data_or_null<bool>(counts), count};
+    device.launch(moments_of_block<R>, Grid{blocks, kTokenThreads, kMomentsScratch}, tokens, parts);
+    device.launch(merge_moments, Grid{1, kTokenThreads, kMomentsScratch}, parts, blocks, all);
+    device.launch(whiten<R>, Grid{blocks, kTokenThreads}, tokens, all, eps, data<R>(whitened));
+    return whitened;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
+  m.impl("masked_mean", TORCH_BOX(&masked_mean));
+  m.impl("masked_whiten", TORCH_BOX(&masked_whiten));
+}
+
+}  // namespace ppo::cuda

@@ -1,0 +1,95 @@
+// Sums over tokens, in fp64 and in an order that depends on their number alone.
+#pragma once
+
+#include "common.cuh"
+
+namespace ppo::cuda {
+
+// The denominator of a mean: a number on the device, or a count; 0 counts as 1.
+struct Denominator {
+  const double* value;
+  int64_t count;
+
+  __device__ double operator()() const {
+    const double x = value ? *value : double(count);
+    return x == 0 ? 1 : x;
+  }
+};
+
+// The caller's denominator, or how many the mask counts; none where there is neither.
+inline OptionalTensor counted(const OptionalTensor& mask, const OptionalTensor& denominator) {
+  if (denominator) return as<double>(*denominator);
+  if (!mask) return std::nullopt;
+  return torch::stable::sum(*mask, std::nullopt, false, ScalarType::Double);
+}
+
+template <class R>
+__device__ __forceinline__ R warp_sum(R x) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, distance);
+  }
+  return x;
+}
+
+// CTAs that take a few numbers per token, each of a block of tokens.
+constexpr int kTokenThreads = 512;
+constexpr int64_t kTokensOfBlock = 4 * kTokenThreads;
+
+inline int64_t token_blocks(int64_t count) { return ceil_div(count, kTokensOfBlock); }
+
+// f(i) for the tokens that fall to this thread.
+template <class F>
+__device__ __forceinline__ void for_tokens_of_block(int64_t count, const F& f) {
+  const int64_t first = blockIdx.x * kTokensOfBlock + threadIdx.x;
+#pragma unroll
+  for (int64_t j = 0; j < kTokensOfBlock; j += kTokenThreads) {
+    if (first + j < count) f(first + j);
+  }
+}
+
+constexpr int64_t kSumScratch = kTokenThreads / kWarp * sizeof(double);
+
+// The sum over a CTA of such threads, in its first warp. `scratch` serves one sum.
+__device__ inline double cta_sum(double x, double* scratch) {
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  x = warp_sum(x);
+  if (lane == 0) scratch[warp] = x;
+  __syncthreads();
+  return warp_sum(lane < kTokenThreads / kWarp ? scratch[lane] : 0.0);
+}
+
+template <class R, int kMeans>
+struct Scalars {
+  R* at[kMeans];
+};
+
+// Mean i is the sum of parts [i * count, (i + 1) * count) over the denominator: a CTA for each.
+template <class R, class Part, int kMeans>
+__global__ void __launch_bounds__(kTokenThreads)
+    mean_parts(const Part* parts, int64_t count, Denominator denominator,
+               const __grid_constant__ Scalars<R, kMeans> means) {
+  const Part* mine = parts + blockIdx.x * count;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kTokenThreads) sum += double(mine[i]);
+  sum = cta_sum(sum, reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x == 0) *means.at[blockIdx.x] = R(sum / denominator());
+}
+
+// The means of the rows of `parts` (kMeans, count).
+template <class R, class Part, size_t... i>
+auto means(const Device& device, const Tensor& parts, const Denominator& denominator,
+           std::index_sequence<i...>) {
+  constexpr int kMeans = sizeof...(i);
+  const Tensor results[] = {(void(i), empty<R>(parts, {}))...};
+  device.launch(mean_parts<R, Part, kMeans>, Grid{kMeans, kTokenThreads, kSumScratch},
+                data<Part>(parts), parts.size(1), denominator,
+                Scalars<R, kMeans>{{data<R>(results[i])...}});
+  return std::tuple(results[i]...);
+}
+
+template <int kMeans, class R, class Part>
+auto means(const Device& device, const Tensor& parts, const Denominator& denominator) {
+  return means<R, Part>(device, parts, denominator, std::make_index_sequence<kMeans>{});
+}
+
+}  // namespace ppo::cuda
