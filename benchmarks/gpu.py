@@ -1,15 +1,20 @@
-"""`make gpu`: builds what there is to build, tests on the GPU, measures, and prints the table.
+"""`make gpu`: builds what there is to build, tests on the GPU, measures, and prints the tables.
 
 All within ten minutes and without network or an environment of its own, so that it can run on a
 machine that is lent for so long. `--dry-run` rehearses it on the CPU: kernels run in Triton's
 interpreter, on tiny tensors, and the figures, which mean nothing, are kept only where `--results`
 says so.
+
+The CUDA C++ kernels are compiled for this GPU only. Beside the tests their ops run under
+compute-sanitizer; its last words go to `<machine>-sanitizer.txt`, and the figures of these kernels
+to `<machine>-native.json`, beside those of `auto` in `<machine>.json`.
 """
 
 import argparse
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +27,8 @@ import torch
 # The benchmarks are over after so many seconds, and none starts in the last of them.
 SECONDS, LAST_BENCHMARK_SECONDS = 560, 40
 # What precedes the benchmarks leaves them 100 s at least.
-BUILD_SECONDS, INFO_SECONDS, TEST_SECONDS, REPORT_SECONDS = 120, 60, 240, 40
+BUILD_SECONDS, INFO_SECONDS, TEST_SECONDS, REPORT_SECONDS = 150, 30, 240, 40
+SANITIZERS = ("memcheck", "racecheck")
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,10 +40,20 @@ def device_name(dry_run: bool) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
 
 
-def run(*arguments: str, seconds: float) -> int:
-    """The exit code of `python ARGUMENTS` in the repository, 124 if it had to be stopped."""
-    print("$ python", *arguments, flush=True)
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, start_new_session=True)
+def start(*arguments: str, under: tuple = (), output: Path | None = None) -> subprocess.Popen:
+    """Starts `python ARGUMENTS` in the repository, `under` another program, if one is given."""
+    print("$", *under, "python", *arguments, flush=True)
+    command = [*under, sys.executable, *arguments]
+    if output is None:
+        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    with open(output, "w") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def finish(process: subprocess.Popen, seconds: float) -> int:
+    """The exit code of a process, 124 if it had to be stopped."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -49,8 +65,77 @@ def run(*arguments: str, seconds: float) -> int:
             process.wait()
 
 
-def measure(results: Path, options: list[str]) -> int:
-    """0 if all steps end well. The benchmarks, called with `options`, write to `results`."""
+def run(*arguments: str, seconds: float) -> int:
+    return finish(start(*arguments), seconds)
+
+
+def compile_for_this_gpu() -> None:
+    major, minor = torch.cuda.get_device_capability()
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}" + "a" * (major >= 9))
+    # So that compute-sanitizer can name lines; the machine code is the same.
+    os.environ.setdefault("NVCC_APPEND_FLAGS", "-lineinfo")
+
+
+def why_not_native(device: str) -> str | None:
+    """To be asked when the extension is built."""
+    from ppo_kernels import dispatch
+
+    return dispatch.why_not("native", device)
+
+
+class Sanitized:
+    """The native ops under each sanitizer, or under none in a rehearsal, beside what else runs."""
+
+    def __init__(self, folder: Path, dry_run: bool):
+        self.folder = folder
+        self.processes = {}
+        if dry_run:
+            self._start("no sanitizer")
+        elif shutil.which("compute-sanitizer") is None:
+            print("compute-sanitizer is not on PATH: memory accesses and races are not checked")
+        else:
+            for tool in SANITIZERS:
+                # Our kernels only, by their mangled namespace.
+                options = (
+                    "--tool",
+                    tool,
+                    "--kernel-name",
+                    "kns=3ppo4cuda",
+                    "--error-exitcode",
+                    "86",
+                )
+                # Each tensor is an allocation of its own: an access behind one shows.
+                alone = "PYTORCH_NO_CUDA_MEMORY_CACHING=1"
+                self._start(tool, ("env", alone, "compute-sanitizer", *options))
+
+    def _start(self, name: str, under: tuple = ()) -> None:
+        output = self.folder / name
+        self.processes[name] = start("-m", "tests.sanitized", under=under, output=output)
+
+    def finish(self, seconds: float, kept: Path) -> list[int]:
+        """The exit codes; writes the last lines to `kept`."""
+        codes, lines = [], []
+        end = time.monotonic() + seconds
+        for name, process in self.processes.items():
+            code = finish(process, max(0, end - time.monotonic()))
+            text = (self.folder / name).read_text().strip()
+            # Where the driver is behind a sandbox it can be; the kernels are not to blame.
+            if "Device not supported" in text:
+                code, text = 0, "compute-sanitizer does not support this device, nothing is checked"
+            if code != 0:
+                print(text)
+            codes.append(code)
+            lines.append(f"{name}: exit code {code}: {text.rpartition(chr(10))[2]}")
+            print(lines[-1], flush=True)
+        if lines:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text("\n".join(lines) + "\n")
+        return codes
+
+
+def measure(results: Path, options: list[str], dry_run: bool) -> int:
+    """0 if all steps end well. The benchmarks, called with `options`, write to `results`, those of
+    the CUDA C++ kernels beside it."""
     end = time.monotonic() + SECONDS
     # Most of the tests' time goes into compiling kernels.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -58,18 +143,36 @@ def measure(results: Path, options: list[str]) -> int:
     codes = [
         run("setup.py", "--quiet", "build_ext", "--inplace", seconds=BUILD_SECONDS),
         run("-m", "ppo_kernels", seconds=INFO_SECONDS),
-        run("-m", "pytest", "tests", "-q", "-m", "gpu", *workers, seconds=TEST_SECONDS),
     ]
-    left = end - time.monotonic() - LAST_BENCHMARK_SECONDS
-    codes.append(
-        run(
-            *("-m", "pytest", "benchmarks", "-q", "--benchmark-quiet", *options),
-            *("--results", str(results), "--seconds", f"{left:.0f}"),
-            seconds=left + LAST_BENCHMARK_SECONDS,
+    reason = why_not_native("cpu" if dry_run else "cuda")
+    if reason is not None:
+        print(f"the native kernels are neither checked nor measured: {reason}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        sanitized = Sanitized(Path(folder), dry_run) if reason is None else None
+        tests_end = time.monotonic() + TEST_SECONDS
+        codes.append(
+            run("-m", "pytest", "tests", "-q", "-m", "gpu", *workers, seconds=TEST_SECONDS)
         )
-    )
-    if results.exists():
-        codes.append(run("-m", "benchmarks.report", str(results), seconds=REPORT_SECONDS))
+        if sanitized is not None:
+            kept = results.with_name(f"{results.stem}-sanitizer.txt")
+            codes += sanitized.finish(tests_end - time.monotonic(), kept)
+
+    runs = {results: []}
+    if reason is None and not dry_run:
+        runs[results.with_name(f"{results.stem}-native.json")] = ["--backend", "native"]
+    for i, (path, backend) in enumerate(runs.items()):
+        # An equal share of what is left.
+        left = (end - time.monotonic()) / (len(runs) - i) - LAST_BENCHMARK_SECONDS
+        codes.append(
+            run(
+                *("-m", "pytest", "benchmarks", "-q", "--benchmark-quiet", *options, *backend),
+                *("--results", str(path), "--seconds", f"{left:.0f}"),
+                seconds=left + LAST_BENCHMARK_SECONDS,
+            )
+        )
+    written = [str(path) for path in runs if path.exists()]
+    if written:
+        codes.append(run("-m", "benchmarks.report", *written, seconds=REPORT_SECONDS))
     return int(any(codes))
 
 
@@ -82,16 +185,18 @@ def main() -> int:
     parser.add_argument("--peers", help="folder from which trl and liger_kernel may be imported")
     args = parser.parse_args()
     os.environ["PYTHONUNBUFFERED"] = "1"
+    file = f"{device_name(args.dry_run)}.json"
     options = ["--rehearse"] if args.dry_run else ["--device", "cuda"]
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        compile_for_this_gpu()
     if args.peers is not None:
         options += ["--peers", str(Path(args.peers).resolve())]
-    file = f"{device_name(args.dry_run)}.json"
 
     with tempfile.TemporaryDirectory() as dropped:
         default = Path(dropped) if args.dry_run else ROOT / "benchmarks" / "results"
-        return measure((args.results or default).resolve() / file, options)
+        return measure((args.results or default).resolve() / file, options, args.dry_run)
 
 
 if __name__ == "__main__":

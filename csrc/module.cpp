@@ -1,4 +1,4 @@
-// The extension module `_C`: importing it registers the kernels (csrc/cpu) with torch.
+// The extension module `_C`: importing it registers the kernels (csrc/cpu, csrc/cuda) with torch.
 
 // Nothing here touches torch, and pybind11 as torch ships it refuses to be included under a target.
 #undef TORCH_TARGET_VERSION
@@ -7,6 +7,11 @@
 #include <string>
 
 #include "cpu/sweeps.h"
+
+// The GPUs that csrc/cuda was compiled for, if it was: setup.py.
+#ifndef PPO_CUDA_ARCHS
+#define PPO_CUDA_ARCHS ""
+#endif
 
 namespace {
 
@@ -23,7 +28,7 @@ pybind11::dict build_info() {
   info["simd_compiled"] = pybind11::make_tuple("baseline");
 #endif
   info["simd"] = ppo::cpu::sweep_table().level;
-  info["cuda_archs"] = pybind11::tuple();
+  info["cuda_archs"] = pybind11::tuple(pybind11::str(PPO_CUDA_ARCHS).attr("split")());
   info["torch_target"] = PPO_TORCH_TARGET;
   return info;
 }

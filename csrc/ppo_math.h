@@ -166,12 +166,13 @@ PPO_HD GAEMap<T> compose_maps(const GAEMap<T>& later, const GAEMap<T>& map) {
   return {apply_map(map, later.g), map.c * later.c};
 }
 
-// The advantage of a token, from the G of the next one, which becomes its own; 0 and that G where it
-// does not count.
+// The advantage of a token, from the G of the next one, which becomes its own; 0 and that G where
+// it does not count.
 template <class T>
 PPO_HD T gae_step(T reward, T value, bool counted, bool done, T gamma, T gamma_lam, T& G) {
   const T advantage = reward - value + (done ? T(0) : G);
-  if (counted) G = std::fma(gamma_lam, advantage, gamma * value);
+  const T handed = std::fma(gamma, value, gamma_lam * advantage);
+  G = counted ? handed : G;
   return counted ? advantage : T(0);
 }
 

@@ -1,5 +1,6 @@
 """Which backend runs a call, and why one cannot."""
 
+import functools
 import importlib
 import math
 import os
@@ -14,8 +15,9 @@ BACKENDS = ("reference", "native", "triton")
 # In this order, by device type; where a device is not listed only `reference` runs.
 # cpu: benchmarks/results/ has the ops that sweep a vocabulary or time; those of a few numbers per
 # token are not measured there, and on millions of tokens plain PyTorch can be ahead.
-# cuda (NVIDIA and AMD): not measured yet; what the kernels read and write speaks for them.
-AUTO = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+# cuda (NVIDIA and AMD): not measured yet. What the kernels read and write speaks for both; Triton
+# comes first until a benchmark on a GPU, `make gpu`, says for which ops native is to.
+AUTO = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
 # Triton's own switch: its kernels then run on the CPU too, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -58,16 +60,60 @@ schemas.define("native")
 schemas.define("triton")
 # At import, not at the first call, so that torch.compile traces no import.
 _MISSING = {"reference": None, "native": _load_native(), "triton": _load_triton()}
-_DEVICES = {"native": ("cpu",), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",)}
+_DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",)}
 
 
-def why_not(backend, device_type):
+def runs_on(arch, capability):
+    """Whether code for `arch`, sm_XY or compute_XY, runs on a GPU of that compute capability.
+
+    Machine code runs from its minor version on within the major one, and PTX on all that is later;
+    what is specific to an architecture (a name that ends in a) runs on that only.
+    """
+    kind, _, version = arch.partition("_")
+    number = version.rstrip("a")
+    of_arch = int(number[:-1]), int(number[-1])
+    if number != version:
+        return capability == of_arch
+    return capability >= of_arch and (kind == "compute" or capability[0] == of_arch[0])
+
+
+@functools.cache
+def _why_no_cuda(device_index):
+    archs = build_info()["cuda_archs"]
+    if not archs:
+        return (
+            "it is built without CUDA sources: install it where torch has CUDA and nvcc is there, "
+            "or with FORCE_CUDA=1"
+        )
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    capability = torch.cuda.get_device_capability(device_index)
+    if any(runs_on(arch, capability) for arch in archs):
+        return None
+    return (
+        f"it is compiled for {', '.join(archs)}, none of which runs on a GPU of compute "
+        f"capability {capability[0]}.{capability[1]}: TORCH_CUDA_ARCH_LIST names others when it is "
+        "installed"
+    )
+
+
+# torch.compile calls it while it traces and keeps the answer.
+@torch.compiler.assume_constant_result
+def _why_not_native_on_cuda(device_index):
+    return _why_no_cuda(device_index)
+
+
+def why_not(backend, device_type, device_index=None):
     """Why `backend` cannot run on tensors of this device type; None when it can."""
     if _MISSING[backend] is not None:
         return _MISSING[backend]
     devices = _DEVICES.get(backend)
     if devices is not None and device_type not in devices:
         return f"it has no kernels for {device_type} tensors"
+    if backend == "native" and device_type == "cuda":
+        return _why_not_native_on_cuda(device_index)
     return None
 
 
@@ -80,12 +126,12 @@ def resolve(backend, x):
     device_type = x.device.type
     if backend == "auto":
         for name in AUTO.get(device_type, ()):
-            if why_not(name, device_type) is None:
+            if why_not(name, device_type, x.device.index) is None:
                 return name
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_not(backend, device_type)
+    reason = why_not(backend, device_type, x.device.index)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
     return backend

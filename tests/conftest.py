@@ -11,14 +11,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from ppo_kernels import PPOLoss, dispatch, ppo_loss, ppo_loss_
-from tests.compiled import Compilation, table
+from ppo_kernels import PPOLoss, dispatch, ppo_loss, ppo_loss_, schemas
+from tests import emulator
+from tests.compiled import Compilation, cuda, table
 
-COMPILATION = pytest.StashKey()
+COMPILATION, CUDA_COMPILATION = pytest.StashKey(), pytest.StashKey()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ON_GPU = "triton on cuda"
-TRITON = ("triton", pytest.param(ON_GPU, marks=pytest.mark.gpu))
-KERNELS = ("native", *TRITON)
+# The kernels of `native` for GPUs, run on the CPU by `tests.emulator`.
+EMULATED = "native emulated"
+ON_GPU = ("native on cuda", "triton on cuda")
+CUDA = (EMULATED, pytest.param(ON_GPU[0], marks=pytest.mark.gpu))
+TRITON = ("triton", pytest.param(ON_GPU[1], marks=pytest.mark.gpu))
+KERNELS = ("native", *CUDA, *TRITON)
 
 
 needs_native = pytest.mark.skipif(
@@ -28,14 +32,19 @@ needs_native = pytest.mark.skipif(
 
 def pytest_collection_finish(session):
     """Kernels compile beside the tests that come before those of compiled kernels."""
-    wanted = any("compiled" in getattr(item, "fixturenames", ()) for item in session.items)
-    if wanted and not session.config.option.collectonly and importlib.util.find_spec("triton"):
+    if session.config.option.collectonly:
+        return
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if "compiled" in wanted and importlib.util.find_spec("triton"):
         session.config.stash[COMPILATION] = Compilation()
+    if "cuda_compiled" in wanted and cuda.why_not() is None:
+        session.config.stash[CUDA_COMPILATION] = cuda.Compilation()
 
 
 def pytest_unconfigure(config):
-    if COMPILATION in config.stash:
-        config.stash[COMPILATION].end()
+    for key in (COMPILATION, CUDA_COMPILATION):
+        if key in config.stash:
+            config.stash[key].end()
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +53,14 @@ def compiled(request):
     if COMPILATION not in request.config.stash:
         pytest.skip("Triton is not installed")
     return request.config.stash[COMPILATION].reports()
+
+
+@pytest.fixture(scope="session")
+def cuda_compiled(request):
+    """What `tests.compiled.cuda` found in every kernel."""
+    if CUDA_COMPILATION not in request.config.stash:
+        pytest.skip(cuda.why_not())
+    return request.config.stash[CUDA_COMPILATION].reports()
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -55,9 +72,14 @@ def pytest_terminal_summary(terminalreporter, config):
         lines.section("skipped")
         for reason, count in Counter(reasons).most_common():
             lines.write_line(f"{count:5}  {reason}")
-    ran = Counter(name for name in passed if name in ("triton", ON_GPU))
+    ran = Counter(passed)
+    lines.section("CUDA C++")
+    lines.write_line(f"{ran[EMULATED]} tests passed on the emulator, {ran[ON_GPU[0]]} on a GPU")
+    if CUDA_COMPILATION in config.stash and config.stash[CUDA_COMPILATION].done():
+        for line in cuda.summary(config.stash[CUDA_COMPILATION].reports()):
+            lines.write_line(line)
     lines.section("Triton")
-    lines.write_line(f"{ran['triton']} tests passed on its interpreter, {ran[ON_GPU]} on a GPU")
+    lines.write_line(f"{ran['triton']} tests passed on its interpreter, {ran[ON_GPU[1]]} on a GPU")
     if COMPILATION in config.stash and config.stash[COMPILATION].done():
         reports = config.stash[COMPILATION].reports()
         per_target = Counter(x["target"] for x in reports if "kernel" in x)
@@ -86,24 +108,45 @@ def interpreter_rounds_as_gpus_do():
     InterpreterBuilder.cast_impl = cast
 
 
+@pytest.fixture
+def emulated(request, monkeypatch):
+    """`tests.emulator`, and backend "native" is what it runs. Its device has so little shared
+    memory that rows of a few hundred elements are split over clusters."""
+    try:
+        device = emulator.load()
+    except emulator.Unavailable as reason:
+        pytest.skip(f"native emulated: {reason}")
+    monkeypatch.setitem(schemas.NAMESPACE, "native", schemas.NAMESPACE["emulated"])
+    monkeypatch.setitem(dispatch._MISSING, "native", None)
+    request.node.user_properties.append(("backend", EMULATED))
+    device.device(shared_per_sm=12 << 10)
+    device.seed(0)
+    return device
+
+
 def _run_on(request):
     request.node.user_properties.append(("backend", request.param))
-    if request.param == ON_GPU:
+    name = request.param.split()[0]
+    if request.param in ON_GPU:
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
-        torch.set_default_device("cuda")
-        yield "triton"
-        torch.set_default_device(None)
-        return
-    reason = dispatch.why_not(request.param, "cpu")
+        reason = dispatch.why_not(name, "cuda")
+    elif request.param == EMULATED:
+        request.getfixturevalue("emulated")
+        reason = None
+    else:
+        reason = dispatch.why_not(name, "cpu")
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    yield request.param
+    if request.param in ON_GPU:
+        torch.set_default_device("cuda")
+    yield name
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=("reference", *KERNELS))
 def backend(request):
-    """Every backend that can run on the CPU, and Triton where new tensors lie on a GPU."""
+    """Every backend, on the CPU and, where new tensors lie there, on a GPU."""
     yield from _run_on(request)
 
 
@@ -113,14 +156,21 @@ def fused(request):
     yield from _run_on(request)
 
 
-def interpreted(backend):
-    """Whether kernels run on Triton's interpreter, where a row takes milliseconds."""
-    return backend == "triton" and dispatch.INTERPRETED
+def emulates_a_gpu(backend):
+    """Whether a row takes milliseconds: on Triton's interpreter and on `tests.emulator`."""
+    emulated = schemas.NAMESPACE["native"] == schemas.NAMESPACE.get("emulated")
+    return (backend == "triton" and dispatch.INTERPRETED) or (backend == "native" and emulated)
 
 
-def skip_if_interpreted(backend):
-    if interpreted(backend):
-        pytest.skip("too long for the interpreter: runs on a GPU")
+def waits_for_nothing(backend):
+    """Whether kernels run as on a GPU, where nothing raises for what a tensor holds."""
+    on_gpu = backend in KERNELS and torch.get_default_device().type == "cuda"
+    return on_gpu or emulates_a_gpu(backend)
+
+
+def skip_if_emulated(backend):
+    if emulates_a_gpu(backend):
+        pytest.skip("too long without a GPU")
 
 
 def on_default_device(arguments):

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ppo_kernels
 from ppo_kernels import dispatch, token_logprobs
+from tests.conftest import needs_native
 
 LOGITS, TOKENS = torch.randn(2, 5), torch.tensor([1, 4])
 
@@ -39,6 +41,100 @@ def test_auto_takes_the_native_backend_on_the_cpu(monkeypatch):
     torch.testing.assert_close(token_logprobs(LOGITS, TOKENS), expected)
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability, archs): a GPU of that compute capability, and an extension for those."""
+    dispatch._why_no_cuda.cache_clear()
+    yield lambda capability, archs: (
+        monkeypatch.setattr(dispatch, "build_info", lambda: {"cuda_archs": archs}),
+        monkeypatch.setattr(torch.version, "cuda", "13.0"),
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True),
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability),
+    )
+    dispatch._why_no_cuda.cache_clear()
+
+
+DEFAULT = ("sm_80", "sm_90a", "sm_100a", "compute_100")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    (
+        ((8, 0), DEFAULT, True),
+        ((8, 9), DEFAULT, True),
+        ((9, 0), DEFAULT, True),
+        ((10, 0), DEFAULT, True),
+        ((10, 3), DEFAULT, True),
+        ((12, 0), DEFAULT, True),
+        ((7, 5), DEFAULT, False),
+        ((9, 0), ("sm_80",), False),
+        ((8, 0), ("sm_86",), False),
+        ((10, 0), ("sm_90a",), False),
+        ((10, 3), ("sm_100a",), False),
+        ((10, 3), ("sm_100",), True),
+        ((9, 0), ("compute_80",), True),
+        ((12, 0), ("compute_90a",), False),
+    ),
+)
+def test_native_runs_on_the_gpus_it_is_compiled_for(gpu, capability, archs, runs):
+    gpu(capability, archs)
+    reason = dispatch.why_not("native", "cuda")
+    assert (reason is None) == runs
+    if not runs:
+        number = f"capability {capability[0]}.{capability[1]}"
+        assert f"it is compiled for {', '.join(archs)}, none" in reason and number in reason
+
+
+@needs_native
+def test_native_without_cuda_sources_says_how_to_get_them(gpu):
+    gpu((9, 0), ())
+    assert "built without CUDA sources" in dispatch.why_not("native", "cuda")
+    assert "FORCE_CUDA=1" in dispatch.why_not("native", "cuda")
+
+
+@needs_native
+def test_native_with_cuda_sources_on_a_torch_without_cuda(gpu, monkeypatch):
+    gpu((9, 0), DEFAULT)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert dispatch.why_not("native", "cuda") == "this PyTorch is built without CUDA"
+
+
+@needs_native
+def test_auto_on_a_gpu_is_triton_then_native(gpu, monkeypatch):
+    """Until a benchmark says otherwise; a GPU tensor that is not there stands for one that is."""
+    gpu((9, 0), DEFAULT)
+    with FakeTensorMode():
+        x = torch.empty(2, 5, device="cuda")
+    monkeypatch.setitem(dispatch._MISSING, "triton", None)
+    assert dispatch.resolve("auto", x) == "triton"
+    assert dispatch.resolve("native", x) == "native"
+    monkeypatch.setitem(dispatch._MISSING, "triton", "Triton is not installed")
+    assert dispatch.resolve("auto", x) == "native"
+    gpu((7, 5), DEFAULT)
+    dispatch._why_no_cuda.cache_clear()
+    assert dispatch.resolve("auto", x) == "reference"
+    with pytest.raises(RuntimeError, match=r"'native' cannot run: it is compiled for sm_80, "):
+        dispatch.resolve("native", x)
+
+
+def test_whether_native_runs_on_a_gpu_is_asked_once_and_not_traced(monkeypatch):
+    asked = []
+
+    def untraceable(index):
+        asked.append(torch.ones(()).item())
+
+    monkeypatch.setattr(dispatch, "_why_no_cuda", untraceable)
+    monkeypatch.setitem(dispatch._MISSING, "native", None)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        return x + (dispatch.why_not("native", "cuda", x.device.index) is None)
+
+    assert [step(torch.zeros(())), step(torch.ones(()))] == [1, 2]
+    assert asked == [1]
+
+
 def _run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
@@ -61,8 +157,10 @@ def test_report_names_versions_and_backends():
     assert f"native      cpu: {state}" in lines
     if reason is None:
         assert "auto        cpu: native" in lines
-        simd = ppo_kernels.dispatch.build_info()["simd"]
-        assert any(line.startswith(f"SIMD        {simd} (compiled:") for line in lines)
+        info = dispatch.build_info()
+        assert any(line.startswith(f"SIMD        {info['simd']} (compiled:") for line in lines)
+        archs = ", ".join(info["cuda_archs"]) or "none compiled"
+        assert f"CUDA archs  {archs}" in lines
 
 
 def test_without_the_extension_everything_runs_on_reference_and_says_so():

@@ -7,13 +7,15 @@ import torch
 
 from ppo_kernels import gae, gae_packed
 from tests.conftest import (
+    CUDA,
     DTYPES,
     TRITON,
     assert_as_exact_as_eager,
-    interpreted,
+    emulates_a_gpu,
     on_default_device,
-    skip_if_interpreted,
+    skip_if_emulated,
     thread_counts,
+    waits_for_nothing,
 )
 
 GAMMA, LAM = 0.97, 0.9
@@ -202,7 +204,7 @@ def test_row_without_a_counted_token(backend):
 @pytest.mark.parametrize("shape", ((0, 5), (3, 0), (1, 1), (20000, 3)))
 def test_sizes(backend, shape):
     if shape == (20000, 3):
-        skip_if_interpreted(backend)
+        skip_if_emulated(backend)
     rewards, values = torch.randn(2, *shape, dtype=torch.float64)
     advantages, returns = gae(rewards, values, gamma=GAMMA, lam=LAM, backend=backend)
     assert advantages.shape == returns.shape == shape
@@ -246,7 +248,9 @@ def test_a_row_is_bitwise_the_same_wherever_it_stands(fused, set_threads):
     seen = []
     for threads in thread_counts(fused):
         set_threads(threads)
-        for before, after in ((0, 0), (1, 0)) if interpreted(fused) else ((0, 2), (1, 2), (6, 2)):
+        for before, after in (
+            ((0, 0), (1, 0)) if emulates_a_gpu(fused) else ((0, 2), (1, 2), (6, 2))
+        ):
             batch = inputs(before + 1 + after, 3001, torch.float32)
             batch.pop("bootstrap_values")
             for name, x in row.items():
@@ -297,28 +301,23 @@ BAD_BOUNDS = ([1, 6], [0, 5], [0, 7], [0, 4, 3, 6], [0, -2, 6], [0, 8, 6])
 
 @pytest.mark.parametrize("bounds", (*BAD_BOUNDS, [0]))
 def test_bad_boundaries_are_named(backend, bounds):
-    if backend == "triton" and len(bounds) > 1:
-        pytest.skip("triton: they are looked at on the GPU, without waiting for it")
+    if waits_for_nothing(backend) and len(bounds) > 1:
+        pytest.skip("they are looked at on the GPU, without waiting for it")
     with pytest.raises(ValueError, match="cu_seqlens must"):
         gae_packed(
             torch.ones(6), torch.ones(6), torch.tensor(bounds), gamma=1.0, lam=1.0, backend=backend
         )
 
 
-@pytest.mark.parametrize("fused", TRITON, indirect=True)
+@pytest.mark.parametrize("fused", (*CUDA, *TRITON), indirect=True)
 @pytest.mark.parametrize("bounds", BAD_BOUNDS)
 def test_bad_boundaries_let_nothing_in_from_outside(fused, bounds):
     """Undefined results, but of the six tokens alone."""
-    results = []
-    for outside in (0.0, 7.0):
-        around = torch.full((2, 18), outside)
-        around[:, 6:12] = torch.arange(6)
-        results.append(
-            gae_packed(*around[:, 6:12], torch.tensor(bounds), gamma=1.0, lam=1.0, backend=fused)
-        )
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a.isnan(), b.isnan())
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    around = torch.full((2, 18), 1e6)
+    around[:, 6:12] = torch.arange(6)
+    results = gae_packed(*around[:, 6:12], torch.tensor(bounds), gamma=1.0, lam=1.0, backend=fused)
+    for x in results:
+        assert (x.nan_to_num().abs() < 100).all()
 
 
 @pytest.mark.parametrize(

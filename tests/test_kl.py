@@ -12,9 +12,9 @@ from tests.conftest import (
     DTYPES,
     assert_as_exact_as_eager,
     awkward_rows,
-    interpreted,
+    emulates_a_gpu,
     on_default_device,
-    skip_if_interpreted,
+    skip_if_emulated,
     thread_counts,
 )
 
@@ -61,7 +61,7 @@ def test_matches_torch_distributions(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", (1, 2, 7, 1031, 4096, 16384, 16385, 50257, 151936, 262144))
 def test_as_exact_as_eager(backend, vocabulary, dtype):
-    rows = 2 if vocabulary > 10000 or interpreted(backend) else 20
+    rows = 2 if vocabulary > 10000 or emulates_a_gpu(backend) else 20
     logits, ref_logits = (2 * torch.randn(2, rows, vocabulary)).to(dtype)
     upstream = torch.randn(rows)
     result = value_and_gradient(
@@ -160,7 +160,7 @@ def test_of_a_row_with_itself_is_zero(backend):
 @pytest.mark.parametrize("shape", ((0,), (3, 0), (), (1,), (65537,)))
 def test_row_counts(backend, shape):
     if shape == (65537,):
-        skip_if_interpreted(backend)
+        skip_if_emulated(backend)
     logits, ref_logits = torch.randn(2, *shape, 7, dtype=torch.float64)
     result = value_and_gradient(lambda z: kl_divergence(z, ref_logits, backend=backend), logits)
     for ours, truth in zip(result, truth_of(logits, ref_logits, 1.0), strict=True):

@@ -11,12 +11,13 @@ from tests.conftest import (
     DTYPES,
     assert_as_exact_as_eager,
     awkward_rows,
-    interpreted,
+    emulates_a_gpu,
     likeliest,
     on_default_device,
-    skip_if_interpreted,
+    skip_if_emulated,
     softmax_truth,
     thread_counts,
+    waits_for_nothing,
 )
 
 VOCABULARIES = (1, 2, 7, 1031, 4096, 16384, 16385, 50257, 151936, 262144)
@@ -56,7 +57,7 @@ def test_matches_torch_distributions(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_as_exact_as_eager(backend, vocabulary, dtype):
-    rows = 2 if vocabulary > 10000 or interpreted(backend) else 40
+    rows = 2 if vocabulary > 10000 or emulates_a_gpu(backend) else 40
     logits = (3 * torch.randn(rows, vocabulary)).to(dtype)
     tokens = torch.randint(vocabulary, (rows,))
     upstream, upstream_entropy = torch.randn(2, rows)
@@ -171,7 +172,7 @@ def test_nan_among_excluded_logits_is_not_hidden(backend):
 @pytest.mark.parametrize("shape", ((0,), (1,), (3, 0), (65537,), ()))
 def test_row_counts(backend, shape):
     if shape == (65537,):
-        skip_if_interpreted(backend)
+        skip_if_emulated(backend)
     logits = torch.randn(*shape, 7, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(7, shape)
     logprobs, entropy = token_logprobs_and_entropy(logits, tokens, backend=backend)
@@ -293,7 +294,7 @@ def test_ids_out_of_range_are_named(backend, bad):
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     tokens[1, 2] = bad
     logits = torch.randn(2, 3, 11)
-    if backend == "triton":
+    if waits_for_nothing(backend):
         logprobs = token_logprobs(logits, tokens, backend=backend)
         assert logprobs.isfinite().flatten().tolist() == [True] * 5 + [False]
         assert logprobs[1, 2].isnan()
@@ -374,7 +375,7 @@ def test_offsets_beyond_two_billion_elements(backend):
     """Rows after element 2**31 of bf16 logits whose other rows are masked out and never touched."""
     if backend == "reference":
         pytest.skip("reference makes fp32 copies of all rows, 8 GiB each")
-    skip_if_interpreted(backend)
+    skip_if_emulated(backend)
     torch.use_deterministic_algorithms(False)  # or every page would be filled with NaN
     vocabulary, rows = 151_936, 14_140
     logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16)

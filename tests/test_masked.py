@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ppo_kernels import masked_mean, masked_whiten
-from tests.conftest import DTYPES, interpreted
+from tests.conftest import DTYPES, emulates_a_gpu
 
 X = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 MASK = [[True, False, True], [True, True, False]]
@@ -63,7 +63,7 @@ def test_empty_mask_gives_zero(backend, shape):
 
 def test_large_fp32_sums(backend):
     """A running fp32 sum of so many terms near 1000 would be off by far more."""
-    x = 1000 + torch.rand(1 << (18 if interpreted(backend) else 22))
+    x = 1000 + torch.rand(1 << (18 if emulates_a_gpu(backend) else 22))
     truth = x.double().mean().item()
     assert masked_mean(x, backend=backend).item() == pytest.approx(truth, rel=1e-6)
 

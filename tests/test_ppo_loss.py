@@ -10,14 +10,15 @@ from tests.conftest import (
     DTYPES,
     assert_as_exact_as_eager,
     awkward_rows,
-    interpreted,
+    emulates_a_gpu,
     likeliest,
     loss_inputs,
     on_default_device,
     ppo_loss_truth,
     run_ppo_loss,
-    skip_if_interpreted,
+    skip_if_emulated,
     softmax_truth,
+    waits_for_nothing,
 )
 
 OPTIONS = {
@@ -86,7 +87,7 @@ def test_some_tokens_are_clipped_either_way():
 @pytest.mark.parametrize("vocabulary", (1, 2, 7, 1031, 16385, 50257, 151936))
 def test_as_exact_as_eager(backend, function, vocabulary, dtype):
     """`reference` is eager here; a denominator of 1 keeps gradients near 1."""
-    rows = 3 if vocabulary > 10000 or interpreted(backend) else 15
+    rows = 3 if vocabulary > 10000 or emulates_a_gpu(backend) else 15
     inputs = loss_inputs(1, rows, vocabulary, dtype)
     options = OPTIONS["all"] | {"denominator": 1}
     truth, grad_truth = ppo_loss_truth(**inputs, **options)
@@ -177,7 +178,7 @@ def test_without_a_counted_token_loss_and_gradient_are_zero(backend, function, s
 @pytest.mark.parametrize("shape", ((), (1,), (65537,)))
 def test_row_counts(backend, function, shape):
     if shape == (65537,):
-        skip_if_interpreted(backend)
+        skip_if_emulated(backend)
     logits = torch.randn(*shape, 7, dtype=torch.float64)
     tokens = torch.randint(7, shape)
     inputs = {
@@ -196,7 +197,7 @@ def test_row_counts(backend, function, shape):
 
 def refused(function, inputs, backend, message):
     """The loss raises or, where that would wait for a GPU, is NaN and `check_logprobs` raises."""
-    if backend == "triton":
+    if waits_for_nothing(backend):
         result, _ = run_ppo_loss(function, inputs, backend=backend)
         assert result.loss.isnan()
         with pytest.raises(ValueError, match=message):
@@ -229,7 +230,7 @@ def test_ids_out_of_range_are_named(backend, function, bad):
     inputs = loss_inputs(2, 3, 50)
     inputs["tokens"][1, 1] = bad
     message = rf"tokens must be in \[0, 50\), got {bad} at \[1, 1\]"
-    if backend == "triton":
+    if waits_for_nothing(backend):
         message = rf"got nan for token {bad} at \[1, 1\]"
     refused(function, inputs, backend, message)
 

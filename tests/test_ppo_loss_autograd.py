@@ -10,6 +10,7 @@ from tests.conftest import (
     ppo_loss_truth,
     run_ppo_loss,
     thread_counts,
+    waits_for_nothing,
 )
 
 
@@ -87,9 +88,9 @@ def test_in_place_storage_holds_the_gradient(backend, dtype, requires_grad):
     assert logits._version > version
     assert logits.data_ptr() == pointer
     assert result.loss.requires_grad == requires_grad
-    assert torch.equal(logits.detach(), expected_grad)
-    for ours, separate in zip(result, expected, strict=True):
-        assert torch.equal(ours.detach(), separate)
+    # Rounded alike, but for sums over other parts of a row.
+    torch.testing.assert_close(logits.detach(), expected_grad)
+    torch.testing.assert_close([x.detach() for x in result], list(expected))
 
 
 def test_in_place_writes_nothing_outside_a_view(backend):
@@ -235,7 +236,7 @@ def test_denominator_must_be_a_count(backend, denominator):
     with pytest.raises(ValueError, match="denominator must be"):
         ppo_loss(**inputs, denominator=denominator, backend=backend)
     tensor = torch.tensor(denominator)
-    if backend == "triton":
+    if waits_for_nothing(backend):
         assert ppo_loss(**inputs, denominator=tensor, backend=backend).loss.isnan()
         return
     with pytest.raises(ValueError, match="denominator must be"):

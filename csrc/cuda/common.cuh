@@ -77,10 +77,13 @@ class Device {
   void launch(void (*kernel)(Parameters...), const Grid& grid,
               const Arguments&... arguments) const {
     if (grid.blocks == 0) return;
+    // What a kernel is granted without asking.
     constexpr int64_t kGranted = 48 << 10;
     if (grid.shared > kGranted) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  int(grid.shared)));
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared));
     }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(grid.blocks));

@@ -5,7 +5,8 @@ namespace ppo::cuda {
 namespace {
 
 // Vectors of each of the two rows that a thread has in flight.
-constexpr int kPairs = kFlight / 2;
+template <Layout kLayout>
+constexpr int kPairs = kInFlight<kLayout> / 2;
 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
@@ -17,12 +18,13 @@ __global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
   State state;
   nothing_seen(state);
   const int vectors = vectors_each<T>(length);
-  for (int i = 0; i < vectors; i += kPairs) {
-    uint4 x[kPairs], y[kPairs];
+  constexpr int n = kPairs<kLayout>;
+  for (int i = 0; i < vectors; i += n) {
+    uint4 x[n], y[n];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) x[j] = load<T, kLayout>(z, length, i + j);
+    for (int j = 0; j < n; ++j) x[j] = load<T, kLayout>(z, length, i + j);
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) y[j] = load<T, kLayout>(ref, length, i + j);
+    for (int j = 0; j < n; ++j) y[j] = load<T, kLayout>(ref, length, i + j);
     absorb<T>(state, x, y, k);
   }
   state = merge_threads(state, reinterpret_cast<State*>(shared_memory()));
@@ -60,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logit
 template <class T, Layout kLayout>
 struct Gradient {
   using R = Real<T>;
-  static constexpr int kInFlight = kPairs;
+  static constexpr int kVectors = kPairs<kLayout>;
   struct Loaded {
     uint4 logits, ref_logits;
   };

@@ -5,14 +5,14 @@
 
 namespace ppo::cuda {
 
-// The denominator of a mean: a number on the device, or a count; 0 counts as 1.
+// The denominator of a mean: a number on the device, or a count. 0 counts as 1; below it is NaN.
 struct Denominator {
   const double* value;
   int64_t count;
 
   __device__ double operator()() const {
     const double x = value ? *value : double(count);
-    return x == 0 ? 1 : x;
+    return x == 0 ? 1 : x > 0 ? x : NAN;
   }
 };
 

@@ -209,7 +209,7 @@ LossResults ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor 
 // The elements of a row times a number; zeros stay zeros whatever it is.
 template <class T, Layout kLayout>
 struct Scaled {
-  static constexpr int kInFlight = kFlight;
+  static constexpr int kVectors = kInFlight<kLayout>;
   using Loaded = uint4;
   InGlobal<T, kLayout> row;
   Real<T> factor;

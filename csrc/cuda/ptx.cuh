@@ -43,11 +43,11 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 // All threads of a cluster meet between `arrive` and `wait`; what was written before, also to the
 // shared memory of others, is seen after.
 __device__ __forceinline__ void cluster_arrive() {
-  PPO_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory"));
+  PPO_SM90(asm volatile("barrier.cluster.arrive.release;" :: : "memory"));
 }
 
 __device__ __forceinline__ void cluster_wait() {
-  PPO_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" :: : "memory"));
+  PPO_SM90(asm volatile("barrier.cluster.wait.acquire;" :: : "memory"));
 }
 
 // Where the CTA `rank` of the cluster has what this one has at `p` in shared memory.

@@ -12,8 +12,9 @@ namespace ppo::cuda {
 
 enum class Layout { apart, together, aligned };
 
-// Vectors that a thread has in flight.
-constexpr int kFlight = 4;
+// Vectors that a thread has in flight; of elements that stand apart fewer, for want of registers.
+template <Layout kLayout>
+constexpr int kInFlight = kLayout == Layout::apart ? 2 : 4;
 constexpr int kMostThreads = 512;
 // CTAs of so many threads to a multiprocessor: more registers are had by fp64 and by rows that are
 // read element by element.
@@ -30,7 +31,7 @@ inline int threads_for(int64_t bytes, int64_t per_thread) {
 
 // For a row of `x` (..., V): of nothing but V and dtype.
 inline int threads_for_row(const Tensor& x) {
-  return threads_for(x.size(-1) * x.element_size(), 4 * kFlight * 16);
+  return threads_for(x.size(-1) * x.element_size(), 16 * 16);
 }
 
 template <class T, class... Others>
@@ -117,10 +118,11 @@ __device__ __forceinline__ SoftmaxState<Real<T>> thread_statistics(const T* row,
   SoftmaxState<Real<T>> state;
   nothing_seen(state);
   const int vectors = vectors_each<T>(length);
-  for (int i = 0; i < vectors; i += kFlight) {
-    uint4 x[kFlight];
+  constexpr int n = kInFlight<kLayout>;
+  for (int i = 0; i < vectors; i += n) {
+    uint4 x[n];
 #pragma unroll
-    for (int j = 0; j < kFlight; ++j) x[j] = load<T, kLayout>(row, length, i + j);
+    for (int j = 0; j < n; ++j) x[j] = load<T, kLayout>(row, length, i + j);
     absorb<T>(state, x, k);
   }
   return state;
@@ -152,7 +154,7 @@ __device__ __forceinline__ bool stores(int at) {
 // cache; the source may read where it writes.
 template <class T, Layout kLayout, class Source>
 __device__ __forceinline__ void write_row(T* row, int length, const Source& source) {
-  constexpr int n = kLayout == Layout::aligned ? Source::kInFlight : 1;
+  constexpr int n = kLayout == Layout::aligned ? Source::kVectors : 1;
   for (int i = (vectors_each<T>(length) - 1) / n * n; i >= 0; i -= n) {
     typename Source::Loaded loaded[n];
 #pragma unroll
@@ -168,7 +170,7 @@ __device__ __forceinline__ void write_row(T* row, int length, const Source& sour
 
 template <class T>
 struct Zeros {
-  static constexpr int kInFlight = 1;
+  static constexpr int kVectors = 1;
   struct Loaded {};
   __device__ __forceinline__ Loaded load(int) const { return {}; }
   __device__ __forceinline__ void compute(Loaded, Real<T> (&x)[kVector<T>]) const {
@@ -180,6 +182,7 @@ struct Zeros {
 // Where a source finds the vectors of a row: in global memory,
 template <class T, Layout kLayout>
 struct InGlobal {
+  static constexpr int kVectors = kInFlight<kLayout>;
   const T* row;
   int length;
 
@@ -191,6 +194,7 @@ struct InGlobal {
 // or `count` of them in shared memory, each in the place of its thread's.
 template <class T>
 struct InShared {
+  static constexpr int kVectors = 2;
   uint4* vectors;
   int count;
 
@@ -218,7 +222,7 @@ __device__ __forceinline__ int vectors_kept(int n) {
 // The gradient of a row away from the token, 2^t (a + b t).
 template <class T, class Place>
 struct Gradient {
-  static constexpr int kInFlight = kFlight;
+  static constexpr int kVectors = Place::kVectors;
   using Loaded = uint4;
   Place logits;
   RowGradient<Real<T>> row;

@@ -1,0 +1,319 @@
+"""The CUDA C++ kernels compiled for GPUs that are not here, in a process beside the tests.
+
+    python -m tests.compiled.cuda > kernels.jsonl
+
+Every file of csrc/cuda is compiled as setup.py would by default, with warnings as errors. What was
+compiled before from the same sources is taken from build/compiled. A line of the output is a JSON
+object: of a file its "object" or the "error", or of a kernel for a "target" what it uses; for
+`MEASURED` also what its machine code does.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from tests.compiled import _span, exponentials, sass
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / "build" / "compiled"
+MEASURED = "sm_90a"
+# As GCC and nvcc see it; torch's headers are not ours.
+WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
+DTYPES = {"float": "float32", "BFloat16": "bfloat16", "Half": "float16", "double": "float64"}
+REGISTERS = 65_536  # of a multiprocessor, allotted in units of 8 to each thread of a warp
+MOST_THREADS = 1024  # of a kernel that does not say
+
+
+def sources():
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def cuda_home():
+    """The folder of the CUDA toolkit, None without nvcc."""
+    folders = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ.get('PATH', '')}"
+    nvcc = shutil.which("nvcc", path=folders)
+    return None if nvcc is None else Path(nvcc).parents[1]
+
+
+def why_not():
+    """Why nothing can be compiled here; None when it can."""
+    if cuda_home() is None:
+        return "there is no nvcc"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, whose nvdisasm reads machine code, is not installed"
+    return None
+
+
+def _setup():
+    """setup.py, for its flags."""
+    spec = importlib.util.spec_from_file_location("ppo_kernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(home):
+    """nvcc and its flags."""
+    from torch.utils import cpp_extension
+
+    os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+    setup = _setup()
+    major, minor = setup.TORCH_TARGET
+    return [
+        f"{home}/bin/nvcc",
+        *(flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)),
+        f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
+        *cpp_extension.COMMON_NVCC_FLAGS,
+        *("-Xcompiler", "-fPIC", *setup.NVCC_FLAGS.split(), *setup.cuda_code(home)),
+        *("-Xptxas", "-v", *WARNINGS),
+    ]
+
+
+def link(objects, target):
+    """A shared object of compiled files and no others, as setup.py links it."""
+    from torch.utils import cpp_extension
+
+    folders = [flag for path in cpp_extension.library_paths() for flag in ("-L", path)]
+    libraries = ["-lc10", "-ltorch_cpu", *_setup().cuda_link_flags(cuda_home())]
+    files = [str(CACHE / name) for name in objects]
+    subprocess.run(["c++", "-shared", *files, *folders, *libraries, "-o", str(target)], check=True)
+
+
+def _with_headers(path, found):
+    """Adds to `found` a file and those of ours that it includes."""
+    if path not in found and path.exists():
+        found.add(path)
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+            _with_headers((path.parent / name).resolve(), found)
+    return found
+
+
+def _key(source, nvcc):
+    """Of all that the result depends on."""
+    files = [*_with_headers(source, set()), Path(__file__), Path(sass.__file__)]
+    content = hashlib.sha256(" ".join(nvcc).encode())
+    content.update(subprocess.run([nvcc[0], "--version"], capture_output=True).stdout)
+    for path in sorted(files):
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _usage(log):
+    """{(mangled name, target): what `ptxas -v` says}."""
+    found = {}
+    for line in log.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            used = found[entry.groups()] = {"stack": 0, "spills": 0, "shared": 0}
+        elif "bytes stack frame" in line:  # of the entry, or of a function that it calls
+            stack, stores, loads = map(int, re.findall(r"(\d+) bytes", line))
+            used["stack"] += stack
+            used["spills"] += stores + loads
+        elif "registers" in line:
+            used["registers"] = int(re.search(r"Used (\d+) registers", line)[1])
+            if shared := re.search(r"(\d+) bytes smem", line):
+                used["shared"] = int(shared[1])
+    return found
+
+
+def _bounds(ptx):
+    """{mangled name: the threads and CTAs of its __launch_bounds__}."""
+    found = {}
+    for name, head in re.findall(r"\.entry (\w+)\((.*?)^\{", ptx, re.MULTILINE | re.DOTALL):
+        threads = re.search(r"\.(?:max|req)ntid ([\d, ]+)", head)
+        ctas = re.search(r"\.minnctapersm (\d+)", head)
+        found[name] = {
+            "threads": math.prod(map(int, threads[1].split(","))) if threads else MOST_THREADS,
+            "ctas": int(ctas[1]) if ctas else 1,
+        }
+    return found
+
+
+def _machine_code(cubin):
+    """{mangled name: what the code does}."""
+    text = sass._tool("nvdisasm", "-c", str(cubin))
+    _, *parts = re.split(r"^\s*\.section\s+\.text\.(\w+),.*$", text, flags=re.MULTILINE)
+    found = {}
+    for name, code in zip(parts[::2], parts[1::2], strict=True):
+        parsed = sass.parse(code)
+        found[name] = {
+            "local": parsed.spills,
+            "load": parsed.load,
+            "store": parsed.store,
+            "bulk_loads": len(re.findall(r"\bUBLKCP\.S\.G\b", code)),
+            "bulk_stores": len(re.findall(r"\bUBLKCP\.G\.S\b", code)),
+            "loops": [x._asdict() for x in parsed.loops],
+        }
+    return found
+
+
+def _names(mangled):
+    """{mangled name: (name, template arguments)}."""
+    result = subprocess.run(
+        ["c++filt", "-p", *mangled], capture_output=True, text=True, check=True
+    ).stdout
+    found = {}
+    for name, line in zip(mangled, result.splitlines(), strict=True):
+        short = re.sub(r"\(anonymous namespace\)::|\bppo::|\bcuda::|\bc10::", "", line)
+        short = re.sub(r"\((\w+)\)(\d)", r"\1 \2", short)
+        plain, _, arguments = short.partition("<")
+        found[name] = plain, arguments.removesuffix(">")
+    return found
+
+
+def _kept(folder, source, target):
+    """A function: the file with this suffix that nvcc keeps for a target."""
+    name = f"{source.stem}.{target.replace('sm', 'compute')}"
+    return lambda suffix: Path(folder, f"{name}.{suffix}")
+
+
+def compile_file(source, nvcc, target):
+    """Reports of one file, whose object becomes `target`."""
+    what = {"file": source.name}
+    with tempfile.TemporaryDirectory(prefix="ppo_kernels-") as folder:
+        arguments = [*nvcc, "--keep", "--keep-dir", folder, "-c", str(source), "-o", str(target)]
+        result = subprocess.run(arguments, capture_output=True, text=True)
+        log = result.stdout + result.stderr
+        if result.returncode != 0:
+            return [what | {"error": log}]
+        usage = _usage(log)
+        kept = {target: _kept(folder, source, target) for _, target in usage}
+        bounds = {target: _bounds(file("ptx").read_text()) for target, file in kept.items()}
+        code = _machine_code(kept[MEASURED]("cubin")) if usage else {}
+    names = _names(sorted({name for name, _ in usage}))
+    reports = [what | {"object": target.name}]
+    for (mangled, arch), used in usage.items():
+        name, arguments = names[mangled]
+        types = re.findall(rf"\b({'|'.join(DTYPES)})\b", arguments)
+        report = what | {
+            "kernel": f"{source.stem}.{name}",
+            "variant": arguments,
+            "dtype": DTYPES[types[0]] if types else "-",
+            "target": arch,
+        }
+        measured = code[mangled] if arch == MEASURED else {}
+        reports.append(report | used | bounds[arch][mangled] | measured)
+    return reports
+
+
+def cached(source, nvcc):
+    """Reports of one file, compiled if it or what it includes has changed."""
+    path = CACHE / f"{source.stem}-{_key(source, nvcc)}.json"
+    if not path.exists():
+        for old in CACHE.glob(f"{source.stem}-*"):
+            old.unlink()
+        reports = compile_file(source, nvcc, path.with_suffix(".o"))
+        if any("error" in x for x in reports):
+            return reports
+        path.write_text(json.dumps(reports))
+    return json.loads(path.read_text())
+
+
+class Compilation:
+    """Begun when it is made; `reports` waits for all that this module prints."""
+
+    def __init__(self):
+        self._folder = tempfile.TemporaryDirectory(prefix="ppo_kernels-")
+        self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
+        with open(self._out, "w") as out, open(self._err, "w") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "tests.compiled.cuda"],
+                cwd=ROOT,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self._reports = None
+
+    def reports(self):
+        if self._reports is None:
+            if self._process.wait() != 0:
+                raise RuntimeError(self._err.read_text())
+            self._reports = [json.loads(line) for line in self._out.read_text().splitlines()]
+        return self._reports
+
+    def done(self):
+        """Whether someone waited for the reports."""
+        return self._reports is not None
+
+    def end(self):
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # with nvcc
+            self._process.wait()
+        self._folder.cleanup()
+
+
+def kernels(reports):
+    return [x for x in reports if "kernel" in x]
+
+
+def measured(reports):
+    return [x for x in kernels(reports) if x["target"] == MEASURED]
+
+
+def registers_taken(report):
+    """By as many CTAs as the kernel says fit on a multiprocessor."""
+    warps = math.ceil(report["threads"] / 32)
+    return report["ctas"] * warps * 32 * math.ceil(report["registers"] / 8) * 8
+
+
+def table(reports):
+    """Lines: a kernel and dtype each, over all variants and targets of it."""
+    groups = defaultdict(list)
+    for x in kernels(reports):
+        groups[x["kernel"], x["dtype"]].append(x)
+    targets = sorted({x["target"] for x in kernels(reports)}, key=lambda x: int(x[3:].rstrip("a")))
+    uses = ("threads", "ctas", "spills", "stack", "shared")
+    does = ("load", "store", "bulk_loads", "bulk_stores")
+    heads = "kernel", "dtype", "variants", *(f"registers {x}" for x in targets), *uses
+    rows = [(*heads, "EX2/element", *(x.replace("_", " ") for x in does))]
+    for (kernel, dtype), found in sorted(groups.items()):
+        here = measured(found)
+        per_element = [x for report in here if dtype != "-" for x in exponentials(report)]
+        rows.append(
+            (
+                *(kernel, dtype, str(len(here))),
+                *(_span([x["registers"] for x in found if x["target"] == y]) for y in targets),
+                *(_span([x[key] for x in found]) for key in uses),
+                f"{max(per_element):.2f}" if any(per_element) else "-",
+                *(_span([x[key] for x in here]) for key in does),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def summary(reports):
+    """Lines: what was compiled, and `table`."""
+    counts = Counter(x["target"] for x in kernels(reports))
+    files = {x["file"] for x in reports}
+    compiled = ", ".join(f"{n} for {target}" for target, n in counts.items())
+    lines = [f"{counts.total()} kernels of {len(files)} files compiled by nvcc: {compiled}"]
+    return lines + (table(reports) if counts else [])
+
+
+def main():
+    nvcc = command(cuda_home())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # Another run of the tests may be compiling the same.
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for source in sources():
+            for report in cached(source, nvcc):
+                print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The CUDA backend on the CPU: `csrc/cuda/*.cu` compiled by the host compiler, every CUDA thread a
+fiber, in an order that a seed chooses. It shows what a kernel computes, and that it does so in any
+order: where a barrier is missing, some seeds give a wrong result or an error.
+
+What it cannot show: threads switch where they wait, read a flag, add atomically or publish, not at
+every access; memory is never reordered, so a plain store where `store_release` is due goes unseen;
+nor is global memory out of bounds, or the numbers in __launch_bounds__.
+"""
+
+import ctypes
+import fcntl
+import functools
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from ppo_kernels import schemas
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FOLDER = ROOT / "build" / "emulated"
+
+# As setup.py has it; kernels read memory as other types than it was written as.
+FLAGS = (
+    "-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing "
+    "-U_FORTIFY_SOURCE -DTORCH_TARGET_VERSION=0x020a000000000000 -Wno-attributes"
+)
+# A misaligned access calls a function of ours, see runtime.cpp.
+CUDA_FLAGS = f"-x c++ -include {HERE}/emulator.h -fsanitize=alignment"
+
+RULES = """\
+rule compile
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  description = compile $in
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx -shared -Wl,-Bsymbolic $in -L{torch} -ltorch_cpu -lc10 -Wl,-rpath,{torch} -o $out
+  description = link $out
+"""
+
+
+class Unavailable(RuntimeError):
+    """Nothing can be compiled here."""
+
+
+def build(sources=None, name="kernels"):
+    """Compile CUDA C++ files, those of the package unless told, and return the library's path."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if sources is None else sources
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise Unavailable(f"there is no C++ compiler ({compiler})")
+    if importlib.util.find_spec("ninja") is None:
+        raise Unavailable("ninja is not installed")
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    site = Path(torch.__file__).parent
+    include = f"-I{HERE} -I{site / 'include'} -I{sysconfig.get_paths()['include']}"
+    lines = [f"cxx = {compiler}", f"flags = {FLAGS} {include}", RULES.format(torch=site / "lib")]
+    objects = []
+    for source in [*sorted(HERE.glob("*.cpp")), *sources]:
+        objects.append(f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+        if source.suffix == ".cu":
+            lines.append(f"  flags = {FLAGS} {CUDA_FLAGS} {include}")
+    lines.append(f"build {name}.so: link {' '.join(objects)}\n")
+    # Several test runs may share the folder.
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-j2"]
+        result = subprocess.run(ninja, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"the emulated kernels do not compile:\n{result.stdout}")
+    return folder / f"{name}.so"
+
+
+class Emulator:
+    """What a library with the emulator in it can be asked and told."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulator_seed.argtypes = [ctypes.c_uint64]
+        for name in ("switches", "launches", "last_cluster", "largest_cluster"):
+            getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
+
+    def device(self, major=9, shared_per_block=232448, shared_per_sm=233472):
+        """From now on the device is one of this compute capability and shared memory (bytes)."""
+        self.library.emulator_device(major, shared_per_block, shared_per_sm)
+
+    def seed(self, seed):
+        """The same seed gives the same order of threads in all launches that follow."""
+        self.library.emulator_seed(seed)
+
+    def switches(self):
+        """How often a thread has been resumed."""
+        return self.library.emulator_switches()
+
+    def launches(self):
+        return self.library.emulator_launches()
+
+    def last_cluster(self):
+        """Blocks in a cluster of the last launch."""
+        return self.library.emulator_last_cluster()
+
+    def largest_cluster(self):
+        """Blocks in a cluster of any launch since `device` was called."""
+        return self.library.emulator_largest_cluster()
+
+
+@functools.cache
+def load(sources=None):
+    """Build the package's kernels, all unless told (a tuple of paths), and register them for CPU
+    tensors as `ppo_kernels_emulated`.
+
+    Raises `Unavailable`, with the reason, where nothing can be compiled.
+    """
+    path = build(sources)
+    schemas.NAMESPACE["emulated"] = "ppo_kernels_emulated"
+    schemas.define("emulated")
+    torch.ops.load_library(path)
+    return Emulator(path)

@@ -1,0 +1,138 @@
+"""Every CUDA C++ kernel compiled for GPUs that are not here; its machine code judged on sm_90."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ppo_kernels import schemas
+from tests.compiled import cuda, exponentials, sweeps
+from tests.compiled.cuda import kernels, measured
+
+FILES = [path.name for path in cuda.sources()]
+# Kernels that sweep a vocabulary: whether they write a tensor of its size too.
+SWEEPS = {
+    "kl.backward": True,
+    "kl.forward": False,
+    "logprobs.backward": True,
+    "logprobs.forward": False,
+    "ppo_loss.saved": False,
+    "ppo_loss_in_place.on_chip": True,
+    "ppo_loss_in_place.read_twice": True,
+    "ppo_loss_in_place.rescale": True,
+}
+ALIGNED = "Layout 2"  # in their template arguments: rows begin at multiples of 16 bytes
+TARGETS = {"sm_80", "sm_90a", "sm_100a"}
+STATIC_SHARED = 48 << 10  # more has to be asked for when a kernel is launched
+
+
+def of(reports, file):
+    return [x for x in reports if x["file"] == file]
+
+
+def those_with(reports, *keys):
+    """Of the reports where one of these is not 0: which kernel, and these."""
+    shown = ("kernel", "variant", "target", *keys)
+    return [[x[k] for k in shown] for x in reports if any(x[k] for k in keys)]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_compiles_for_every_target_without_warnings(cuda_compiled, file):
+    assert [x["error"] for x in of(cuda_compiled, file) if "error" in x] == []
+    assert {x["target"] for x in kernels(of(cuda_compiled, file))} == TARGETS
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_kernel_spills(cuda_compiled, file):
+    """Nothing of a thread lies in memory, neither what registers had no room for nor an array."""
+    reports = kernels(of(cuda_compiled, file))
+    assert those_with(reports, "spills", "stack") == []
+    assert those_with(measured(reports), "local") == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_as_many_threads_fit_as_a_kernel_says(cuda_compiled, file):
+    for x in kernels(of(cuda_compiled, file)):
+        assert cuda.registers_taken(x) <= cuda.REGISTERS, x
+        assert x["shared"] <= STATIC_SHARED, x
+
+
+def test_every_sweep_is_judged(cuda_compiled):
+    assert {x["kernel"] for x in kernels(cuda_compiled) if "Layout" in x["variant"]} == set(SWEEPS)
+
+
+@pytest.mark.parametrize("kernel", SWEEPS)
+def test_sass_of_sweeps(cuda_compiled, kernel):
+    """An exponential to an element and a few to a block; of aligned rows 16 bytes to a load and to
+    a store, where they are not copied in bulk."""
+    found = [x for x in measured(cuda_compiled) if x["kernel"] == kernel]
+    assert {x["dtype"] for x in found} == set(cuda.DTYPES.values())
+    for x in found:
+        assert sweeps(x), x
+        if x["dtype"] != "float64":
+            assert max(exponentials(x)) <= 1.25, x
+        if ALIGNED in x["variant"]:
+            assert {loop["narrowest_load"] for loop in sweeps(x)} == {128}, x
+            widths = {loop["narrowest_store"] for loop in x["loops"]} - {0}
+            assert widths == ({128} if SWEEPS[kernel] else set()), x
+
+
+def test_shared_object_of_cuda_loads_without_it_and_has_every_op(cuda_compiled, tmp_path):
+    """What setup.py links, less the C++ kernels, on a PyTorch that may be without CUDA."""
+    objects = [x["object"] for x in cuda_compiled if "object" in x]
+    assert len(objects) == len(FILES)
+    library = tmp_path / "cuda.so"
+    cuda.link(objects, library)
+    # Without `_C`, which may have registered the same kernels.
+    result = subprocess.run(
+        [
+            sys.executable,
+            *("-W", "ignore", "-c"),
+            "import sys; sys.modules['ppo_kernels._C'] = None\n"
+            "import torch; from ppo_kernels import schemas\n"
+            "torch.ops.load_library(sys.argv[1])\n"
+            "namespace = schemas.NAMESPACE['native']\n"
+            "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+            "print(*[x for x in schemas.SCHEMAS if has(f'{namespace}::{x}', 'CUDA')])",
+            str(library),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.split()) == set(schemas.SCHEMAS)
+
+
+def test_a_kernel_that_spills_shows(tmp_path):
+    reason = cuda.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    source = tmp_path / "reverse.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(512, 2) reverse(const float* x, float* y, int n) {\n"
+        "  float kept[100];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 100; ++i) kept[i] = x[i * 512 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 100; ++i) y[(99 - i) * n + threadIdx.x] = kept[i];\n"
+        "}\n"
+    )
+    nvcc = cuda.command(cuda.cuda_home())
+    reports = kernels(cuda.compile_file(source, nvcc, tmp_path / "reverse.o"))
+    assert {x["target"] for x in reports} == TARGETS
+    for x in reports:
+        assert (x["kernel"], x["threads"], x["ctas"]) == ("reverse.reverse", 512, 2)
+        assert x["spills"] > 0 and x["stack"] > 0
+    assert measured(reports)[0]["local"] > 0
+
+
+def test_a_warning_is_an_error(tmp_path):
+    reason = cuda.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    source = tmp_path / "unused.cu"
+    source.write_text("int f(int x) {\n  int unused = 1;\n  return x;\n}\n")
+    nvcc = cuda.command(cuda.cuda_home())
+    (report,) = cuda.compile_file(source, nvcc, tmp_path / "unused.o")
+    assert "unused" in report["error"]

@@ -1,0 +1,122 @@
+"""The CUDA kernels on other devices, and in other orders of threads, than those that the tests of
+the ops run them on: `tests.emulator` has the device and the order."""
+
+import pytest
+import torch
+
+from ppo_kernels import gae, gae_packed, ppo_loss_, schemas
+from tests.conftest import (
+    DTYPES,
+    assert_as_exact_as_eager,
+    awkward_rows,
+    likeliest,
+    ppo_loss_truth,
+    run_ppo_loss,
+    softmax_truth,
+)
+from tests.test_registered_ops import _samples
+
+# Name -> device, and the parts that rows of 4100 fp32 numbers are split into; 0: read twice.
+DEVICES = {
+    "H200": ({}, 1),
+    "small": ({"shared_per_sm": 28 << 10}, 4),
+    "smaller": ({"shared_per_sm": 14 << 10}, 8),
+    "tiny": ({"shared_per_sm": 6 << 10}, 0),
+    "A100": ({"major": 8, "shared_per_block": 163 << 10, "shared_per_sm": 164 << 10}, 1),
+    "small, without clusters": ({"major": 8, "shared_per_sm": 28 << 10}, 0),
+}
+VOCABULARIES = (7, 520, 4099, 4100, 4104)
+SEEDS = range(1, 6)
+
+
+def losses(vocabulary, dtype):
+    """Awkward rows, one masked out, one with nothing to gain."""
+    logits = awkward_rows(vocabulary).to(dtype)
+    tokens = likeliest(logits)
+    mask, advantages = torch.ones(len(logits), dtype=torch.bool), torch.randn(len(logits))
+    mask[3], advantages[5] = False, 0
+    logprobs = softmax_truth(logits, tokens, 0.7)[0]
+    return {
+        "logits": logits,
+        "tokens": tokens,
+        "old_logprobs": logprobs + 0.2,
+        "advantages": advantages,
+        "mask": mask,
+        "ref_logprobs": logprobs - 0.1,
+        "entropy_coef": 0.1,
+        "kl_coef": 0.2,
+        "temperature": 0.7,
+        "denominator": 1,
+    }
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_way_to_keep_a_row(emulated, device, dtype, vocabulary):
+    inputs = losses(vocabulary, dtype)
+    truth, grad_truth = ppo_loss_truth(**inputs)
+    eager, eager_grad = run_ppo_loss(ppo_loss_, inputs, backend="reference")
+    emulated.device(**DEVICES[device][0])
+    result, grad = run_ppo_loss(ppo_loss_, inputs, backend="native")
+    assert_as_exact_as_eager(grad, eager_grad, grad_truth)
+    for ours, theirs, true in zip(result, eager, truth, strict=True):
+        assert_as_exact_as_eager(ours, theirs, true, scale=15)
+    if dtype == torch.float32 and vocabulary == 4100:
+        assert emulated.largest_cluster() == max(1, DEVICES[device][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_bits_depend_on_no_order_and_no_alignment(emulated, device, dtype):
+    inputs = losses(4104, dtype)
+    emulated.device(**DEVICES[device][0])
+    first = run_ppo_loss(ppo_loss_, inputs, backend="native")
+    for seed in SEEDS:
+        emulated.seed(seed)
+        apart = torch.empty(len(inputs["logits"]), 4104 + seed, dtype=dtype)[:, :4104]
+        leaf = apart.copy_(inputs["logits"])
+        result = ppo_loss_(**(inputs | {"logits": leaf}), backend="native")
+        assert torch.equal(leaf, first[1])
+        assert all(torch.equal(x, y) for x, y in zip(result, first[0], strict=True))
+
+
+@pytest.mark.parametrize("name", schemas.SCHEMAS)
+def test_no_op_depends_on_the_order_of_threads(emulated, name):
+    op = getattr(torch.ops.ppo_kernels_emulated, name)
+
+    def run():
+        results = []
+        for arguments in _samples("native")[name]:
+            returned = op(*arguments)
+            # Of an op in place, what it wrote.
+            tensors = returned if isinstance(returned, tuple) else (returned,)
+            results += [x for x in (*tensors, arguments[0]) if x is not None]
+        return results
+
+    first = run()
+    for seed in SEEDS:
+        emulated.seed(seed)
+        for x, y in zip(run(), first, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_chunks_of_a_trajectory_find_each_other(emulated):
+    """Rows of many chunks, on fewer multiprocessors than there are chunks."""
+    rewards, values = torch.randn(2, 2, 11_001, dtype=torch.float64)
+    mask, dones = torch.rand(2, 2, 11_001) < torch.tensor([0.9, 1e-4])[:, None, None]
+    bounds = torch.tensor([0, 0, 513, 9000, 9000, 9001, 22_002, 22_002])
+    decay = {"gamma": 0.999, "lam": 0.97}
+
+    def run(backend):
+        flat = (x.flatten() for x in (rewards, values))
+        masks = {"mask": mask.flatten(), "dones": dones.flatten()}
+        return [
+            *gae(rewards, values, mask, dones=dones, **decay, backend=backend),
+            *gae_packed(*flat, bounds, **masks, **decay, backend=backend),
+        ]
+
+    expected = run("reference")
+    for seed in SEEDS:
+        emulated.seed(seed)
+        torch.testing.assert_close(run("native"), expected)
