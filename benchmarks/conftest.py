@@ -98,6 +98,7 @@ def machine(config):
         "simd": info and info["simd"],
         "threads": torch.get_num_threads(),
         "gpu": _gpu(_setting(config)),
+        "backend": config.getoption("backend"),
         "load before": LOAD_BEFORE,
         "torch": torch.__version__,
         "triton": _triton_version(),

@@ -77,11 +77,13 @@ for shape in ((512, 32000), (256, 128256)):
         ("token_logprobs_and_entropy", shape): {"copies": 1.2},
         ("kl_divergence", shape): {"copies": 1.6},
     }
-# The same on a GPU that can be filled.
+# The same on a GPU.
 GPU_GOALS = {("gae", shape): {"copies": 1.3} for shape in ((8192, 2048), (16, 131072))}
+GPU_GOALS |= {("ppo_loss_", (133, V)): {"copies": 1.2} for V in (32000, 50257, 128256, 151936)}
+GPU_GOALS |= {("token_logprobs", (1, 2)): {"call_us": 20}}
 for shape in itertools.product((8192, 65537), (32000, 50257, 128256, 151936)):
     GPU_GOALS |= {
-        ("ppo_loss_", shape): {"copies": 1.25, "memory": 0.001},
+        ("ppo_loss_", shape): {"copies": 1.10, "memory": 0.001},
         ("ppo_loss", shape): {"copies": 1.65},
         ("token_logprobs_and_entropy", shape): {"copies": 0.58},
         ("kl_divergence", shape): {"copies": 1.15},

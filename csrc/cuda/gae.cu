@@ -129,11 +129,14 @@ __device__ __forceinline__ R reach_warp(const Maps<R>& maps, const Chunk& chunk,
 }
 
 // CTAs of kMostThreads to a multiprocessor, at least.
-template <class R>
-constexpr int kResident = sizeof(R) == 8 ? 1 : 3;
+template <class R, class Where>
+constexpr int kResident = sizeof(R) == 8   ? 1
+                          : Where::kOneRow ? 3
+                                           : 2;
 
 template <class R, class Where, class Memory>
-__global__ void __launch_bounds__(kMostThreads, kResident<R>) scan(Call<R> call, Where where) {
+__global__ void __launch_bounds__(kMostThreads, (kResident<R, Where>))
+    scan(Call<R> call, Where where) {
   auto& head = *reinterpret_cast<Head<R>*>(shared_memory());
   auto& memory = reinterpret_cast<Memory*>(&head + 1)[warp_id()];
   const Chunk& chunk = begin_chunk(where, call.maps, head.chunk);
@@ -203,7 +206,7 @@ struct Run {
     const Tensor returns = empty<R>(rewards, shape(rewards));
     if (rewards.numel() == 0) return {advantages, returns};
     Call<R> call{{per_token<const R>(rewards), per_token<const R>(values),
-                  per_token<const bool>(mask), per_token<const bool>(dones)},
+                  per_token<const uint8_t>(mask), per_token<const uint8_t>(dones)},
                  data_or_null<R>(bootstrap_values),
                  gamma,
                  gamma_lam,
@@ -219,13 +222,13 @@ struct Run {
       check(cudaMemsetAsync(call.maps.there, 0, (ctas + 1) * sizeof(uint32_t), device.stream()));
     }
     auto kernel = scan<R, Where, Elements<R>>;
-    int64_t shared = Elements<R>::kShared;
+    int64_t shared = sizeof(Elements<R>);
     if constexpr (Where::kInVectors) {
       const auto& in = call.in;
       const auto& out = call.out;
       if (have_vectors(in.rewards, in.values, in.mask, in.dones, out.advantages, out.returns)) {
         kernel = scan<R, Where, Vectors<R>>;
-        shared = Vectors<R>::kShared;
+        shared = 0;
       }
     }
     shared = sizeof(Head<R>) + threads / kWarp * shared;

@@ -29,7 +29,7 @@ struct Token {
   bool inside;
 };
 
-// What tells threads their tokens, for rows that share warps,
+// What tells threads their tokens; `kInVectors` if vectors are tried. For rows that share warps,
 struct SharedWarps {
   static constexpr bool kOneRow = false, kLooksBack = false, kInVectors = false;
   uint32_t rows;
@@ -135,7 +135,7 @@ bool have_vectors(const PerToken<T>&... x) {
 template <class R>
 struct Inputs {
   PerToken<const R> rewards, values;
-  PerToken<const bool> mask, dones;
+  PerToken<const uint8_t> mask, dones;  // 0 or 1
 };
 
 template <class R>
@@ -157,11 +157,14 @@ struct Tokens {
 
 constexpr uint32_t kAllTokens = (1u << kTokens) - 1;
 
+// Bit j from byte j: the factor moves all four of them into the highest byte.
+__device__ __forceinline__ uint32_t bits_of(const uint8_t* bytes) {
+  return (*reinterpret_cast<const uint32_t*>(bytes) & 0x01010101u) * 0x01020408u >> 24;
+}
+
 // Threads read and write their tokens as vectors, where these are aligned in memory,
 template <class R>
 struct Vectors {
-  static constexpr int64_t kShared = 0;
-
   template <class Where>
   __device__ __forceinline__ Tokens<R> load(const Inputs<R>& in, const Where& where,
                                             const Chunk& chunk) {
@@ -169,8 +172,8 @@ struct Vectors {
     if (!token.inside) return {};
     return {*reinterpret_cast<const Vector<R>*>(in.rewards[token]),
             *reinterpret_cast<const Vector<R>*>(in.values[token]),
-            in.mask.data ? bits(in.mask[token]) : kAllTokens,
-            in.dones.data ? bits(in.dones[token]) : 0u};
+            in.mask.data ? bits_of(in.mask[token]) : kAllTokens,
+            in.dones.data ? bits_of(in.dones[token]) : 0u};
   }
 
   template <class Where>
@@ -182,45 +185,38 @@ struct Vectors {
     *reinterpret_cast<Vector<R>*>(out.advantages[token]) = advantages;
     *reinterpret_cast<Vector<R>*>(out.returns[token]) = returns;
   }
-
- private:
-  // Bit j from byte j: the factor moves all four of them into the highest byte.
-  __device__ __forceinline__ static uint32_t bits(const bool* bytes) {
-    return (*reinterpret_cast<const uint32_t*>(bytes) & 0x01010101u) * 0x01020408u >> 24;
-  }
 };
 
 // or, by way of shared memory, so that the lanes of a warp are side by side: a lane reads and
 // writes the warp's tokens lane, 32 + lane, ... and has the tokens from 4 lane on. One to a warp.
 template <class R>
 struct alignas(16) Elements {
-  static constexpr int64_t kShared = 2 * kWarp * sizeof(Vector<R>);
   R x[2][kWarp * kTokens];
+  uint8_t flags[2][kWarp * kTokens];
 
   template <class Where>
   __device__ __forceinline__ Tokens<R> load(const Inputs<R>& in, const Where& where,
                                             const Chunk& chunk) {
     R rewards[kTokens], values[kTokens];
-    bool counted[kTokens], done[kTokens];
+    uint8_t counted[kTokens], done[kTokens];
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       const Token token = where.token(chunk, warp_id() * kWarp * kTokens + side_by_side(j));
       rewards[j] = token.inside ? *in.rewards[token] : R(0);
       values[j] = token.inside ? *in.values[token] : R(0);
-    }
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      const Token token = where.token(chunk, warp_id() * kWarp * kTokens + side_by_side(j));
-      counted[j] = token.inside && (!in.mask.data || *in.mask[token]);
-      done[j] = token.inside && in.dones.data && *in.dones[token];
+      counted[j] = token.inside ? (in.mask.data ? *in.mask[token] : 1) : 0;
+      done[j] = token.inside && in.dones.data ? *in.dones[token] : 0;
     }
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       x[0][side_by_side(j)] = rewards[j];
       x[1][side_by_side(j)] = values[j];
+      flags[0][side_by_side(j)] = counted[j];
+      flags[1][side_by_side(j)] = done[j];
     }
     __syncwarp();
-    return {own(0), own(1), bits(counted), bits(done)};
+    return {own(0), own(1), bits_of(flags[0] + lane_id() * kTokens),
+            bits_of(flags[1] + lane_id() * kTokens)};
   }
 
   // After `load`: what a lane writes over is its own.
@@ -245,18 +241,6 @@ struct alignas(16) Elements {
 
   __device__ __forceinline__ Vector<R>& own(int which) {
     return reinterpret_cast<Vector<R>*>(x[which])[lane_id()];
-  }
-
-  // Of the tokens that this lane has.
-  __device__ __forceinline__ static uint32_t bits(const bool (&flags)[kTokens]) {
-    constexpr int kLanes = kWarp / kTokens;  // that a ballot is about
-    uint32_t word = 0;
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      const uint32_t ballot = __ballot_sync(kAllLanes, flags[j]);
-      if (lane_id() / kLanes == j) word = ballot;
-    }
-    return word >> lane_id() % kLanes * kTokens & kAllTokens;
   }
 };
 
