@@ -71,7 +71,7 @@ __device__ __forceinline__ SoftmaxState<Real<T>> fetched_statistics(const T* row
 }
 
 // The state of a row from those of its parts; `parts` in shared memory has room for them. Begun by
-// `cluster_arrive`, so that the others are known to run when they are written to.
+// `cluster_arrive_relaxed`, so that the others are known to run when they are written to.
 template <class R>
 __device__ SoftmaxState<R> merge_parts(const SoftmaxState<R>& state, SoftmaxState<R>* parts,
                                        int part, int count) {
@@ -102,7 +102,7 @@ template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
     on_chip(Call<T> call, Division division, bool by_bulk) {
   using R = Real<T>;
-  const int parts = division.parts, part = int(blockIdx.x) % parts;
+  const int parts = division.parts, part = parts > 1 ? int(cluster_rank()) : 0;
   const uint32_t row = blockIdx.x / parts;
   const int begin = part * division.length, n = max(0, min(division.length, call.length - begin));
   T *z = call.logits[row], *mine = z + begin;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
     if (part == 0 && threadIdx.x == 0) write_no_loss(call, row);
     return;
   }
-  if (parts > 1) cluster_arrive();
+  if (parts > 1) cluster_arrive_relaxed();
   auto& head = *reinterpret_cast<Head<R>*>(shared_memory());
   const InShared<T> kept{reinterpret_cast<uint4*>(&head + 1), vectors_kept<T, kLayout>(n)};
   // Read before another thread writes there.

@@ -46,6 +46,11 @@ __device__ __forceinline__ void cluster_arrive() {
   PPO_SM90(asm volatile("barrier.cluster.arrive.release;" :: : "memory"));
 }
 
+// The same where nothing was written: that it says that this CTA has begun is all.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  PPO_SM90(asm volatile("barrier.cluster.arrive.relaxed;" :: : "memory"));
+}
+
 __device__ __forceinline__ void cluster_wait() {
   PPO_SM90(asm volatile("barrier.cluster.wait.acquire;" :: : "memory"));
 }

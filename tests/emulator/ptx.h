@@ -21,6 +21,10 @@ inline void cluster_arrive(emulator::Site at = emulator::Site::current()) {
   emulator::cluster_arrive(at);
 }
 
+inline void cluster_arrive_relaxed(emulator::Site at = emulator::Site::current()) {
+  emulator::cluster_arrive(at);
+}
+
 inline void cluster_wait(emulator::Site at = emulator::Site::current()) {
   emulator::cluster_wait(at);
 }
