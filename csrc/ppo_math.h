@@ -115,14 +115,14 @@ struct TokenTerms {
   }
 };
 
-// `ref_logprob` may be null.
+// There is a reference if it `has_ref`.
 template <class T>
 PPO_HD TokenTerms<T> token_terms(const Objective<T>& objective, T logprob, T old_logprob,
-                                 T advantage, const T* ref_logprob) {
+                                 T advantage, bool has_ref, T ref_logprob) {
   TokenTerms<T> terms{policy_term(logprob - old_logprob, advantage, objective.clip_low,
                                   objective.clip_high, objective.dual_clip),
                       {}};
-  if (ref_logprob) terms.kl = kl_term(objective.kl_estimator, logprob - *ref_logprob);
+  if (has_ref) terms.kl = kl_term(objective.kl_estimator, logprob - ref_logprob);
   return terms;
 }
 

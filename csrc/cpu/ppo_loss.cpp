@@ -28,7 +28,7 @@ template <class R>
 TokenTerms<R> terms_of(const Objective<R>& objective, const TokenInputs<R>& in, int64_t row,
                        R logprob) {
   return token_terms(objective, logprob, in.old_logprobs[row], in.advantages[row],
-                     in.ref_logprobs ? in.ref_logprobs + row : nullptr);
+                     in.ref_logprobs != nullptr, in.ref_logprobs ? in.ref_logprobs[row] : R(0));
 }
 
 using Scalars = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -38,6 +38,11 @@ __host__ __device__ constexpr T ceil_div(T x, T y) {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+// Of a CTA.
+constexpr int kMostThreads = 512;
+
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int warp_id() { return int(threadIdx.x) / kWarp; }
 
 // What a kernel runs on: CTAs of so many threads, with `shared` bytes of dynamic shared memory
 // each, in clusters of so many.
@@ -52,10 +57,10 @@ struct Grid {
 class Device {
  public:
   explicit Device(const Tensor& x) : index_(x.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
   }
   ~Device() { aoti_torch_delete_cuda_guard(guard_); }
   Device(const Device&) = delete;
@@ -67,8 +72,14 @@ class Device {
     return value;
   }
 
-  // Clusters, barriers that count bytes and bulk copies.
-  bool has_clusters() const { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+  // Whether the code that runs here of a kernel was compiled for sm_90 or later: a device may also
+  // have compiled what was written for an older one.
+  template <class... Parameters>
+  static bool has_sm90(void (*kernel)(Parameters...)) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90;
+  }
 
   cudaStream_t stream() const { return stream_; }
 
@@ -77,6 +88,10 @@ class Device {
   void launch(void (*kernel)(Parameters...), const Grid& grid,
               const Arguments&... arguments) const {
     if (grid.blocks == 0) return;
+    if (grid.blocks > INT32_MAX) {
+      throw std::invalid_argument("tensors must have fewer rows for a GPU: " +
+                                  std::to_string(grid.blocks) + " blocks are more than 2^31 - 1");
+    }
     // What a kernel is granted without asking.
     constexpr int64_t kGranted = 48 << 10;
     if (grid.shared > kGranted) {
@@ -143,6 +158,10 @@ struct Rows {
 
 // `x`, or a copy if two strides do not tell where its rows are.
 inline Tensor readable(const Tensor& x) {
+  constexpr int64_t kLongest = int64_t(1) << 30;
+  if (x.size(-1) > kLongest) {
+    throw std::invalid_argument("logits must have V <= 2^30, got " + std::to_string(x.size(-1)));
+  }
   const Tensor y = in_rows(x);
   return row_dims(y).size() <= 2 ? y : torch::stable::contiguous(y);
 }
@@ -157,7 +176,7 @@ Rows<T> rows(const Tensor& x) {
 
 // f(`x` in readable form); what it writes there is in `x` afterwards.
 template <class F>
-void in_place(const Tensor& x, const F& f) {
+void written_in_place(const Tensor& x, const F& f) {
   const Tensor target = readable(x);
   f(target);
   if (data<void>(target) != data<void>(x)) {

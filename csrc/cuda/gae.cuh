@@ -7,12 +7,8 @@ namespace ppo::cuda {
 
 // Tokens to a thread: 16 bytes of fp32.
 constexpr int kTokens = 4;
-constexpr int kMostThreads = 512;
 // Of CTAs for several rows, and for trajectories, whose lengths only the device knows.
 constexpr int kFewThreads = 128;
-
-__device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarp; }
-__device__ __forceinline__ int warp_id() { return int(threadIdx.x) / kWarp; }
 
 // The tokens of a CTA, where they are of one row: a piece of it as long as the CTA, counted from
 // the row's own begin.

@@ -9,7 +9,7 @@ template <Layout kLayout>
 constexpr int kPairs = kInFlight<kLayout> / 2;
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
+__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
     forward(Rows<T> logits, Rows<T> ref_logits, int length, Real<T> k, Real<T>* result,
             RowStats<Real<T>>* stats, RowStats<Real<T>>* ref_stats) {
   using State = JointState<Real<T>>;
@@ -17,16 +17,15 @@ __global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
   const T *z = logits[row], *ref = ref_logits[row];
   State state;
   nothing_seen(state);
-  const int vectors = vectors_each<T>(length);
   constexpr int n = kPairs<kLayout>;
-  for (int i = 0; i < vectors; i += n) {
+  for_vectors<T, kLayout, n>(length, [&](int i, auto whole) {
     uint4 x[n], y[n];
 #pragma unroll
-    for (int j = 0; j < n; ++j) x[j] = load<T, kLayout>(z, length, i + j);
+    for (int j = 0; j < n; ++j) x[j] = load<T, kLayout, whole>(z, length, i + j);
 #pragma unroll
-    for (int j = 0; j < n; ++j) y[j] = load<T, kLayout>(ref, length, i + j);
-    absorb<T>(state, x, y, k);
-  }
+    for (int j = 0; j < n; ++j) y[j] = load<T, kLayout, whole>(ref, length, i + j);
+    absorb<T, n>(state, x, y, k);
+  });
   state = merge_threads(state, reinterpret_cast<State*>(shared_memory()));
   if (threadIdx.x > 0) return;
   result[row] = kl(state);
@@ -48,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logit
     const Tensor held = readable(logits), ref_held = readable(ref_logits);
     const auto z = rows<T>(held), ref = rows<T>(ref_held);
     const int64_t length = logits.size(-1);
-    const Grid grid{result.numel(), threads_for_row(logits),
+    const Grid grid{result.numel(), threads_for<T>(length, length),
                     kMostThreads / kWarp * sizeof(JointState<R>)};
     with_layout(layout_of(length, z, ref), [&](auto layout) {
       device.launch(forward<T, layout>, grid, z, ref, length, kLog2E / temperature, data<R>(result),
@@ -62,15 +61,15 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logit
 template <class T, Layout kLayout>
 struct Gradient {
   using R = Real<T>;
-  static constexpr int kVectors = kPairs<kLayout>;
   struct Loaded {
     uint4 logits, ref_logits;
   };
   InGlobal<T, kLayout> logits, ref_logits;
   R k, shift, ref_shift, a, b;
 
+  template <bool kWhole>
   __device__ __forceinline__ Loaded load(int i) const {
-    return {logits.load(i), ref_logits.load(i)};
+    return {logits.template load<kWhole>(i), ref_logits.template load<kWhole>(i)};
   }
   __device__ __forceinline__ void compute(const Loaded& loaded, R (&x)[kVector<T>]) const {
     R y[kVector<T>];
@@ -85,7 +84,7 @@ struct Gradient {
 };
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
+__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_kl, Rows<T> logits, Rows<T> ref_logits, int length,
              const Real<T>* divergence, const RowStats<Real<T>>* stats,
              const RowStats<Real<T>>* ref_stats, Real<T> temperature, Real<T> k, T* grad_logits) {
@@ -122,7 +121,7 @@ Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, 
     const Tensor held = readable(logits), ref_held = readable(ref_logits);
     const auto z = rows<T>(held), ref = rows<T>(ref_held);
     const int64_t length = logits.size(-1);
-    const Grid grid{divergence.numel(), threads_for_row(logits)};
+    const Grid grid{divergence.numel(), threads_for<T>(length, length)};
     with_layout(layout_of(length, z, ref, rows<T>(grad_logits)), [&](auto layout) {
       device.launch(backward<T, layout>, grid, data<R>(g), z, ref, length, data<R>(divergence),
                     data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats), temperature,

@@ -5,17 +5,20 @@ namespace ppo::cuda {
 namespace {
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
-    forward(Rows<T> logits, Ids tokens, int length, Real<T> k, Real<T>* logprobs, Real<T>* entropy,
-            RowStats<Real<T>>* stats) {
-  const uint32_t row = blockIdx.x;
-  const T* z = logits[row];
-  const Real<T> logit = logit_of(z, length, tokens[row]);
-  const auto scored = score_row<T, kLayout>(z, length, logit, k);
-  if (threadIdx.x > 0) return;
-  logprobs[row] = scored.logprob;
-  entropy[row] = scored.entropy;
-  stats[row] = scored.stats;
+__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
+    forward(Rows<T> logits, Ids tokens, int length, Division division, Real<T> k, Real<T>* logprobs,
+            Real<T>* entropy, RowStats<Real<T>>* stats) {
+  using R = Real<T>;
+  const Part part(division, length);
+  begin_row(division);
+  const T* z = logits[part.row];
+  auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
+  state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), division, part);
+  if (threadIdx.x > 0 || part.index > 0) return;
+  const auto scored = score(state, logit_of(z, length, tokens[part.row]), k);
+  logprobs[part.row] = scored.logprob;
+  entropy[part.row] = scored.entropy;
+  stats[part.row] = scored.stats;
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, Tensor scalars) {
@@ -32,16 +35,19 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, 
     const auto z = rows<T>(held);
     const int64_t length = logits.size(-1);
     with_layout(layout_of(length, z), [&](auto layout) {
-      device.launch(forward<T, layout>, Grid{tokens.numel(), threads_for_row(logits), kScratch<T>},
-                    z, Ids(ids), length, kLog2E / temperature, data<R>(logprobs), data<R>(entropy),
-                    data<RowStats<R>>(stats));
+      const auto kernel = forward<T, layout>;
+      const auto division = division_of<T>(device, length, Device::has_sm90(kernel));
+      device.launch(kernel,
+                    {tokens.numel() * division.parts, division.threads, kHead, division.parts}, z,
+                    Ids(ids), length, division, kLog2E / temperature, data<R>(logprobs),
+                    data<R>(entropy), data<RowStats<R>>(stats));
     });
     return std::tuple(logprobs, entropy, stats);
   });
 }
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>)
+__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_logprobs, const Real<T>* grad_entropy, Rows<T> logits, Ids tokens,
              const Real<T>* entropy, const RowStats<Real<T>>* stats, int length,
              Real<T> temperature, Real<T> k, T* grad_logits) {
@@ -76,7 +82,7 @@ Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad
     const auto z = rows<T>(held);
     const int64_t length = logits.size(-1);
     with_layout(layout_of(length, z, rows<T>(grad_logits)), [&](auto layout) {
-      device.launch(backward<T, layout>, Grid{tokens.numel(), threads_for_row(logits)},
+      device.launch(backward<T, layout>, Grid{tokens.numel(), threads_for<T>(length, length)},
                     data_or_null<R>(g), data_or_null<R>(h), z, Ids(ids), data<R>(entropies),
                     data<RowStats<R>>(stats), length, temperature, kLog2E / temperature,
                     data<T>(grad_logits));

@@ -1,9 +1,86 @@
-// A row's statistics from global memory.
+// How a row is shared out over CTAs, and its statistics.
 #pragma once
 
 #include "sweeps.cuh"
 
 namespace ppo::cuda {
+
+// A row goes to a cluster of `parts` CTAs, `length` elements to each; `kept` in their shared
+// memory, which has room for them behind `kHead` bytes.
+struct Division {
+  int parts, length, threads;
+  bool kept;
+  int64_t shared;
+};
+
+constexpr int kMostParts = 8;
+constexpr int64_t kHead = 1024;
+// How often the threads of a CTA may copy kTogether vectors each into shared memory.
+constexpr int kMostCopies = 16;
+
+// The fewest parts of which three, or else two, fit on a multiprocessor. If rows are too long for
+// that they are not kept, nor divided. Of nothing but the device, V and dtype, for all kernels that
+// read a row for its statistics: these are then bitwise the same.
+template <class T>
+Division division_of(const Device& device, int64_t length, bool clusters) {
+  constexpr int64_t n = kVector<T>;
+  const int64_t shared = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int64_t reserved = device.attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+  const int most_parts = clusters ? kMostParts : 1;
+  for (const int resident : {3, 2}) {
+    for (int parts = 1; parts <= most_parts; parts *= 2) {
+      const int64_t part = ceil_div(ceil_div<int64_t>(length, parts), n) * n;
+      const int64_t threads = threads_for<T>(length, part);
+      // Where elements stand apart there is room for the last vector of every thread.
+      const int64_t vectors = length % n == 0 ? part / n : ceil_div(part, threads * n) * threads;
+      const int64_t bytes = kHead + vectors * 16;
+      if (resident * (bytes + reserved) <= shared && vectors <= kMostCopies * kTogether * threads) {
+        return {parts, int(part), int(threads), true, bytes};
+      }
+    }
+  }
+  return {1, int(length), threads_for<T>(length, length), false, kHead};
+}
+
+// What of a row falls to a CTA.
+struct Part {
+  uint32_t row;
+  int index, begin, length;
+
+  __device__ Part(const Division& division, int row_length)
+      : row(blockIdx.x / division.parts),
+        index(division.parts > 1 ? int(cluster_rank()) : 0),
+        begin(index * division.length),
+        length(max(0, min(division.length, row_length - begin))) {}
+};
+
+// The states on their way to that of the row, in shared memory.
+template <class R>
+struct States {
+  SoftmaxState<R> warps[kMostThreads / kWarp], parts[kMostParts];
+};
+
+// By all threads before they look at their part of a row.
+__device__ __forceinline__ void begin_row(const Division& division) {
+  if (division.parts > 1) cluster_arrive();
+}
+
+// The state of a row, in the first warp of each of its CTAs, from those of all threads. What the
+// first thread read before is read before anything is written after, also by another CTA.
+template <class R>
+__device__ SoftmaxState<R> merge_row(SoftmaxState<R> state, States<R>& states,
+                                     const Division& division, const Part& part) {
+  state = merge_threads(state, states.warps);
+  if (division.parts == 1) return state;
+  cluster_wait();  // All have begun and can be written to.
+  if (int(threadIdx.x) < division.parts) {
+    *in_cluster(states.parts + part.index, threadIdx.x) = state;
+    fence_cluster();
+  }
+  cluster_arrive();
+  cluster_wait();
+  return warp_id() == 0 ? merge_first(states.parts, division.parts) : state;
+}
 
 // NaN for a token outside of the row.
 template <class T>
@@ -11,17 +88,9 @@ __device__ __forceinline__ Real<T> logit_of(const T* row, int length, int64_t to
   return token >= 0 && token < length ? Real<T>(row[token]) : Real<T>(NAN);
 }
 
-// Shared memory for `score_row`.
-template <class T>
-constexpr int64_t kScratch = kMostThreads / kWarp * sizeof(SoftmaxState<Real<T>>);
-
-// In the first warp; the others have no use for what they get.
-template <class T, Layout kLayout>
-__device__ __forceinline__ Scored<Real<T>> score_row(const T* row, int length, Real<T> logit,
-                                                     Real<T> k) {
-  auto state = thread_statistics<T, kLayout>(row, length, k);
-  state = merge_threads(state, reinterpret_cast<SoftmaxState<Real<T>>*>(shared_memory()));
-  return score(state, logit, k);
-}
+struct KeepNothing {
+  template <class Whole>
+  __device__ __forceinline__ void operator()(int, const uint4&, Whole) const {}
+};
 
 }  // namespace ppo::cuda

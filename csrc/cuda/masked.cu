@@ -48,8 +48,7 @@ struct Moments {
   double count, mean, squares;
 };
 
-// By all threads of a CTA, in its first warp, from what each has: `sum` and `count`, and then
-// `squares(mean)`.
+// By all threads of a CTA, from what each has: `count` and `sum`, and then `squares(mean)`.
 template <class Squares>
 __device__ Moments cta_moments(double count, double sum, const Squares& squares) {
   auto* scratch = reinterpret_cast<double*>(shared_memory());
@@ -57,12 +56,10 @@ __device__ Moments cta_moments(double count, double sum, const Squares& squares)
   Moments all;
   all.count = cta_sum(count, scratch);
   all.mean = cta_sum(sum, scratch + kStep) / (all.count > 1 ? all.count : 1);
-  if (threadIdx.x == 0) scratch[3 * kStep] = all.mean;
-  __syncthreads();
-  all.squares = cta_sum(squares(scratch[3 * kStep]), scratch + 2 * kStep);
+  all.squares = cta_sum(squares(all.mean), scratch + 2 * kStep);
   return all;
 }
-constexpr int64_t kMomentsScratch = 3 * kSumScratch + sizeof(double);
+constexpr int64_t kMomentsScratch = 3 * kSumScratch;
 
 template <class R>
 __global__ void __launch_bounds__(kTokenThreads)

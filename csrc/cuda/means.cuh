@@ -49,13 +49,12 @@ __device__ __forceinline__ void for_tokens_of_block(int64_t count, const F& f) {
 
 constexpr int64_t kSumScratch = kTokenThreads / kWarp * sizeof(double);
 
-// The sum over a CTA of such threads, in its first warp. `scratch` serves one sum.
+// The sum over a CTA of such threads, for each of them. `scratch` serves one sum.
 __device__ inline double cta_sum(double x, double* scratch) {
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   x = warp_sum(x);
-  if (lane == 0) scratch[warp] = x;
+  if (lane_id() == 0) scratch[warp_id()] = x;
   __syncthreads();
-  return warp_sum(lane < kTokenThreads / kWarp ? scratch[lane] : 0.0);
+  return warp_sum(lane_id() < kTokenThreads / kWarp ? scratch[lane_id()] : 0.0);
 }
 
 template <class R, int kMeans>

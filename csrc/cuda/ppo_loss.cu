@@ -5,16 +5,21 @@ namespace ppo::cuda {
 namespace {
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads, kResident<T, kLayout>) saved(Call<T> call) {
-  const uint32_t row = blockIdx.x;
-  if (call.mask && !call.mask[row]) {
-    if (threadIdx.x == 0) write_no_loss(call, row);
+__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>)) saved(Call<T> call) {
+  using R = Real<T>;
+  const Part part(call.division, call.length);
+  const bool writes = part.index == 0 && threadIdx.x == 0;
+  if (call.mask && !call.mask[part.row]) {
+    if (writes) write_no_loss(call, part.row);
     return;
   }
-  const T* z = call.logits[row];
-  const Real<T> logit = logit_of(z, call.length, call.tokens[row]);
-  const auto scored = score_row<T, kLayout>(z, call.length, logit, call.k);
-  if (threadIdx.x == 0) token_loss(call, row, scored, true);
+  begin_row(call.division);
+  const T* z = call.logits[part.row];
+  auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, call.k, KeepNothing{});
+  state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), call.division, part);
+  if (!writes) return;
+  const auto token = token_inputs(call, part.row, z);
+  token_loss(call, part.row, token, score(state, token.logit, call.k), true);
 }
 
 using Results = decltype(std::tuple_cat(LossResults{}, std::tuple<Tensor, Tensor, Tensor>{}));
@@ -37,9 +42,12 @@ Results ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advan
     call.stats = data<RowStats<R>>(stats);
     call.grad_logprobs = data<R>(g);
     call.grad_entropy = data<R>(h);
-    const Grid grid{call.count, threads_for_row(logits), kScratch<T>};
-    with_layout(layout_of(call.length, call.logits),
-                [&](auto layout) { device.launch(saved<T, layout>, grid, call); });
+    with_layout(layout_of(call.length, call.logits), [&](auto layout) {
+      const auto kernel = saved<T, layout>;
+      call.division = division_of<T>(device, call.length, Device::has_sm90(kernel));
+      const auto& [parts, _, threads, kept, bytes] = call.division;
+      device.launch(kernel, {call.count * parts, threads, kHead, parts}, call);
+    });
     return std::tuple_cat(loss.results(device), std::tuple(stats, g, h));
   });
 }

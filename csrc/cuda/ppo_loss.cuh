@@ -12,6 +12,7 @@ struct Call {
   using R = Real<T>;
   Rows<T> logits;
   int length;
+  Division division;
   R temperature, k;
   Ids tokens;
   const R *old_logprobs, *advantages, *ref_logprobs;
@@ -50,19 +51,34 @@ __device__ void write_no_loss(const Call<T>& call, uint32_t row) {
   write_results(call, row, Scored<Real<T>>{}, {}, Upstream<Real<T>>{});
 }
 
+// What the first thread of a CTA reads of a row's token.
+template <class R>
+struct TokenInputs {
+  int64_t id;
+  R logit, old_logprob, advantage, ref_logprob, denominator;
+};
+
+template <class T>
+__device__ TokenInputs<Real<T>> token_inputs(const Call<T>& call, uint32_t row, const T* z) {
+  using R = Real<T>;
+  const int64_t id = call.tokens[row];
+  const R ref_logprob = call.ref_logprobs ? call.ref_logprobs[row] : R(0);
+  return {id,          logit_of(z, call.length, id), call.old_logprobs[row], call.advantages[row],
+          ref_logprob, R(call.denominator())};
+}
+
 // By one thread of a row; the results are written by one that `writes`. The loss is NaN where the
 // log-probability is not finite.
 template <class T>
 __device__ Upstream<Real<T>> token_loss(const Call<T>& call, uint32_t row,
+                                        const TokenInputs<Real<T>>& token,
                                         const Scored<Real<T>>& scored, bool writes) {
   using R = Real<T>;
   const Objective<R>& objective = call.objective;
-  const auto of =
-      token_terms(objective, scored.logprob, call.old_logprobs[row], call.advantages[row],
-                  call.ref_logprobs ? call.ref_logprobs + row : nullptr);
-  const R denominator = R(call.denominator());
-  const Upstream<R> upstream{of.grad(objective) / denominator,
-                             -objective.entropy_coef / denominator};
+  const auto of = token_terms(objective, scored.logprob, token.old_logprob, token.advantage,
+                              call.ref_logprobs != nullptr, token.ref_logprob);
+  const Upstream<R> upstream{of.grad(objective) / token.denominator,
+                             -objective.entropy_coef / token.denominator};
   if (writes) {
     const R loss =
         of.policy.loss - objective.entropy_coef * scored.entropy + objective.kl_coef * of.kl.value;
@@ -104,6 +120,7 @@ class Loss {
     const int64_t count = logprobs_.numel();
     return {{},
             int(length),
+            {},
             R(s[0]),
             R(kLog2E / s[0]),
             Ids(*held_[0]),
@@ -126,7 +143,7 @@ class Loss {
   const Tensor logprobs_, entropy_, terms_;
 
  public:
-  Call<T> call;  // its logits are yet to be set
+  Call<T> call;  // its logits and division are yet to be set
 };
 
 using LossResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -40,19 +40,18 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of a cluster meet between `arrive` and `wait`; what was written before, also to the
-// shared memory of others, is seen after.
+// All threads of a cluster meet between `arrive` and `wait`. What a thread wrote before, also to
+// the shared memory of others, is seen after, if it called `fence_cluster` in between.
 __device__ __forceinline__ void cluster_arrive() {
-  PPO_SM90(asm volatile("barrier.cluster.arrive.release;" :: : "memory"));
-}
-
-// The same where nothing was written: that it says that this CTA has begun is all.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
   PPO_SM90(asm volatile("barrier.cluster.arrive.relaxed;" :: : "memory"));
 }
 
 __device__ __forceinline__ void cluster_wait() {
   PPO_SM90(asm volatile("barrier.cluster.wait.acquire;" :: : "memory"));
+}
+
+__device__ __forceinline__ void fence_cluster() {
+  PPO_SM90(asm volatile("fence.acq_rel.cluster;" :: : "memory"));
 }
 
 // Where the CTA `rank` of the cluster has what this one has at `p` in shared memory.

@@ -45,7 +45,7 @@ __device__ __forceinline__ uint4 pack_vector(const Real<T> (&x)[kVector<T>]) {
 
 // The largest element of some vectors; NaN does not count.
 template <class T, int kCount>
-__device__ __forceinline__ Real<T> largest(const uint4 (&vectors)[kCount]) {
+__device__ __forceinline__ Real<T> largest(const uint4* vectors) {
   if constexpr (sizeof(T) == 2) {
     uint32_t top = vectors[0].x;
 #pragma unroll
@@ -89,10 +89,10 @@ __device__ __forceinline__ SoftmaxState<R> shifted(const SoftmaxState<R>& state,
 
 // The maximum comes first, so that it costs one exponential an element and one for all of them.
 template <class T, int kCount>
-__device__ __forceinline__ void absorb(SoftmaxState<Real<T>>& state, const uint4 (&vectors)[kCount],
+__device__ __forceinline__ void absorb(SoftmaxState<Real<T>>& state, const uint4* vectors,
                                        Real<T> k) {
   using R = Real<T>;
-  state = shifted(state, R(std::fmax(state.shift, k * largest<T>(vectors))));
+  state = shifted(state, R(std::fmax(state.shift, k * largest<T, kCount>(vectors))));
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     R x[kVector<T>];
@@ -143,11 +143,11 @@ __device__ __forceinline__ void nothing_seen(JointState<R>& s) {
 }
 
 template <class T, int kCount>
-__device__ __forceinline__ void absorb(JointState<Real<T>>& s, const uint4 (&logits)[kCount],
-                                       const uint4 (&ref_logits)[kCount], Real<T> k) {
+__device__ __forceinline__ void absorb(JointState<Real<T>>& s, const uint4* logits,
+                                       const uint4* ref_logits, Real<T> k) {
   using R = Real<T>;
-  s = shifted(s, R(std::fmax(s.shift, k * largest<T>(logits))),
-              R(std::fmax(s.ref_shift, k * largest<T>(ref_logits))));
+  s = shifted(s, R(std::fmax(s.shift, k * largest<T, kCount>(logits))),
+              R(std::fmax(s.ref_shift, k * largest<T, kCount>(ref_logits))));
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     R x[kVector<T>], y[kVector<T>];
@@ -167,10 +167,9 @@ __device__ __forceinline__ void absorb(JointState<Real<T>>& s, const uint4 (&log
 // The first `count` states in memory as one, in every lane.
 template <class State>
 __device__ State merge_first(const State* states, int count) {
-  const int lane = int(threadIdx.x) % kWarp;
   State state;
   nothing_seen(state);
-  if (lane < count) state = states[lane];
+  if (lane_id() < count) state = states[lane_id()];
   return merge_lanes(state);
 }
 
@@ -178,11 +177,10 @@ __device__ State merge_first(const State* states, int count) {
 // room for one of each warp.
 template <class State>
 __device__ State merge_threads(State state, State* scratch) {
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   state = merge_lanes(state);
-  if (lane == 0) scratch[warp] = state;
+  if (lane_id() == 0) scratch[warp_id()] = state;
   __syncthreads();
-  return warp == 0 ? merge_first(scratch, int(blockDim.x) / kWarp) : state;
+  return warp_id() == 0 ? merge_first(scratch, int(blockDim.x) / kWarp) : state;
 }
 
 }  // namespace ppo::cuda

@@ -12,26 +12,36 @@ namespace ppo::cuda {
 
 enum class Layout { apart, together, aligned };
 
+// Vectors that are absorbed at once, in every kernel: bits depend on it. And written at once.
+constexpr int kTogether = 2;
 // Vectors that a thread has in flight; of elements that stand apart fewer, for want of registers.
 template <Layout kLayout>
 constexpr int kInFlight = kLayout == Layout::apart ? 2 : 4;
-constexpr int kMostThreads = 512;
+
+// Elements that stand apart do so by a number that the compiler knows.
+constexpr int kApartThreads = 256;
+template <Layout kLayout>
+constexpr int kThreads = kLayout == Layout::apart ? kApartThreads : kMostThreads;
 // CTAs of so many threads to a multiprocessor: more registers are had by fp64 and by rows that are
 // read element by element.
 template <class T, Layout kLayout>
-constexpr int kResident = sizeof(T) == 8               ? 1
-                          : kLayout == Layout::aligned ? 3
-                                                       : 2;
+constexpr int kResident = sizeof(T) == 8                ? 1
+                          : kLayout == Layout::aligned  ? 3
+                          : kLayout == Layout::together ? 2
+                                                        : 4;
 
-// Threads for `bytes` of a row, `per_thread` each.
-inline int threads_for(int64_t bytes, int64_t per_thread) {
-  const uint64_t wanted = std::bit_ceil(uint64_t(ceil_div(bytes, per_thread)));
-  return int(std::clamp<uint64_t>(wanted, kWarp, kMostThreads));
+template <Layout kLayout>
+__device__ __forceinline__ int threads() {
+  return kLayout == Layout::apart ? kApartThreads : int(blockDim.x);
 }
 
-// For a row of `x` (..., V): of nothing but V and dtype.
-inline int threads_for_row(const Tensor& x) {
-  return threads_for(x.size(-1) * x.element_size(), 16 * 16);
+// To a CTA that has `part` elements of a row of `length`.
+template <class T>
+int threads_for(int64_t length, int64_t part) {
+  if (length % kVector<T> != 0) return kApartThreads;
+  constexpr int64_t kBytesEach = 128;
+  const int64_t wanted = ceil_div<int64_t>(part * sizeof(T), kBytesEach);
+  return int(std::clamp<uint64_t>(std::bit_ceil(uint64_t(wanted)), kWarp, kMostThreads));
 }
 
 template <class T, class... Others>
@@ -57,47 +67,47 @@ auto with_layout(Layout layout, const F& f) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ T nothing() {
-  return T(-INFINITY);
-}
-
 // A vector of -inf.
 template <class T>
 __device__ __forceinline__ uint4 no_vector() {
   T x[kVector<T>];
 #pragma unroll
-  for (int j = 0; j < kVector<T>; ++j) x[j] = nothing<T>();
+  for (int j = 0; j < kVector<T>; ++j) x[j] = T(-INFINITY);
   uint4 vector;
   memcpy(&vector, x, sizeof(x));
   return vector;
+}
+
+// Elements in a vector of each thread.
+template <class T, Layout kLayout>
+__device__ __forceinline__ int block_size() {
+  return threads<kLayout>() * kVector<T>;
 }
 
 // Where the elements of vector `i` of this thread's stand in a row: the first one, and from each to
 // the next.
 template <class T, Layout kLayout>
 __device__ __forceinline__ int first_of(int i) {
-  const int block = i * int(blockDim.x) * kVector<T>, thread = int(threadIdx.x);
-  return block + (kLayout == Layout::apart ? thread : thread * kVector<T>);
+  const int thread = int(threadIdx.x);
+  return i * block_size<T, kLayout>() + (kLayout == Layout::apart ? thread : thread * kVector<T>);
 }
 
 template <Layout kLayout>
-__device__ __forceinline__ int step() {
-  return kLayout == Layout::apart ? int(blockDim.x) : 1;
-}
+constexpr int kStep = kLayout == Layout::apart ? kApartThreads : 1;
 
-// Vector `i` of this thread's in a row of `length` elements in global memory; -inf beyond it.
-template <class T, Layout kLayout>
+// Vector `i` of this thread's in a row of `length` elements in global memory; where the row does
+// not have the `kWhole` of it, -inf beyond.
+template <class T, Layout kLayout, bool kWhole>
 __device__ __forceinline__ uint4 load(const T* row, int length, int i) {
   const int first = first_of<T, kLayout>(i);
   if constexpr (kLayout == Layout::aligned) {
-    return first < length ? load_vector(row + first) : no_vector<T>();
+    return kWhole || first < length ? load_vector(row + first) : no_vector<T>();
   } else {
     T x[kVector<T>];
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
-      const int at = first + j * step<kLayout>();
-      x[j] = at < length ? row[at] : nothing<T>();
+      const int step = j * kStep<kLayout>;
+      x[j] = kWhole || first + step < length ? row[first + step] : T(-INFINITY);
     }
     uint4 vector;
     memcpy(&vector, x, sizeof(x));
@@ -105,74 +115,90 @@ __device__ __forceinline__ uint4 load(const T* row, int length, int i) {
   }
 }
 
-// Vectors to each thread in a row of `length` elements.
-template <class T>
-__device__ __forceinline__ int vectors_each(int length) {
-  return ceil_div(length, int(blockDim.x) * kVector<T>);
-}
-
-// What this thread sees of a row in global memory.
-template <class T, Layout kLayout>
-__device__ __forceinline__ SoftmaxState<Real<T>> thread_statistics(const T* row, int length,
-                                                                   Real<T> k) {
-  SoftmaxState<Real<T>> state;
-  nothing_seen(state);
-  const int vectors = vectors_each<T>(length);
-  constexpr int n = kInFlight<kLayout>;
-  for (int i = 0; i < vectors; i += n) {
-    uint4 x[n];
-#pragma unroll
-    for (int j = 0; j < n; ++j) x[j] = load<T, kLayout>(row, length, i + j);
-    absorb<T>(state, x, k);
-  }
-  return state;
-}
-
 // Puts vector `i` of this thread's where `load` took it from.
-template <class T, Layout kLayout>
+template <class T, Layout kLayout, bool kWhole>
 __device__ __forceinline__ void store(T* row, int length, int i, const Real<T> (&x)[kVector<T>]) {
   const int first = first_of<T, kLayout>(i);
   if constexpr (kLayout == Layout::aligned) {
-    if (first < length) *reinterpret_cast<uint4*>(row + first) = pack_vector<T>(x);
+    if (kWhole || first < length) *reinterpret_cast<uint4*>(row + first) = pack_vector<T>(x);
   } else {
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
-      const int at = first + j * step<kLayout>();
-      if (at < length) row[at] = T(x[j]);
+      const int step = j * kStep<kLayout>;
+      if (kWhole || first + step < length) row[first + step] = T(x[j]);
     }
   }
+}
+
+// f(i, whole) for a row of `length` elements, of vectors i to i + n of each thread; `whole` is a
+// type that tells whether all of them are there. From the first to the last,
+template <class T, Layout kLayout, int n, class F>
+__device__ __forceinline__ void for_vectors(int length, const F& f) {
+  const int block = block_size<T, kLayout>(), whole = length / (n * block) * n;
+  for (int i = 0; i < whole; i += n) f(i, std::true_type{});
+  if (whole * block < length) f(whole, std::false_type{});
+}
+
+// and from the last to the first.
+template <class T, Layout kLayout, int n, class F>
+__device__ __forceinline__ void for_vectors_back(int length, const F& f) {
+  const int block = block_size<T, kLayout>(), whole = length / (n * block) * n;
+  if (whole * block < length) f(whole, std::false_type{});
+  for (int i = whole - n; i >= 0; i -= n) f(i, std::true_type{});
+}
+
+// What this thread sees of a row in global memory; `keep(i, vector, whole)` is given all of it.
+template <class T, Layout kLayout, class Keep>
+__device__ __forceinline__ SoftmaxState<Real<T>> thread_statistics(const T* row, int length,
+                                                                   Real<T> k, const Keep& keep) {
+  SoftmaxState<Real<T>> state;
+  nothing_seen(state);
+  constexpr int n = kInFlight<kLayout>;
+  for_vectors<T, kLayout, n>(length, [&](int i, auto whole) {
+    uint4 x[n];
+#pragma unroll
+    for (int j = 0; j < n; ++j) x[j] = load<T, kLayout, whole>(row, length, i + j);
+#pragma unroll
+    for (int j = 0; j < n; ++j) keep(i + j, x[j], whole);
+#pragma unroll
+    for (int j = 0; j < n; j += kTogether) absorb<T, kTogether>(state, x + j, k);
+  });
+  return state;
 }
 
 // Whether this thread is the one that stores element `at` of a row.
 template <class T, Layout kLayout>
 __device__ __forceinline__ bool stores(int at) {
-  return (kLayout == Layout::apart ? at : at / kVector<T>) % int(blockDim.x) == int(threadIdx.x);
+  const int vector = kLayout == Layout::apart ? at : at / kVector<T>;
+  return vector % threads<kLayout>() == int(threadIdx.x);
 }
 
-// Writes a row vector by vector: `source.load(i)` is what vector i is made of and
+// Writes a row vector by vector: `source.load<whole>(i)` is what vector i is made of and
 // `source.compute(loaded, x)` its elements. Walks back, so that what was read last is still in
 // cache; the source may read where it writes.
 template <class T, Layout kLayout, class Source>
 __device__ __forceinline__ void write_row(T* row, int length, const Source& source) {
-  constexpr int n = kLayout == Layout::aligned ? Source::kVectors : 1;
-  for (int i = (vectors_each<T>(length) - 1) / n * n; i >= 0; i -= n) {
+  constexpr int n = kLayout == Layout::aligned ? kTogether : 1;
+  for_vectors_back<T, kLayout, n>(length, [&](int i, auto whole) {
     typename Source::Loaded loaded[n];
 #pragma unroll
-    for (int j = 0; j < n; ++j) loaded[j] = source.load(i + j);
+    for (int j = 0; j < n; ++j) loaded[j] = source.template load<whole>(i + j);
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       Real<T> x[kVector<T>];
       source.compute(loaded[j], x);
-      store<T, kLayout>(row, length, i + j, x);
+      store<T, kLayout, whole>(row, length, i + j, x);
     }
-  }
+  });
 }
 
 template <class T>
 struct Zeros {
-  static constexpr int kVectors = 1;
   struct Loaded {};
-  __device__ __forceinline__ Loaded load(int) const { return {}; }
+  template <bool>
+  __device__ __forceinline__ Loaded load(int) const {
+    return {};
+  }
   __device__ __forceinline__ void compute(Loaded, Real<T> (&x)[kVector<T>]) const {
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) x[j] = Real<T>(0);
@@ -182,53 +208,57 @@ struct Zeros {
 // Where a source finds the vectors of a row: in global memory,
 template <class T, Layout kLayout>
 struct InGlobal {
-  static constexpr int kVectors = kInFlight<kLayout>;
   const T* row;
   int length;
 
+  template <bool kWhole>
   __device__ __forceinline__ uint4 load(int i) const {
-    return cuda::load<T, kLayout>(row, length, i);
+    return cuda::load<T, kLayout, kWhole>(row, length, i);
   }
 };
 
 // or `count` of them in shared memory, each in the place of its thread's.
-template <class T>
+template <class T, Layout kLayout>
 struct InShared {
-  static constexpr int kVectors = 2;
   uint4* vectors;
   int count;
 
+  template <bool kWhole>
   __device__ __forceinline__ uint4 load(int i) const {
     const int at = place(i);
-    return at < count ? vectors[at] : no_vector<T>();
+    return kWhole || at < count ? vectors[at] : no_vector<T>();
   }
+  template <bool kWhole>
   __device__ __forceinline__ void keep(int i, const uint4& vector) const {
     const int at = place(i);
-    if (at < count) vectors[at] = vector;
+    if (kWhole || at < count) vectors[at] = vector;
   }
 
  private:
   __device__ __forceinline__ int place(int i) const {
-    return i * int(blockDim.x) + int(threadIdx.x);
+    return i * threads<kLayout>() + int(threadIdx.x);
   }
 };
 
-// Of `n` elements, with those that a thread's last vector lacks.
+// The vectors of n elements; where these stand apart, the last of every thread.
 template <class T, Layout kLayout>
-__device__ __forceinline__ int vectors_kept(int n) {
-  return kLayout == Layout::apart ? vectors_each<T>(n) * int(blockDim.x) : n / kVector<T>;
+__device__ __forceinline__ int vectors_in(int n) {
+  if constexpr (kLayout != Layout::apart) return n / kVector<T>;
+  return ceil_div(n, block_size<T, kLayout>()) * threads<kLayout>();
 }
 
 // The gradient of a row away from the token, 2^t (a + b t).
 template <class T, class Place>
 struct Gradient {
-  static constexpr int kVectors = Place::kVectors;
   using Loaded = uint4;
   Place logits;
   RowGradient<Real<T>> row;
   Real<T> k;
 
-  __device__ __forceinline__ uint4 load(int i) const { return logits.load(i); }
+  template <bool kWhole>
+  __device__ __forceinline__ uint4 load(int i) const {
+    return logits.template load<kWhole>(i);
+  }
   __device__ __forceinline__ void compute(const uint4& loaded, Real<T> (&x)[kVector<T>]) const {
     unpack_vector<T>(loaded, x);
 #pragma unroll
