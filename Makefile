@@ -39,7 +39,7 @@ gpu: $(if $(DRY_RUN),install)
 	$(if $(DRY_RUN),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY_RUN),--dry-run) \
 		$(if $(RESULTS),--results $(RESULTS)) $(if $(PEERS),--peers $(PEERS))
 
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 lint: install
 	$(VENV)/bin/ruff check .

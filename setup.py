@@ -19,6 +19,7 @@ from setuptools import setup
 
 # The oldest libtorch whose stable ABI the extension uses: one binary serves it and later ones.
 TORCH_TARGET = (2, 10)
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
 
 SOURCES = ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
@@ -29,9 +30,11 @@ FLAGS = (
     "-std=c++20 -O3 -g0 -ffp-contract=off -fvisibility=hidden -Wall -Wno-uninitialized "
     "-Wno-maybe-uninitialized"
 )
-NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fvisibility=hidden"
+# Fused multiply-adds are written out here too: bits must not depend on what ptxas contracts.
+NVCC_FLAGS = "-std=c++20 -O3 -fmad=false -Xcompiler -fvisibility=hidden"
 # The GPUs whose code is compiled. Later ones compile what is added for them, the PTX of the last.
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
+OLDEST = 80  # that the kernels compile for
 
 
 def why_not():
@@ -45,34 +48,71 @@ def why_not():
     return None
 
 
+class Missing(Exception):
+    """What the CUDA sources cannot be built without."""
+
+
 def nvcc_says(cuda_home, *options):
     command = [Path(cuda_home, "bin", "nvcc"), *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Missing(f"nvcc does not run: {error}") from error
     return result.stdout + result.stderr
 
 
-def why_not_cuda(cuda_home):
-    """What is missing to build the CUDA sources; None when nothing is."""
+def found(pattern, text):
+    match = re.search(pattern, text)
+    if match is None:
+        raise Missing(f"nvcc is not understood: no {pattern!r} in {text!r}")
+    return match[1]
+
+
+def check_nvcc(cuda_home):
     import torch
 
     if cuda_home is None or not Path(cuda_home, "bin", "nvcc").exists():
-        return "there is no nvcc (CUDA_HOME is to name the folder of the CUDA toolkit)"
-    major = re.search(r"release (\d+)", nvcc_says(cuda_home, "--version"))[1]
+        raise Missing("there is no nvcc (CUDA_HOME is to name the folder of the CUDA toolkit)")
+    major = found(r"release (\d+)", nvcc_says(cuda_home, "--version"))
     if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != major:
-        return f"nvcc in {cuda_home} is of CUDA {major}, torch of {torch.version.cuda}"
-    return None
+        raise Missing(f"nvcc in {cuda_home} is of CUDA {major}, torch of {torch.version.cuda}")
 
 
-def cuda_code(cuda_home):
-    """Flags of nvcc that name the GPUs to compile for."""
+def gencode(kind, number):
+    return f"-gencode=arch=compute_{number},code={kind}_{number}"
+
+
+def default_code(cuda_home):
+    """Flags of nvcc that name the GPUs to compile for: ARCHS, where it knows them."""
+    known = nvcc_says(cuda_home, "--list-gpu-code").split()
+    numbers = [arch.removeprefix("sm_") for arch in ARCHS if arch.rstrip("a") in known]
+    if not numbers:
+        raise Missing(f"nvcc knows none of {', '.join(ARCHS)}")
+    return [*(gencode("sm", x) for x in numbers), gencode("compute", numbers[-1].rstrip("a"))]
+
+
+def listed_code(cuda_home):
+    """The same for TORCH_CUDA_ARCH_LIST."""
     from torch.utils.cpp_extension import _get_cuda_arch_flags
 
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return _get_cuda_arch_flags()
+    listed = os.environ["TORCH_CUDA_ARCH_LIST"]
+    try:
+        flags = _get_cuda_arch_flags()
+    except (ValueError, IndexError) as error:  # the latter for "native" without a GPU
+        raise Missing(f"TORCH_CUDA_ARCH_LIST={listed} names no GPU: {error}") from error
+    old = [x for x in flags if int(found(r"compute_(\d+)", x)) < OLDEST]
+    if old:
+        archs = ", ".join(x.rpartition("=")[2] for x in old)
+        print(f"ppo_kernels: not compiled for {archs}, older than sm_{OLDEST}", file=sys.stderr)
+    if len(old) == len(flags):
+        raise Missing(f"TORCH_CUDA_ARCH_LIST={listed} has no GPU from sm_{OLDEST} on")
     known = nvcc_says(cuda_home, "--list-gpu-code").split()
-    archs = [arch for arch in ARCHS if arch.rstrip("a") in known]
-    archs.append(archs[-1].rstrip("a").replace("sm", "compute"))
-    return [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in archs]
+    flags = [x for x in flags if x not in old]
+    for x in flags:
+        arch = "sm_" + found(r"compute_(\d+)", x)
+        if arch not in known:
+            raise Missing(f"nvcc in {cuda_home} does not know {arch}")
+    return flags
 
 
 def cuda_link_flags(cuda_home):
@@ -80,10 +120,18 @@ def cuda_link_flags(cuda_home):
     libtorch itself has no symbols, but leads to those of libtorch_cuda."""
     steps = nvcc_says(cuda_home, "--dryrun", "-c", "-x", "cu", "/dev/null")
     return [
-        *shlex.split(re.search(r"LIBRARIES=(.*)", steps)[1]),
+        *shlex.split(found(r"LIBRARIES=(.*)", steps)),
         *("-lcudart_static", "-Wl,--exclude-libs,libcudart_static.a", "-ldl", "-lrt", "-lpthread"),
         *("-Wl,--no-as-needed", "-ltorch"),
     ]
+
+
+def cuda_forced():
+    """What FORCE_CUDA says, None if nothing."""
+    force = os.environ.get("FORCE_CUDA") or None
+    if force not in (None, "0", "1"):
+        sys.exit(f"ppo_kernels: FORCE_CUDA must be 0 or 1, got {force!r}")
+    return None if force is None else force == "1"
 
 
 def add_cuda(native):
@@ -91,13 +139,17 @@ def add_cuda(native):
     import torch
     from torch.utils import cpp_extension
 
-    wanted = os.environ.get("FORCE_CUDA") or ("0" if torch.version.cuda is None else "1")
-    if wanted != "1":
+    forced = cuda_forced()
+    if forced is False or (forced is None and torch.version.cuda is None):
         return
     cuda_home = cpp_extension.CUDA_HOME or cpp_extension._find_cuda_home()
-    reason = why_not_cuda(cuda_home)
-    if reason is not None:
-        if os.environ.get("FORCE_CUDA"):
+    try:
+        check_nvcc(cuda_home)
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        code = listed_code(cuda_home) if listed else default_code(cuda_home)
+        link_flags = cuda_link_flags(cuda_home)
+    except Missing as reason:
+        if forced:
             sys.exit(f"ppo_kernels: FORCE_CUDA=1 asks for the CUDA sources, but {reason}")
         print(
             f"ppo_kernels: installed without the CUDA C++ kernels, because {reason}; "
@@ -107,7 +159,6 @@ def add_cuda(native):
         return
     # A torch without CUDA has not looked for it, and its BuildExtension takes nvcc from here.
     cpp_extension.CUDA_HOME = cuda_home
-    code = cuda_code(cuda_home)
     archs = " ".join(flag.rpartition("=")[2] for flag in code)
     native.extra_compile_args["cxx"].append(f'-DPPO_CUDA_ARCHS="{archs}"')
     # Such a torch does not have ninja watch the headers of .cu files either, but it does the flags.
@@ -115,7 +166,7 @@ def add_cuda(native):
     content = hashlib.sha256(b"".join(path.read_bytes() for path in headers)).hexdigest()
     native.extra_compile_args["nvcc"] = [*NVCC_FLAGS.split(), *code, f"-DPPO_HEADERS=x{content}"]
     native.sources += CUDA_SOURCES
-    native.extra_link_args += cuda_link_flags(cuda_home)
+    native.extra_link_args += link_flags
 
 
 def extension():
@@ -126,13 +177,12 @@ def extension():
             "ppo_kernels is built against the torch that is installed, and there is none: "
             "pip install torch, then pip install --no-build-isolation ."
         )
-    major, minor = TORCH_TARGET
     native = CppExtension(
         "ppo_kernels._C",
         SOURCES,
         define_macros=[
-            ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000"),
-            ("PPO_TORCH_TARGET", f'"{major}.{minor}"'),
+            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+            ("PPO_TORCH_TARGET", '"{}.{}"'.format(*TORCH_TARGET)),
         ],
         extra_compile_args={"cxx": FLAGS.split()},
     )
@@ -143,6 +193,8 @@ def extension():
 def main():
     reason = why_not()
     if reason is not None:
+        if cuda_forced():
+            sys.exit(f"ppo_kernels: FORCE_CUDA=1 asks for the CUDA sources, but {reason}")
         print(
             f"ppo_kernels: installed without the native backend, because {reason}; "
             "ops run on plain PyTorch, many times slower on the CPU",

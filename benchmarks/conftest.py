@@ -42,6 +42,9 @@ def pytest_addoption(parser):
         help="run on the CPU, with tiny tensors and TRITON_INTERPRET=1 in the environment, what "
         "--device cuda would run",
     )
+    parser.addoption(
+        "--no-baselines", action="store_true", help="measure ppo_kernels and the copy only"
+    )
     parser.addoption("--peers", help="folder from which trl and liger_kernel may be imported")
     parser.addoption(
         "--results", type=Path, help="JSON file of figures, complete after every benchmark"
@@ -59,10 +62,11 @@ def pytest_configure(config):
 
 
 def _setting(config):
+    with_peers = peers.installed() and not config.getoption("no_baselines")
     if config.getoption("rehearse"):
-        return Setting("rehearsal", torch.device("cpu"), "triton", peers.installed())
+        return Setting("rehearsal", torch.device("cpu"), "triton", with_peers)
     device = torch.device(config.getoption("device"))
-    return Setting(device.type, device, config.getoption("backend"), peers.installed())
+    return Setting(device.type, device, config.getoption("backend"), with_peers)
 
 
 def _processor():
@@ -192,13 +196,15 @@ def in_time(request):
 
 
 @pytest.fixture
-def measure(benchmark, clock, setting, memory_pool):
+def measure(request, benchmark, clock, setting, memory_pool):
     """measure(op, make_contest, shape, dtype): check, time and weigh the contest."""
 
     def ready(make_contest, shape, dtype, setting):
         torch.manual_seed(0)
         contest = make_contest(shape, dtype, setting)
         contest.check()
+        if request.config.getoption("no_baselines"):
+            contest = replace(contest, baselines={})
         return contest, Rounds(contest, clock, setting)
 
     def figures(op, make_contest, shape, dtype):

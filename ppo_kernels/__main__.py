@@ -23,16 +23,19 @@ def report():
         f"python      {platform.python_version()} on {platform.machine()}",
         f"threads     {torch.get_num_threads()}",
     ]
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    info = dispatch.build_info()
+    gpu = torch.cuda.is_available()
+    cuda = gpu or torch.version.cuda is not None or bool(info and info["cuda_archs"])
     for backend in dispatch.BACKENDS:
-        for device in devices:
+        for device in ["cpu", "cuda"] if cuda else ["cpu"]:
             reason = dispatch.why_not(backend, device)
+            if reason is None and device == "cuda" and not gpu:
+                reason = "PyTorch finds no GPU"
             state = "available" if reason is None else f"missing: {reason}"
             lines.append(f"{backend:<11} {device}: {state}")
-    for device in devices:
+    for device in ["cpu", "cuda"] if gpu else ["cpu"]:
         chosen = dispatch.resolve("auto", torch.empty(0, device=device))
         lines.append(f"{'auto':<11} {device}: {chosen}")
-    info = dispatch.build_info()
     if info is not None:
         lines += [
             f"SIMD        {info['simd']} (compiled: {', '.join(info['simd_compiled'])}; "

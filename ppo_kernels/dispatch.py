@@ -42,6 +42,13 @@ def _warn(backend, device, reason):
     )
 
 
+def build_info():
+    """How the C++ extension was built (a dict); None without it."""
+    if _MISSING["native"] is not None:
+        return None
+    return importlib.import_module("ppo_kernels._C").build_info()
+
+
 def _load_triton():
     """Load `_triton`, which registers its kernels. Returns the reason when it cannot be loaded."""
     if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
@@ -50,7 +57,10 @@ def _load_triton():
         importlib.import_module("ppo_kernels._triton")
     except ImportError as error:
         reason = f"Triton is not installed or does not load: {error}"
-        if torch.cuda.is_available():
+        # Whether the native kernels are compiled for this very GPU is asked later, because to ask
+        # initialises CUDA, and then no process may fork.
+        info = build_info()
+        if torch.cuda.is_available() and not (info and info["cuda_archs"]):
             _warn("triton", "GPU", reason)
         return reason
     return None
@@ -59,7 +69,8 @@ def _load_triton():
 schemas.define("native")
 schemas.define("triton")
 # At import, not at the first call, so that torch.compile traces no import.
-_MISSING = {"reference": None, "native": _load_native(), "triton": _load_triton()}
+_MISSING = {"reference": None, "native": _load_native()}
+_MISSING["triton"] = _load_triton()
 _DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",)}
 
 
@@ -79,14 +90,14 @@ def runs_on(arch, capability):
 
 @functools.cache
 def _why_no_cuda(device_index):
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
     archs = build_info()["cuda_archs"]
     if not archs:
         return (
-            "it is built without CUDA sources: install it where torch has CUDA and nvcc is there, "
-            "or with FORCE_CUDA=1"
+            "it is built without CUDA sources: install it again where there is an nvcc of the same "
+            "CUDA major version as torch; with FORCE_CUDA=1 that says what is missing"
         )
-    if torch.version.cuda is None:
-        return "this PyTorch is built without CUDA"
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
     capability = torch.cuda.get_device_capability(device_index)
@@ -135,13 +146,6 @@ def resolve(backend, x):
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
     return backend
-
-
-def build_info():
-    """How the C++ extension was built (a dict); None without it."""
-    if _MISSING["native"] is not None:
-        return None
-    return importlib.import_module("ppo_kernels._C").build_info()
 
 
 def scalars(*numbers):

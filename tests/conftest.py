@@ -18,7 +18,7 @@ from tests.compiled import Compilation, cuda, table
 COMPILATION, CUDA_COMPILATION = pytest.StashKey(), pytest.StashKey()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The kernels of `native` for GPUs, run on the CPU by `tests.emulator`.
-EMULATED = "native emulated"
+EMULATED = "native cuda emulated"
 ON_GPU = ("native on cuda", "triton on cuda")
 CUDA = (EMULATED, pytest.param(ON_GPU[0], marks=pytest.mark.gpu))
 TRITON = ("triton", pytest.param(ON_GPU[1], marks=pytest.mark.gpu))
@@ -115,7 +115,7 @@ def emulated(request, monkeypatch):
     try:
         device = emulator.load()
     except emulator.Unavailable as reason:
-        pytest.skip(f"native emulated: {reason}")
+        pytest.skip(f"{EMULATED}: {reason}")
     monkeypatch.setitem(schemas.NAMESPACE, "native", schemas.NAMESPACE["emulated"])
     monkeypatch.setitem(dispatch._MISSING, "native", None)
     request.node.user_properties.append(("backend", EMULATED))
@@ -207,7 +207,7 @@ def set_threads():
 
 def thread_counts(backend):
     """How many threads a test of the C++ kernels tries; others have none of their own."""
-    return (1, 2, 4) if backend == "native" else (1,)
+    return (1, 2, 4) if backend == "native" and not waits_for_nothing(backend) else (1,)
 
 
 def _with_value(row, position, value):

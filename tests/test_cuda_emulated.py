@@ -4,26 +4,36 @@ the ops run them on: `tests.emulator` has the device and the order."""
 import pytest
 import torch
 
-from ppo_kernels import gae, gae_packed, ppo_loss_, schemas
+from ppo_kernels import (
+    gae,
+    gae_packed,
+    ppo_loss,
+    ppo_loss_,
+    schemas,
+    token_logprobs_and_entropy,
+)
 from tests.conftest import (
     DTYPES,
     assert_as_exact_as_eager,
     awkward_rows,
     likeliest,
+    loss_inputs,
     ppo_loss_truth,
     run_ppo_loss,
     softmax_truth,
 )
 from tests.test_registered_ops import _samples
 
-# Name -> device, and the parts that rows of 4100 fp32 numbers are split into; 0: read twice.
+# Name -> device, the parts that rows of 4100 fp32 numbers are split into, and whether these are
+# copied on chip in bulk; if not, and in one part, they may also be read twice.
 DEVICES = {
-    "H200": ({}, 1),
-    "small": ({"shared_per_sm": 28 << 10}, 4),
-    "smaller": ({"shared_per_sm": 14 << 10}, 8),
-    "tiny": ({"shared_per_sm": 6 << 10}, 0),
-    "A100": ({"major": 8, "shared_per_block": 163 << 10, "shared_per_sm": 164 << 10}, 1),
-    "small, without clusters": ({"major": 8, "shared_per_sm": 28 << 10}, 0),
+    "H200": ({}, 1, True),
+    "H200, code for sm_80": ({"ptx": 80}, 1, False),
+    "small": ({"shared_per_sm": 28 << 10}, 4, True),
+    "smaller": ({"shared_per_sm": 14 << 10}, 8, True),
+    "tiny": ({"shared_per_sm": 6 << 10}, 1, False),
+    "A100": ({"major": 8, "shared_per_block": 163 << 10, "shared_per_sm": 164 << 10}, 1, False),
+    "small, without clusters": ({"major": 8, "shared_per_sm": 28 << 10}, 1, False),
 }
 VOCABULARIES = (7, 520, 4099, 4100, 4104)
 SEEDS = range(1, 6)
@@ -62,8 +72,39 @@ def test_every_way_to_keep_a_row(emulated, device, dtype, vocabulary):
     assert_as_exact_as_eager(grad, eager_grad, grad_truth)
     for ours, theirs, true in zip(result, eager, truth, strict=True):
         assert_as_exact_as_eager(ours, theirs, true, scale=15)
+    saved, _ = run_ppo_loss(ppo_loss, inputs, backend="native")
+    assert all(torch.equal(x, y) for x, y in zip(saved, result, strict=True))
+    scored = inputs["logits"], inputs["tokens"]
+    scores = token_logprobs_and_entropy(*scored, temperature=0.7, backend="native")
+    for x, y in zip(scores, (result.logprobs, result.token_entropy), strict=True):
+        assert torch.equal(x[inputs["mask"]], y[inputs["mask"]])
     if dtype == torch.float32 and vocabulary == 4100:
-        assert emulated.largest_cluster() == max(1, DEVICES[device][1])
+        assert emulated.largest_cluster() == DEVICES[device][1]
+        assert (emulated.bulk_copies() > 0) == DEVICES[device][2]
+    if vocabulary in (7, 4099):  # not aligned
+        assert emulated.bulk_copies() == 0
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "parts"),
+    [
+        (50257, torch.bfloat16, 2),
+        (128256, torch.bfloat16, 4),
+        (151936, torch.bfloat16, 4),
+        (262144, torch.bfloat16, 8),
+        (151936, torch.float32, 8),
+    ],
+)
+def test_parts_of_real_vocabularies_on_an_h200(emulated, vocabulary, dtype, parts):
+    inputs = loss_inputs(1, 3, vocabulary, dtype)
+    truth, grad_truth = ppo_loss_truth(**inputs)
+    eager, eager_grad = run_ppo_loss(ppo_loss_, inputs, backend="reference")
+    emulated.device()
+    result, grad = run_ppo_loss(ppo_loss_, inputs, backend="native")
+    assert_as_exact_as_eager(grad, eager_grad, grad_truth)
+    for ours, theirs, true in zip(result, eager, truth, strict=True):
+        assert_as_exact_as_eager(ours, theirs, true, scale=15)
+    assert emulated.largest_cluster() == parts
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,7 +143,7 @@ def test_no_op_depends_on_the_order_of_threads(emulated, name):
 
 
 def test_chunks_of_a_trajectory_find_each_other(emulated):
-    """Rows of many chunks, on fewer multiprocessors than there are chunks."""
+    """Rows of many chunks, of which few run at once."""
     rewards, values = torch.randn(2, 2, 11_001, dtype=torch.float64)
     mask, dones = torch.rand(2, 2, 11_001) < torch.tensor([0.9, 1e-4])[:, None, None]
     bounds = torch.tensor([0, 0, 513, 9000, 9000, 9001, 22_002, 22_002])

@@ -89,8 +89,9 @@ def test_native_runs_on_the_gpus_it_is_compiled_for(gpu, capability, archs, runs
 @needs_native
 def test_native_without_cuda_sources_says_how_to_get_them(gpu):
     gpu((9, 0), ())
-    assert "built without CUDA sources" in dispatch.why_not("native", "cuda")
-    assert "FORCE_CUDA=1" in dispatch.why_not("native", "cuda")
+    reason = dispatch.why_not("native", "cuda")
+    assert "built without CUDA sources" in reason
+    assert "an nvcc of the same CUDA major version as torch" in reason and "FORCE_CUDA=1" in reason
 
 
 @needs_native
@@ -177,6 +178,41 @@ def test_without_the_extension_everything_runs_on_reference_and_says_so():
     assert "no native backend, ops run on plain PyTorch" in result.stderr
     assert "native      cpu: missing: the C++ extension ppo_kernels._C" in result.stdout
     assert "auto        cpu: reference" in result.stdout
+
+
+# A torch for CUDA, with a GPU or not, and an extension of those archs; what then runs, and what the
+# report says.
+_FAKE_CUDA = """
+import sys, types, torch
+gpu, archs, triton = {gpu}, {archs}, {triton}
+info = dict(cuda_archs=archs, simd="-", simd_compiled=[], compiler="-", torch_target="-")
+sys.modules["ppo_kernels._C"] = types.ModuleType("ppo_kernels._C")
+sys.modules["ppo_kernels._C"].build_info = lambda: info
+sys.modules["ppo_kernels._triton"] = types.ModuleType("ppo_kernels._triton") if triton else None
+torch.version.cuda = "13.0"
+torch.cuda.is_available = lambda: gpu
+from ppo_kernels import __main__ as main
+if not gpu:
+    print(main.report())
+"""
+
+
+@pytest.mark.parametrize("archs", ((), DEFAULT))
+def test_report_says_why_a_gpu_is_not_used(archs):
+    result = _run("-c", _FAKE_CUDA.format(gpu=False, archs=archs, triton=True))
+    assert result.returncode == 0, result.stderr
+    reason = "PyTorch finds no GPU" if archs else "it is built without CUDA sources"
+    assert f"native      cuda: missing: {reason}" in result.stdout
+    assert "triton      cuda: missing: PyTorch finds no GPU" in result.stdout
+    assert "auto        cuda" not in result.stdout
+
+
+@pytest.mark.parametrize("archs", ((), DEFAULT))
+def test_without_triton_a_gpu_is_slow_only_if_native_is_not_for_it_either(archs):
+    result = _run("-c", _FAKE_CUDA.format(gpu=True, archs=archs, triton=False))
+    assert result.returncode == 0, result.stderr
+    warned = "no triton backend, ops run on plain PyTorch, many times slower on the GPU"
+    assert (warned in result.stderr) == (not archs)
 
 
 @pytest.mark.parametrize("name", ppo_kernels.__all__)

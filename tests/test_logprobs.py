@@ -295,11 +295,15 @@ def test_ids_out_of_range_are_named(backend, bad):
     tokens[1, 2] = bad
     logits = torch.randn(2, 3, 11)
     if waits_for_nothing(backend):
-        logprobs = token_logprobs(logits, tokens, backend=backend)
+        leaf = logits.requires_grad_()
+        logprobs = token_logprobs(leaf, tokens, backend=backend)
+        logprobs.sum().backward()
+        assert leaf.grad[1, 2].isnan().all()
+        assert leaf.grad.isfinite().all(-1).flatten().tolist() == [True] * 5 + [False]
         assert logprobs.isfinite().flatten().tolist() == [True] * 5 + [False]
         assert logprobs[1, 2].isnan()
         with pytest.raises(ValueError, match=rf"got nan for token {bad} at \[1, 2\]"):
-            check_logprobs(logprobs, tokens)
+            check_logprobs(logprobs.detach(), tokens)
         return
     with pytest.raises(ValueError, match=rf"tokens must be in \[0, 11\), got {bad} at \[1, 2\]"):
         token_logprobs(logits, tokens, backend=backend)

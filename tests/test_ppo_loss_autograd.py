@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ppo_kernels import ppo_loss, ppo_loss_
+from ppo_kernels import ppo_loss, ppo_loss_, token_logprobs_and_entropy
 from tests.conftest import (
     DTYPES,
     loss_inputs,
@@ -88,9 +88,22 @@ def test_in_place_storage_holds_the_gradient(backend, dtype, requires_grad):
     assert logits._version > version
     assert logits.data_ptr() == pointer
     assert result.loss.requires_grad == requires_grad
-    # Rounded alike, but for sums over other parts of a row.
-    torch.testing.assert_close(logits.detach(), expected_grad)
-    torch.testing.assert_close([x.detach() for x in result], list(expected))
+    assert torch.equal(logits.detach(), expected_grad)
+    assert all(torch.equal(x.detach(), y) for x, y in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("vocabulary", (50, 4099, 4100))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_in_place_scores_tokens_as_token_logprobs_does(backend, dtype, vocabulary):
+    """Bitwise, so that the ratio to log-probs of the same weights is exactly 1."""
+    inputs = loss_inputs(3, 5, vocabulary, dtype) | {"mask": None}
+    options = {"temperature": 0.7, "backend": backend}
+    expected = token_logprobs_and_entropy(inputs["logits"], inputs["tokens"], **options)
+    inputs["old_logprobs"] = expected.logprobs
+    result = ppo_loss_(**inputs, **options)
+    assert torch.equal(result.logprobs, expected.logprobs)
+    assert torch.equal(result.token_entropy, expected.entropy)
+    assert result.approx_kl == 0
 
 
 def test_in_place_writes_nothing_outside_a_view(backend):

@@ -100,7 +100,8 @@ def test_sass_of_sweeps(compiled, op):
     for x in found:
         assert len(sweeps(x)) == loads, x
         assert max(exponentials(x)) <= 1.25, x
-        assert [loop["exchanges"] for loop in sweeps(x)] == [0] * loads, x
+        for key in ("exchanges", "from_shared", "to_shared"):
+            assert [loop[key] for loop in sweeps(x)] == [0] * loads, x
         if "strided" not in x["call"]:
             assert {loop["narrowest_load"] for loop in sweeps(x)} == {128}, x
             assert sum(loop["narrowest_store"] == 128 for loop in sweeps(x)) == stores, x

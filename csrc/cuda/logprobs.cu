@@ -63,8 +63,10 @@ __global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
   }
   const T* z = logits[row];
   const int64_t token = tokens[row];
-  const auto gradient =
-      row_gradient(g, h, entropy[row], stats[row], temperature, logit_of(z, length, token), k);
+  const R logit = logit_of(z, length, token);
+  // NaN, as the log-probability of a token outside of the row.
+  const auto gradient = row_gradient(std::isnan(logit) ? logit : g, h, entropy[row], stats[row],
+                                     temperature, logit, k);
   write_gradient<T, kLayout>(gradient, InGlobal<T, kLayout>{z, length}, out, length, token, k);
 }
 

@@ -147,6 +147,9 @@ def _backward(
     if (g != 0.0) | (h != 0.0):
         stats = stats_ptr + 2 * row.to(tl.int64)
         token = tl.load(tokens_ptr + row).to(tl.int64)
+        logit = load_logit(logits_ptr, start, V, token, R)
+        # NaN, as the log-probability of a token outside of the row.
+        g = tl.where(logit == logit, g, logit)
         write_gradient(
             logits_ptr,
             grad_ptr,
@@ -154,7 +157,7 @@ def _backward(
             out_start,
             V,
             token,
-            load_logit(logits_ptr, start, V, token, R),
+            logit,
             g,
             h,
             tl.load(entropy_ptr + row),

@@ -64,14 +64,17 @@ def measured(reports):
 
 
 def sweeps(report):
-    """Loops that load from a tensor."""
-    return [loop for loop in report["loops"] if loop["loaded"]]
+    """Loops that load from a tensor, or what is kept of it in shared memory."""
+    return [loop for loop in report["loops"] if loop["loaded"] or loop["from_shared"]]
 
 
 def exponentials(report):
     """Of each sweep: `MUFU.EX2` per element loaded."""
     size = _BYTES[report["dtype"]]
-    return [loop["exponentials"] * size / loop["loaded"] for loop in sweeps(report)]
+    return [
+        loop["exponentials"] * size / (loop["loaded"] + loop["from_shared"])
+        for loop in sweeps(report)
+    ]
 
 
 def _span(numbers):

@@ -23,15 +23,16 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import torch
+
+from tests import ROOT, build_folder, setup_py
 from tests.compiled import _span, exponentials, sass
 
-ROOT = Path(__file__).parents[2]
-CACHE = ROOT / "build" / "compiled"
+CACHE = build_folder("compiled")
 MEASURED = "sm_90a"
 # As GCC and nvcc see it; torch's headers are not ours.
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 DTYPES = {"float": "float32", "BFloat16": "bfloat16", "Half": "float16", "double": "float64"}
-REGISTERS = 65_536  # of a multiprocessor, allotted in units of 8 to each thread of a warp
 MOST_THREADS = 1024  # of a kernel that does not say
 
 
@@ -55,27 +56,22 @@ def why_not():
     return None
 
 
-def _setup():
-    """setup.py, for its flags."""
-    spec = importlib.util.spec_from_file_location("ppo_kernels_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def known_archs():
+    """That nvcc can compile for."""
+    return setup_py().nvcc_says(cuda_home(), "--list-gpu-code").split()
 
 
 def command(home):
     """nvcc and its flags."""
     from torch.utils import cpp_extension
 
-    os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
-    setup = _setup()
-    major, minor = setup.TORCH_TARGET
+    setup = setup_py()
     return [
         f"{home}/bin/nvcc",
         *(flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)),
-        f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
+        f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}",
         *cpp_extension.COMMON_NVCC_FLAGS,
-        *("-Xcompiler", "-fPIC", *setup.NVCC_FLAGS.split(), *setup.cuda_code(home)),
+        *("-Xcompiler", "-fPIC", *setup.NVCC_FLAGS.split(), *setup.default_code(home)),
         *("-Xptxas", "-v", *WARNINGS),
     ]
 
@@ -85,7 +81,7 @@ def link(objects, target):
     from torch.utils import cpp_extension
 
     folders = [flag for path in cpp_extension.library_paths() for flag in ("-L", path)]
-    libraries = ["-lc10", "-ltorch_cpu", *_setup().cuda_link_flags(cuda_home())]
+    libraries = ["-lc10", "-ltorch_cpu", *setup_py().cuda_link_flags(cuda_home())]
     files = [str(CACHE / name) for name in objects]
     subprocess.run(["c++", "-shared", *files, *folders, *libraries, "-o", str(target)], check=True)
 
@@ -102,8 +98,9 @@ def _with_headers(path, found):
 def _key(source, nvcc):
     """Of all that the result depends on."""
     files = [*_with_headers(source, set()), Path(__file__), Path(sass.__file__)]
-    content = hashlib.sha256(" ".join(nvcc).encode())
-    content.update(subprocess.run([nvcc[0], "--version"], capture_output=True).stdout)
+    content = hashlib.sha256(" ".join([*nvcc, torch.__version__]).encode())
+    for compiler in (nvcc[0], "c++"):
+        content.update(subprocess.run([compiler, "--version"], capture_output=True).stdout)
     for path in sorted(files):
         content.update(path.read_bytes())
     return content.hexdigest()[:16]
@@ -151,7 +148,6 @@ def _machine_code(cubin):
             "load": parsed.load,
             "store": parsed.store,
             "bulk_loads": len(re.findall(r"\bUBLKCP\.S\.G\b", code)),
-            "bulk_stores": len(re.findall(r"\bUBLKCP\.G\.S\b", code)),
             "loops": [x._asdict() for x in parsed.loops],
         }
     return found
@@ -215,7 +211,9 @@ def cached(source, nvcc):
         reports = compile_file(source, nvcc, path.with_suffix(".o"))
         if any("error" in x for x in reports):
             return reports
-        path.write_text(json.dumps(reports))
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps(reports))
+        os.replace(beside, path)
     return json.loads(path.read_text())
 
 
@@ -261,12 +259,6 @@ def measured(reports):
     return [x for x in kernels(reports) if x["target"] == MEASURED]
 
 
-def registers_taken(report):
-    """By as many CTAs as the kernel says fit on a multiprocessor."""
-    warps = math.ceil(report["threads"] / 32)
-    return report["ctas"] * warps * 32 * math.ceil(report["registers"] / 8) * 8
-
-
 def table(reports):
     """Lines: a kernel and dtype each, over all variants and targets of it."""
     groups = defaultdict(list)
@@ -274,7 +266,7 @@ def table(reports):
         groups[x["kernel"], x["dtype"]].append(x)
     targets = sorted({x["target"] for x in kernels(reports)}, key=lambda x: int(x[3:].rstrip("a")))
     uses = ("threads", "ctas", "spills", "stack", "shared")
-    does = ("load", "store", "bulk_loads", "bulk_stores")
+    does = ("load", "store", "bulk_loads")
     heads = "kernel", "dtype", "variants", *(f"registers {x}" for x in targets), *uses
     rows = [(*heads, "EX2/element", *(x.replace("_", " ") for x in does))]
     for (kernel, dtype), found in sorted(groups.items()):

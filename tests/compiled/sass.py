@@ -12,13 +12,15 @@ _TARGET = re.compile(r"`\((\.L\w+)\)")
 
 
 class Loop(NamedTuple):
-    """An innermost loop, per thread and iteration: widths in bits, `loaded` in bytes."""
+    """An innermost loop, per thread and iteration: widths in bits, what is loaded in bytes."""
 
     exponentials: int
     loaded: int
-    narrowest_load: int
+    from_shared: int  # bytes, which `loaded` does not count
+    narrowest_load: int  # from either
     narrowest_store: int
-    exchanges: int  # barriers, and values passed between threads
+    exchanges: int  # barriers, and values passed between threads of a warp
+    to_shared: int  # bytes
 
 
 class Sass(NamedTuple):
@@ -41,19 +43,23 @@ def _of_kind(opcodes, *kinds):
 
 def _loop(opcodes):
     loads, stores = _of_kind(opcodes, "LDG", "LDGSTS"), _of_kind(opcodes, "STG")
+    shared = _of_kind(opcodes, "LDS")
     return Loop(
         exponentials=sum(x.startswith("MUFU.EX2") for x in opcodes),
         loaded=sum(loads) // 8,
-        narrowest_load=min(loads, default=0),
+        from_shared=sum(shared) // 8,
+        narrowest_load=min(loads + shared, default=0),
         narrowest_store=min(stores, default=0),
-        exchanges=sum(x.split(".")[0] in ("BAR", "SHFL", "LDS", "STS") for x in opcodes),
+        exchanges=len(_of_kind(opcodes, "BAR", "SHFL")),
+        to_shared=sum(_of_kind(opcodes, "STS")) // 8,
     )
 
 
 def parse(text):
     """Sass of a kernel as `nvdisasm -c` prints it: a loop ends in a conditional jump back.
 
-    Unconditional ones lead from rare code, laid out at the end, back to where it was left.
+    Unconditional ones lead from rare code, laid out at the end, back to where it was left. What
+    only waits, for a barrier that counts bytes, is no loop.
     """
     labels = {x[1]: x.start() for x in _LABEL.finditer(text)}
     found, spans = [], []
@@ -63,6 +69,8 @@ def parse(text):
         target = _TARGET.search(operands)
         if opcode == "BRA" and predicate and target and labels[target[1]] < x.start():
             spans.append((labels[target[1]], x.start()))
+    touches = [at for at, opcode in found if opcode.startswith(("LD", "ST"))]
+    spans = [(begin, end) for begin, end in spans if any(begin <= at <= end for at in touches)]
     innermost = [
         (begin, end)
         for begin, end in spans

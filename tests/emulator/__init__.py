@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 
 from ppo_kernels import schemas
+from tests import ROOT, build_folder, setup_py
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-FOLDER = ROOT / "build" / "emulated"
 
-# As setup.py has it; kernels read memory as other types than it was written as.
+# Kernels read memory as other types than it was written as.
 FLAGS = (
     "-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing "
-    "-U_FORTIFY_SOURCE -DTORCH_TARGET_VERSION=0x020a000000000000 -Wno-attributes"
+    f"-U_FORTIFY_SOURCE -Wno-attributes -DTORCH_TARGET_VERSION={setup_py().TORCH_TARGET_VERSION}"
 )
 # A misaligned access calls a function of ours, see runtime.cpp.
 CUDA_FLAGS = f"-x c++ -include {HERE}/emulator.h -fsanitize=alignment"
@@ -51,15 +50,23 @@ class Unavailable(RuntimeError):
     """Nothing can be compiled here."""
 
 
+def _ninja():
+    """The command: its module is there too where the environment is not activated."""
+    if shutil.which("ninja") is not None:
+        return ["ninja"]
+    if importlib.util.find_spec("ninja") is None:
+        raise Unavailable("ninja is not installed")
+    return [sys.executable, "-m", "ninja"]
+
+
 def build(sources=None, name="kernels"):
     """Compile CUDA C++ files, those of the package unless told, and return the library's path."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if sources is None else sources
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(shlex.split(compiler)[0]) is None:
         raise Unavailable(f"there is no C++ compiler ({compiler})")
-    if importlib.util.find_spec("ninja") is None:
-        raise Unavailable("ninja is not installed")
-    folder = FOLDER / name
+    ninja = _ninja()
+    folder = build_folder("emulated") / name
     folder.mkdir(parents=True, exist_ok=True)
     site = Path(torch.__file__).parent
     include = f"-I{HERE} -I{site / 'include'} -I{sysconfig.get_paths()['include']}"
@@ -71,14 +78,19 @@ def build(sources=None, name="kernels"):
         if source.suffix == ".cu":
             lines.append(f"  flags = {FLAGS} {CUDA_FLAGS} {include}")
     lines.append(f"build {name}.so: link {' '.join(objects)}\n")
-    # Several test runs may share the folder.
+    # Several test runs may share the folder. Ninja keeps the lock if this one is killed.
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text("\n".join(lines))
-        ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-j2"]
-        result = subprocess.run(ninja, capture_output=True, text=True)
+        result = subprocess.run(
+            [*ninja, "-C", str(folder), "-j2"],
+            capture_output=True,
+            text=True,
+            pass_fds=(lock.fileno(),),
+        )
     if result.returncode != 0:
-        raise RuntimeError(f"the emulated kernels do not compile:\n{result.stdout}")
+        log = result.stdout + result.stderr
+        raise RuntimeError(f"the emulated kernels do not compile:\n{log}")
     return folder / f"{name}.so"
 
 
@@ -88,12 +100,14 @@ class Emulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
-        for name in ("switches", "launches", "last_cluster", "largest_cluster"):
+        for name in ("switches", "launches", "last_cluster", "largest_cluster", "bulk_copies"):
             getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
 
-    def device(self, major=9, shared_per_block=232448, shared_per_sm=233472):
-        """From now on the device is one of this compute capability and shared memory (bytes)."""
-        self.library.emulator_device(major, shared_per_block, shared_per_sm)
+    def device(self, major=9, shared_per_block=232448, shared_per_sm=233472, ptx=None):
+        """From now on the device is one of this compute capability and shared memory (bytes), and
+        the code that it runs for sm_`ptx`, unless told of 90 from capability 9 on, else of 80."""
+        ptx = (90 if major >= 9 else 80) if ptx is None else ptx
+        self.library.emulator_device(major, shared_per_block, shared_per_sm, ptx)
 
     def seed(self, seed):
         """The same seed gives the same order of threads in all launches that follow."""
@@ -114,16 +128,30 @@ class Emulator:
         """Blocks in a cluster of any launch since `device` was called."""
         return self.library.emulator_largest_cluster()
 
+    def bulk_copies(self):
+        """Since `device` was called."""
+        return self.library.emulator_bulk_copies()
+
 
 @functools.cache
-def load(sources=None):
-    """Build the package's kernels, all unless told (a tuple of paths), and register them for CPU
-    tensors as `ppo_kernels_emulated`.
+def _loaded():
+    """The emulator, or the error, which is the same each time: nothing is built twice."""
+    try:
+        path = build()
+        schemas.NAMESPACE["emulated"] = "ppo_kernels_emulated"
+        schemas.define("emulated")
+        torch.ops.load_library(path)
+    except (RuntimeError, OSError) as error:
+        return error
+    return Emulator(path)
+
+
+def load():
+    """Build the package's kernels and register them for CPU tensors as `ppo_kernels_emulated`.
 
     Raises `Unavailable`, with the reason, where nothing can be compiled.
     """
-    path = build(sources)
-    schemas.NAMESPACE["emulated"] = "ppo_kernels_emulated"
-    schemas.define("emulated")
-    torch.ops.load_library(path)
-    return Emulator(path)
+    loaded = _loaded()
+    if isinstance(loaded, Exception):
+        raise loaded.with_traceback(None)
+    return loaded

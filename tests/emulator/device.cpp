@@ -5,6 +5,9 @@
 #include "state.h"
 
 namespace emulator {
+
+uint64_t bulk_copies = 0;
+
 namespace {
 
 // A part of the shared memory of the running thread's block.
@@ -17,7 +20,7 @@ bool in_shared(const void* p, size_t bytes) {
 uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 void need_sm90(Site at) {
-  if (device_major < 9) fail("needs compute capability 9.0", at);
+  if (ptx_version < 90) fail("needs code for compute capability 9.0", at);
 }
 
 // A lane that a collective of this warp names will not come to it.
@@ -153,6 +156,7 @@ uint32_t cluster_rank(Site at) {
 void cluster_arrive(Site at) {
   need_sm90(at);
   if (running->arrived) fail("cluster_arrive again without cluster_wait", at);
+  if (running->unfenced) fail("cluster_arrive after in_cluster without fence_cluster", at);
   Cluster& cluster = *running->block->cluster;
   running->arrived = true;
   running->phase = cluster.phase;
@@ -172,6 +176,11 @@ void cluster_wait(Site at) {
   wait_for(Wait::cluster, at);
 }
 
+void fence_cluster(Site at) {
+  need_sm90(at);
+  running->unfenced = false;
+}
+
 const void* in_cluster(const void* p, uint32_t rank, Site at) {
   need_sm90(at);
   Cluster& cluster = *running->block->cluster;
@@ -182,6 +191,7 @@ const void* in_cluster(const void* p, uint32_t rank, Site at) {
     fail("in_cluster: the other block may not have started, no cluster barrier was passed", at);
   }
   if (peer.live == 0) fail("in_cluster: the other block has exited", at);
+  running->unfenced = true;  // it may be to write there
   return peer.shared + (static_cast<const char*>(p) - running->block->shared);
 }
 
@@ -210,6 +220,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* place
   if (bytes >= 1 << 20) fail("bulk_copy of more bytes than a barrier counts", at);
   if (!in_shared(shared, bytes)) fail("bulk_copy beyond shared memory", at);
   barrier.used = true;
+  ++bulk_copies;
   const bool lazy = random_below(2) == 0;
   const uint32_t delay = uint32_t(random_below(16));
   copies.push_back({running->block, shared, global, bytes, &barrier, delay, lazy});

@@ -89,7 +89,7 @@ void start_block(Cluster& cluster, uint32_t rank, Dimensions first) {
     thread->block = &block;
     thread->wait = Wait::none;
     thread->site = Site{};
-    thread->arrived = false;
+    thread->arrived = thread->unfenced = false;
     thread->warp().live |= 1u << thread->lane();
     block.threads.push_back(thread);
     runnable.push_back(thread);

@@ -16,6 +16,7 @@
 
 #include <bit>
 #include <cmath>
+#include <concepts>
 #include <cstring>
 #include <type_traits>
 
@@ -95,50 +96,32 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
   return emulator::shuffle(mask, value, from > emulator::last_lane(width) ? lane : from, at);
 }
 
-template <class T>
-  requires std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>
-T atomicAdd(T* address, std::type_identity_t<T> value,
-            emulator::Site at = emulator::Site::current()) {
+inline unsigned atomicAdd(unsigned* address, unsigned value,
+                          emulator::Site at = emulator::Site::current()) {
   emulator::maybe_yield(at);
-  const T old = *address;
+  const unsigned old = *address;
   *address = old + value;
   emulator::flag_changed();
   return old;
-}
-
-inline void __threadfence(emulator::Site at = emulator::Site::current()) {
-  emulator::maybe_yield(at);
 }
 
 [[noreturn]] inline void __trap(emulator::Site at = emulator::Site::current()) {
   emulator::fail("__trap()", at);
 }
 
-inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 
 inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
-inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(unsigned(x)) + 1; }
 
-// Of floating-point numbers the one that is not NaN.
-template <class A, class B>
-  requires std::is_arithmetic_v<A> && std::is_arithmetic_v<B>
+template <std::integral A, std::integral B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmin(T(a), T(b));
   return T(b) < T(a) ? T(b) : T(a);
 }
 
-template <class A, class B>
-  requires std::is_arithmetic_v<A> && std::is_arithmetic_v<B>
+template <std::integral A, std::integral B>
 constexpr std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmax(T(a), T(b));
   return T(a) < T(b) ? T(b) : T(a);
 }
 

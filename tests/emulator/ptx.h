@@ -21,12 +21,12 @@ inline void cluster_arrive(emulator::Site at = emulator::Site::current()) {
   emulator::cluster_arrive(at);
 }
 
-inline void cluster_arrive_relaxed(emulator::Site at = emulator::Site::current()) {
-  emulator::cluster_arrive(at);
-}
-
 inline void cluster_wait(emulator::Site at = emulator::Site::current()) {
   emulator::cluster_wait(at);
+}
+
+inline void fence_cluster(emulator::Site at = emulator::Site::current()) {
+  emulator::fence_cluster(at);
 }
 
 template <class P>

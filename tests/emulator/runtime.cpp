@@ -11,7 +11,7 @@
 
 namespace emulator {
 
-int device_major = 9;
+int device_major = 9, ptx_version = 90;
 
 namespace {
 
@@ -24,14 +24,8 @@ struct Device {
 } device{232448, 233472};  // of sm_90
 
 std::map<const void*, size_t> shared_bytes_granted;
-cudaError_t last_error = cudaSuccess;
 uint64_t launches = 0, last_cluster = 0, largest_cluster = 0;
 std::mutex one_launch;  // calls may come from several threads of Python
-
-cudaError_t result(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
-  return error;
-}
 
 Dimensions dimensions(const dim3& d) { return {d.x, d.y, d.z}; }
 
@@ -43,7 +37,7 @@ cudaError_t check(const Launch& kernel, const void* function) {
     return cudaErrorInvalidConfiguration;
   }
   if (cluster.count() > 1 &&
-      (device_major < 9 || cluster.count() > kMostBlocksInCluster || grid.x % cluster.x != 0 ||
+      (ptx_version < 90 || cluster.count() > kMostBlocksInCluster || grid.x % cluster.x != 0 ||
        grid.y % cluster.y != 0 || grid.z % cluster.z != 0)) {
     return cudaErrorInvalidConfiguration;
   }
@@ -58,7 +52,7 @@ cudaError_t check(const Launch& kernel, const void* function) {
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value > device.shared_per_block) return result(cudaErrorInvalidValue);
+  if (value < 0 || value > device.shared_per_block) return cudaErrorInvalidValue;
   shared_bytes_granted[kernel] = size_t(value);
   return cudaSuccess;
 }
@@ -76,7 +70,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function,
     const auto& size = config.attrs[i].val.clusterDim;
     kernel.cluster = {size.x, size.y, size.z};
   }
-  const cudaError_t error = result(check(kernel, function));
+  const cudaError_t error = check(kernel, function);
   if (error != cudaSuccess) return error;
   ++launches;
   last_cluster = kernel.cluster.count();
@@ -100,34 +94,16 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-cudaError_t cudaGetLastError() {
-  const cudaError_t error = last_error;
-  last_error = cudaSuccess;
-  return error;
-}
-
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = 4;  // few, so that small tests have more blocks than a device holds
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = device_major;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = device.shared_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = device.shared_per_block;
       return cudaSuccess;
     case cudaDevAttrReservedSharedMemoryPerBlock:
       *value = 1024;
       return cudaSuccess;
   }
-  return result(cudaErrorInvalidValue);
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
@@ -166,14 +142,17 @@ void __ubsan_handle_type_mismatch_v1(const Misaligned* place, uintptr_t) {
 
 // --- called from Python
 
-AOTI_TORCH_EXPORT void emulator_device(int major, int shared_per_block, int shared_per_sm) {
+AOTI_TORCH_EXPORT void emulator_device(int major, int shared_per_block, int shared_per_sm,
+                                       int ptx) {
   device_major = major;
+  ptx_version = ptx;
   device = {shared_per_block, shared_per_sm};
-  largest_cluster = 0;
+  largest_cluster = bulk_copies = 0;
 }
 
 AOTI_TORCH_EXPORT void emulator_seed(uint64_t value) { seed(value); }
 AOTI_TORCH_EXPORT uint64_t emulator_switches() { return switches; }
+AOTI_TORCH_EXPORT uint64_t emulator_bulk_copies() { return bulk_copies; }
 AOTI_TORCH_EXPORT uint64_t emulator_launches() { return launches; }
 AOTI_TORCH_EXPORT uint64_t emulator_last_cluster() { return last_cluster; }
 AOTI_TORCH_EXPORT uint64_t emulator_largest_cluster() { return largest_cluster; }

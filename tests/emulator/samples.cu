@@ -22,6 +22,7 @@ enum Fault {
   no_first_cluster_barrier,
   no_second_cluster_barrier,
   no_last_cluster_barrier,
+  no_fence_cluster,
   wait_after_read,
   nobody_waits,
   no_barriers_ready,
@@ -80,6 +81,7 @@ __global__ void exchange(const float* x, float* out, Fault fault) {
     cluster_wait();
   }
   in_cluster(mine, (rank + 1) % size)[threadIdx.x] = x[i];
+  if (fault != no_fence_cluster) fence_cluster();
   if (fault != no_second_cluster_barrier) {
     cluster_arrive();
     cluster_wait();
@@ -87,6 +89,7 @@ __global__ void exchange(const float* x, float* out, Fault fault) {
   __syncwarp();  // which lanes reach while others of their warp have not come to cluster_wait
   out[i] = mine[threadIdx.x] + in_cluster(mine, (rank + 2) % size)[threadIdx.x];
   if (fault != no_last_cluster_barrier) {
+    fence_cluster();
     cluster_arrive();
     cluster_wait();
   }

@@ -49,6 +49,7 @@ uint64_t exchange(Collective kind, uint32_t mask, uint64_t value, uint32_t sourc
 uint32_t cluster_rank(Site at);
 void cluster_arrive(Site at);
 void cluster_wait(Site at);
+void fence_cluster(Site at);
 const void* in_cluster(const void* p, uint32_t rank, Site at);
 
 void barrier_init(uint64_t* barrier, Site at);
@@ -56,10 +57,10 @@ void barriers_ready(Site at);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Site at);
 void barrier_wait(uint64_t* barrier, Site at);
 
-// Of the emulated device.
-extern int device_major;
+// Of the emulated device, and of the PTX that its code was compiled from (90 for sm_90).
+extern int device_major, ptx_version;
 // Starts the random order anew.
 void seed(uint64_t value);
-extern uint64_t switches;
+extern uint64_t switches, bulk_copies;
 
 }  // namespace emulator

@@ -38,6 +38,7 @@ struct Thread : Fiber {
   uint64_t value;
 
   bool arrived;    // at the barrier of the cluster, and has not waited since
+  bool unfenced;   // reached into the shared memory of its cluster after its last fence
   uint64_t phase;  // of the cluster, when it arrived
 
   uint32_t lane() const { return linear % 32; }
