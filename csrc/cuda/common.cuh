@@ -28,7 +28,9 @@ __attribute__((weak)) AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardOpaqu
 namespace ppo::cuda {
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // Or whoever asks next takes it for his own.
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 
 template <class T>
@@ -72,10 +74,10 @@ class Device {
     return value;
   }
 
-  // Whether the code that runs here of a kernel was compiled for sm_90 or later: a device may also
-  // have compiled what was written for an older one.
+  // Whether the code of a kernel that runs on this device was compiled for sm_90 or later: the
+  // driver may have compiled the PTX of an older one.
   template <class... Parameters>
-  static bool has_sm90(void (*kernel)(Parameters...)) {
+  bool has_sm90(void (*kernel)(Parameters...)) const {
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, kernel));
     return attributes.ptxVersion >= 90;
@@ -95,8 +97,9 @@ class Device {
     // What a kernel is granted without asking.
     constexpr int64_t kGranted = 48 << 10;
     if (grid.shared > kGranted) {
+      // All there is, whoever asks: another thread may launch the same kernel for longer rows.
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(grid.shared)));
+                                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared));
     }

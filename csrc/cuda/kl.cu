@@ -9,7 +9,7 @@ template <Layout kLayout>
 constexpr int kPairs = kInFlight<kLayout> / 2;
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
+__global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     forward(Rows<T> logits, Rows<T> ref_logits, int length, Real<T> k, Real<T>* result,
             RowStats<Real<T>>* stats, RowStats<Real<T>>* ref_stats) {
   using State = JointState<Real<T>>;
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logit
 
 // p (log p - log q - KL) g / τ = 2^t (a + b (t - t_ref)), 0 where 2^t is.
 template <class T, Layout kLayout>
-struct Gradient {
+struct JointGradient {
   using R = Real<T>;
   struct Loaded {
     uint4 logits, ref_logits;
@@ -84,7 +84,7 @@ struct Gradient {
 };
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
+__global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_kl, Rows<T> logits, Rows<T> ref_logits, int length,
              const Real<T>* divergence, const RowStats<Real<T>>* stats,
              const RowStats<Real<T>>* ref_stats, Real<T> temperature, Real<T> k, T* grad_logits) {
@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
   const R weight = g * std::exp2(-p.log2_sum) / temperature;
   const R a = weight * (R(kLn2) * (q.log2_sum - p.log2_sum) - divergence[row]);
   write_row<T, kLayout>(out, length,
-                        Gradient<T, kLayout>{{logits[row], length},
-                                             {ref_logits[row], length},
-                                             k,
-                                             p.shift,
-                                             q.shift,
-                                             a,
-                                             weight * R(kLn2)});
+                        JointGradient<T, kLayout>{{logits[row], length},
+                                                  {ref_logits[row], length},
+                                                  k,
+                                                  p.shift,
+                                                  q.shift,
+                                                  a,
+                                                  weight * R(kLn2)});
 }
 
 Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl,

@@ -5,7 +5,7 @@ namespace ppo::cuda {
 namespace {
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
+__global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     forward(Rows<T> logits, Ids tokens, int length, Division division, Real<T> k, Real<T>* logprobs,
             Real<T>* entropy, RowStats<Real<T>>* stats) {
   using R = Real<T>;
@@ -13,9 +13,11 @@ __global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
   begin_row(division);
   const T* z = logits[part.row];
   auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
+  const bool writes = threadIdx.x == 0 && part.index == 0;
+  const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
   state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), division, part);
-  if (threadIdx.x > 0 || part.index > 0) return;
-  const auto scored = score(state, logit_of(z, length, tokens[part.row]), k);
+  if (!writes) return;
+  const auto scored = score(state, logit, k);
   logprobs[part.row] = scored.logprob;
   entropy[part.row] = scored.entropy;
   stats[part.row] = scored.stats;
@@ -36,18 +38,17 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, 
     const int64_t length = logits.size(-1);
     with_layout(layout_of(length, z), [&](auto layout) {
       const auto kernel = forward<T, layout>;
-      const auto division = division_of<T>(device, length, Device::has_sm90(kernel));
-      device.launch(kernel,
-                    {tokens.numel() * division.parts, division.threads, kHead, division.parts}, z,
-                    Ids(ids), length, division, kLog2E / temperature, data<R>(logprobs),
-                    data<R>(entropy), data<RowStats<R>>(stats));
+      const auto division = division_of<T>(device, length, device.has_sm90(kernel));
+      device.launch(kernel, division.grid(tokens.numel(), sizeof(States<R>)), z, Ids(ids), length,
+                    division, kLog2E / temperature, data<R>(logprobs), data<R>(entropy),
+                    data<RowStats<R>>(stats));
     });
     return std::tuple(logprobs, entropy, stats);
   });
 }
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
+__global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_logprobs, const Real<T>* grad_entropy, Rows<T> logits, Ids tokens,
              const Real<T>* entropy, const RowStats<Real<T>>* stats, int length,
              Real<T> temperature, Real<T> k, T* grad_logits) {

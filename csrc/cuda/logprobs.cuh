@@ -11,17 +11,20 @@ struct Division {
   int parts, length, threads;
   bool kept;
   int64_t shared;
+
+  Grid grid(int64_t rows, int64_t bytes) const { return {rows * parts, threads, bytes, parts}; }
 };
 
-constexpr int kMostParts = 8;
-// So little that a quarter of 151,936 bf16 logits fits three times on an H200.
+constexpr int kMostParts = 8;  // What every device with clusters has, but parts of one may not.
+// Room for what precedes the logits: so little that a quarter of 151,936 bf16 logits fits three
+// times on an H200.
 constexpr int64_t kHead = 832;
 // How often the threads of a CTA may copy kTogether vectors each into shared memory.
 constexpr int kMostCopies = 16;
 
 // The fewest parts of which three, or else two, fit on a multiprocessor. If rows are too long for
 // that they are not kept, nor divided. Of nothing but the device, V and dtype, for all kernels that
-// read a row for its statistics: these are then bitwise the same.
+// score tokens: the scores are then bitwise the same.
 template <class T>
 Division division_of(const Device& device, int64_t length, bool clusters) {
   constexpr int64_t n = kVector<T>;
@@ -67,7 +70,8 @@ __device__ __forceinline__ void begin_row(const Division& division) {
 }
 
 // The state of a row, in the first warp of each of its CTAs, from those of all threads. What the
-// first thread read before is read before anything is written after, also by another CTA.
+// first thread read before is read before anything is written after, also by another CTA: it is one
+// of those that fence.
 template <class R>
 __device__ SoftmaxState<R> merge_row(SoftmaxState<R> state, States<R>& states,
                                      const Division& division, const Part& part) {

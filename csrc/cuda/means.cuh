@@ -63,11 +63,11 @@ struct Scalars {
 };
 
 // Mean i is the sum of parts [i * count, (i + 1) * count) over the denominator: a CTA for each.
-template <class R, class Part, int kMeans>
+template <class R, class Summand, int kMeans>
 __global__ void __launch_bounds__(kTokenThreads)
-    mean_parts(const Part* parts, int64_t count, Denominator denominator,
+    mean_parts(const Summand* parts, int64_t count, Denominator denominator,
                const __grid_constant__ Scalars<R, kMeans> means) {
-  const Part* mine = parts + blockIdx.x * count;
+  const Summand* mine = parts + blockIdx.x * count;
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kTokenThreads) sum += double(mine[i]);
   sum = cta_sum(sum, reinterpret_cast<double*>(shared_memory()));
@@ -75,20 +75,20 @@ __global__ void __launch_bounds__(kTokenThreads)
 }
 
 // The means of the rows of `parts` (kMeans, count).
-template <class R, class Part, size_t... i>
+template <class R, class Summand, size_t... i>
 auto means(const Device& device, const Tensor& parts, const Denominator& denominator,
            std::index_sequence<i...>) {
   constexpr int kMeans = sizeof...(i);
   const Tensor results[] = {(void(i), empty<R>(parts, {}))...};
-  device.launch(mean_parts<R, Part, kMeans>, Grid{kMeans, kTokenThreads, kSumScratch},
-                data<Part>(parts), parts.size(1), denominator,
+  device.launch(mean_parts<R, Summand, kMeans>, Grid{kMeans, kTokenThreads, kSumScratch},
+                data<Summand>(parts), parts.size(1), denominator,
                 Scalars<R, kMeans>{{data<R>(results[i])...}});
   return std::tuple(results[i]...);
 }
 
-template <int kMeans, class R, class Part>
+template <int kMeans, class R, class Summand>
 auto means(const Device& device, const Tensor& parts, const Denominator& denominator) {
-  return means<R, Part>(device, parts, denominator, std::make_index_sequence<kMeans>{});
+  return means<R, Summand>(device, parts, denominator, std::make_index_sequence<kMeans>{});
 }
 
 }  // namespace ppo::cuda

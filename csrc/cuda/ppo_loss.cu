@@ -5,7 +5,8 @@ namespace ppo::cuda {
 namespace {
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>)) saved(Call<T> call) {
+__global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
+    saved(Call<T> call) {
   using R = Real<T>;
   const Part part(call.division, call.length);
   const bool writes = part.index == 0 && threadIdx.x == 0;
@@ -16,9 +17,10 @@ __global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>)) sa
   begin_row(call.division);
   const T* z = call.logits[part.row];
   auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, call.k, KeepNothing{});
+  TokenInput<R> token{};
+  if (writes) token = token_input(call, part.row, z);
   state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), call.division, part);
   if (!writes) return;
-  const auto token = token_inputs(call, part.row, z);
   token_loss(call, part.row, token, score(state, token.logit, call.k), true);
 }
 
@@ -44,9 +46,8 @@ Results ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advan
     call.grad_entropy = data<R>(h);
     with_layout(layout_of(call.length, call.logits), [&](auto layout) {
       const auto kernel = saved<T, layout>;
-      call.division = division_of<T>(device, call.length, Device::has_sm90(kernel));
-      const auto& [parts, _, threads, kept, bytes] = call.division;
-      device.launch(kernel, {call.count * parts, threads, kHead, parts}, call);
+      call.division = division_of<T>(device, call.length, device.has_sm90(kernel));
+      device.launch(kernel, call.division.grid(call.count, sizeof(States<R>)), call);
     });
     return std::tuple_cat(loss.results(device), std::tuple(stats, g, h));
   });

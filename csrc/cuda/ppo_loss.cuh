@@ -53,13 +53,13 @@ __device__ void write_no_loss(const Call<T>& call, uint32_t row) {
 
 // What the first thread of a CTA reads of a row's token.
 template <class R>
-struct TokenInputs {
+struct TokenInput {
   int64_t id;
   R logit, old_logprob, advantage, ref_logprob, denominator;
 };
 
 template <class T>
-__device__ TokenInputs<Real<T>> token_inputs(const Call<T>& call, uint32_t row, const T* z) {
+__device__ TokenInput<Real<T>> token_input(const Call<T>& call, uint32_t row, const T* z) {
   using R = Real<T>;
   const int64_t id = call.tokens[row];
   const R ref_logprob = call.ref_logprobs ? call.ref_logprobs[row] : R(0);
@@ -71,7 +71,7 @@ __device__ TokenInputs<Real<T>> token_inputs(const Call<T>& call, uint32_t row, 
 // log-probability is not finite.
 template <class T>
 __device__ Upstream<Real<T>> token_loss(const Call<T>& call, uint32_t row,
-                                        const TokenInputs<Real<T>>& token,
+                                        const TokenInput<Real<T>>& token,
                                         const Scored<Real<T>>& scored, bool writes) {
   using R = Real<T>;
   const Objective<R>& objective = call.objective;

@@ -1,9 +1,9 @@
 // ppo_loss_ and rescale_; formulas in ppo_kernels/ppo_loss.py.
 //
 // A row stays on chip between its statistics and its gradient: the logits cross memory once each
-// way. It is shared out over the CTAs of a cluster, so that at least two CTAs, of different rows,
-// fit on a multiprocessor: one loads while another computes or stores. Rows that are too long are
-// read again, from the second-level cache where it still has them.
+// way. It is shared out over the CTAs of a cluster, so that two or three of them fit in the shared
+// memory of a multiprocessor: one loads while another computes or stores. Rows that are too long
+// are read again, from the second-level cache where it still has them.
 #include "ppo_loss.cuh"
 
 namespace ppo::cuda {
@@ -13,12 +13,13 @@ namespace {
 template <class R>
 struct Head {
   States<R> states;
-  TokenInputs<R> token;
+  TokenInput<R> token;
   RowGradient<R> gradient;
   Barrier copied[kMostCopies];
 };
 
-// By one thread: begins to copy `n` elements of a row, kTogether vectors of each thread at a time.
+// By one thread: begins to copy what of a row is to be kept, kTogether vectors of each thread at a
+// time.
 template <class T, class Place>
 __device__ void begin_copies(const T* row, const Place& kept, Barrier* copied) {
   const int size = kTogether * int(blockDim.x), copies = ceil_div(kept.count, size);
@@ -50,7 +51,7 @@ __device__ __forceinline__ SoftmaxState<Real<T>> copied_statistics(const InShare
 
 // Rows are `kKept` on chip, brought by bulk copies or by their threads, or read twice.
 template <class T, Layout kLayout, bool kKept>
-__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
+__global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     in_place(Call<T> call, bool in_bulk) {
   using R = Real<T>;
   const Part part(call.division, call.length);
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
     if (first) begin_copies(mine, kept, head.copied);
     __syncthreads();
     // While the copies are under way.
-    if (first) head.token = token_inputs(call, part.row, z);
+    if (first) head.token = token_input(call, part.row, z);
     state = copied_statistics(kept, part.length, head.copied, call.k);
   } else {
     state = thread_statistics<T, kLayout>(mine, part.length, call.k,
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
                                             if constexpr (kKept)
                                               kept.template keep<whole>(i, vector);
                                           });
-    if (first) head.token = token_inputs(call, part.row, z);
+    if (first) head.token = token_input(call, part.row, z);
   }
   state = merge_row(state, head.states, call.division, part);
   if (first) {
@@ -101,11 +102,10 @@ __global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
 template <class T>
 void launch_in_place(const Device& device, Call<T>& call) {
   with_layout(layout_of(call.length, call.logits), [&](auto layout) {
-    const bool has_sm90 = Device::has_sm90(in_place<T, layout, true>);
-    call.division = division_of<T>(device, call.length, has_sm90);
-    const auto& [parts, _, threads, kept, bytes] = call.division;
-    const auto kernel = kept ? in_place<T, layout, true> : in_place<T, layout, false>;
-    device.launch(kernel, {call.count * parts, threads, bytes, parts}, call, has_sm90);
+    const bool has_sm90 = device.has_sm90(in_place<T, layout, true>);
+    const auto division = call.division = division_of<T>(device, call.length, has_sm90);
+    const auto kernel = division.kept ? in_place<T, layout, true> : in_place<T, layout, false>;
+    device.launch(kernel, division.grid(call.count, division.shared), call, has_sm90);
   });
 }
 
@@ -144,7 +144,7 @@ struct Scaled {
 };
 
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(kThreads<kLayout>, (kResident<T, kLayout>))
+__global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     rescale(Rows<T> grad, int length, const Real<T>* scale) {
   if (*scale == Real<T>(1)) return;
   T* row = grad[blockIdx.x];

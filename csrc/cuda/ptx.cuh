@@ -40,8 +40,9 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of a cluster meet between `arrive` and `wait`. What a thread wrote before, also to
-// the shared memory of others, is seen after, if it called `fence_cluster` in between.
+// All threads of a cluster meet between `arrive` and `wait`. What a thread wrote before it arrived,
+// also to the shared memory of others, is seen by those that waited, and what it read it read
+// before they write, if it called `fence_cluster` before it arrived.
 __device__ __forceinline__ void cluster_arrive() {
   PPO_SM90(asm volatile("barrier.cluster.arrive.relaxed;" :: : "memory"));
 }

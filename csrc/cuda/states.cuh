@@ -11,8 +11,9 @@ namespace ppo::cuda {
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 // The shift of a state that has seen nothing with probability; finite, so that no difference of
-// shifts is NaN.
-constexpr float kNothing = -1e30f;
+// shifts is NaN. Logits are to lie above it.
+template <class R>
+constexpr R kNothing = sizeof(R) == 8 ? R(-1e300) : R(-1e30f);
 // Exponents below this are raised to it: their power is 0 all the same, and 0 times it too.
 constexpr float kUnderflow = -1200.0f;
 
@@ -77,7 +78,7 @@ __device__ __forceinline__ R exponent(R x, R k, R shift) {
 
 template <class R>
 __device__ __forceinline__ void nothing_seen(SoftmaxState<R>& state) {
-  state = {R(kNothing), R(0), R(0)};
+  state = {kNothing<R>, R(0), R(0)};
 }
 
 // The state with its exponents relative to a shift that is not smaller.
@@ -139,7 +140,7 @@ __device__ JointState<R> merge_lanes(JointState<R> s) {
 
 template <class R>
 __device__ __forceinline__ void nothing_seen(JointState<R>& s) {
-  s = {R(kNothing), R(0), R(kNothing), R(0), R(0)};
+  s = {kNothing<R>, R(0), kNothing<R>, R(0), R(0)};
 }
 
 template <class T, int kCount>

@@ -3,7 +3,8 @@
 // A thread takes 16 bytes at a time, a vector. Where V is a multiple of a vector its elements stand
 // together, and are one load if rows begin at multiples of 16 bytes too; for other V (50257) they
 // stand apart by the number of threads, so that the loads of a warp are together. Which thread sums
-// what depends on V and dtype alone: a row comes out bitwise the same wherever it stands.
+// what depends on the device, V and dtype alone: a row comes out bitwise the same wherever it
+// stands.
 #pragma once
 
 #include "states.cuh"
@@ -12,7 +13,8 @@ namespace ppo::cuda {
 
 enum class Layout { apart, together, aligned };
 
-// Vectors that are absorbed at once, in every kernel: bits depend on it. And written at once.
+// Vectors that are absorbed at once, in every kernel that scores tokens: bits depend on it. And
+// written at once.
 constexpr int kTogether = 2;
 // Vectors that a thread has in flight; of elements that stand apart fewer, for want of registers.
 template <Layout kLayout>
@@ -21,7 +23,7 @@ constexpr int kInFlight = kLayout == Layout::apart ? 2 : 4;
 // Elements that stand apart do so by a number that the compiler knows.
 constexpr int kApartThreads = 256;
 template <Layout kLayout>
-constexpr int kThreads = kLayout == Layout::apart ? kApartThreads : kMostThreads;
+constexpr int kThreadBound = kLayout == Layout::apart ? kApartThreads : kMostThreads;
 // CTAs of so many threads to a multiprocessor: more registers are had by fp64 and by rows that are
 // read element by element.
 template <class T, Layout kLayout>

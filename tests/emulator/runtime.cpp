@@ -99,6 +99,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = device.shared_per_sm;
       return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device.shared_per_block;
+      return cudaSuccess;
     case cudaDevAttrReservedSharedMemoryPerBlock:
       *value = 1024;
       return cudaSuccess;
