@@ -1,4 +1,4 @@
-// Tensors through torch's stable ABI: what the launchers of every device share.
+// Tensors through torch's stable ABI, and errors: what the launchers of every device share.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,6 +8,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <vector>
 
 #include "ppo_math.h"
@@ -19,6 +21,14 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Reaches Python as ValueError (pybind11 translates std::invalid_argument).
+template <class... Args>
+[[noreturn]] void value_error(const Args&... args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw std::invalid_argument(message.str());
+}
 
 // Calls f with a value of the element type.
 template <class F>

@@ -1,4 +1,4 @@
-// What the op families share on the CPU: rows, threads, errors.
+// What the op families share on the CPU: rows and threads.
 #pragma once
 
 #if defined(__linux__)
@@ -6,8 +6,6 @@
 #endif
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -17,14 +15,6 @@
 #include "sweeps.h"
 
 namespace ppo::cpu {
-
-// Reaches Python as ValueError (pybind11 translates std::invalid_argument).
-template <class... Args>
-[[noreturn]] void value_error(const Args&... args) {
-  std::ostringstream message;
-  (message << ... << args);
-  throw std::invalid_argument(message.str());
-}
 
 template <class R>
 Tensor empty(const std::vector<int64_t>& shape) {

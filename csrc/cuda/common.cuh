@@ -10,7 +10,6 @@
 #include <array>
 #include <bit>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <utility>
 
@@ -91,8 +90,8 @@ class Device {
               const Arguments&... arguments) const {
     if (grid.blocks == 0) return;
     if (grid.blocks > INT32_MAX) {
-      throw std::invalid_argument("tensors must have fewer rows for a GPU: " +
-                                  std::to_string(grid.blocks) + " blocks are more than 2^31 - 1");
+      value_error("tensors must have fewer rows for a GPU: ", grid.blocks,
+                  " blocks are more than 2^31 - 1");
     }
     // What a kernel is granted without asking.
     constexpr int64_t kGranted = 48 << 10;
@@ -163,7 +162,7 @@ struct Rows {
 inline Tensor readable(const Tensor& x) {
   constexpr int64_t kLongest = int64_t(1) << 30;
   if (x.size(-1) > kLongest) {
-    throw std::invalid_argument("logits must have V <= 2^30, got " + std::to_string(x.size(-1)));
+    value_error("logits must have V <= 2^30, got ", x.size(-1));
   }
   const Tensor y = in_rows(x);
   return row_dims(y).size() <= 2 ? y : torch::stable::contiguous(y);

@@ -277,8 +277,8 @@ std::tuple<Tensor, Tensor> gae_packed(Tensor rewards, Tensor values, Tensor cu_s
                                       OptionalTensor bootstrap_values, Tensor scalars) {
   const int64_t count = cu_seqlens.numel() - 1, total = rewards.numel();
   if (count == 0 && total > 0) {
-    throw std::invalid_argument("cu_seqlens must rise from 0 to " + std::to_string(total) +
-                                ", the length of rewards, got one boundary");
+    value_error("cu_seqlens must rise from 0 to ", total,
+                ", the length of rewards, got one boundary");
   }
   const Tensor bounds = packed(cu_seqlens);
   return with_run(rewards, values, mask, dones, bootstrap_values, scalars, [&](const auto& run) {
