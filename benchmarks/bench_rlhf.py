@@ -8,11 +8,11 @@ import random
 import pytest
 import torch
 
-from rlhf.checkpoint import save_model
 from rlhf.config import PPOConfig
 from rlhf.models import load_scorer, set_score_normalisation
-from rlhf.ppo import PPOTrainer
-from rlhf.tasks.base import make_base
+from rlhf.state import save_model
+from rlhf.tasks.base import make_base, write_jsonl
+from rlhf.trainer import PPOTrainer
 
 NUM_RESPONSES = 64
 PROMPT_LENGTH = 8
@@ -23,6 +23,7 @@ ROUNDS = 3
 def trainer(tmp_path, setting):
     """Four models of the demo's size, untrained: most responses then have the full length."""
     policy_path, reward_path = tmp_path / "policy", tmp_path / "reward"
+    prompts_path = tmp_path / "prompts.jsonl"
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefgh ", k=200)) for _ in range(500)]
     tokenizer = make_base(
@@ -31,11 +32,13 @@ def trainer(tmp_path, setting):
     scorer = load_scorer(str(policy_path), tokenizer)
     set_score_normalisation(scorer, torch.tensor([-1.0, 1.0]))
     save_model(reward_path, scorer, tokenizer)
+    write_jsonl(prompts_path, ({"text": text} for text in texts))
     return PPOTrainer(
         PPOConfig(
             model_name_or_path=str(policy_path),
-            reward_model_path=str(reward_path),
-            dataset_name="",
+            reward_funcs=[str(reward_path)],
+            dataset_name=str(prompts_path),
+            text_prompt_length=[PROMPT_LENGTH, PROMPT_LENGTH],
             output_dir="",
             response_length=72,
             bf16=setting.name != "cpu",
@@ -47,11 +50,10 @@ def trainer(tmp_path, setting):
 
 
 def test_ppo_iteration(benchmark, trainer):
-    vocab_size = len(trainer.tokenizer)
-    prompts = torch.randint(vocab_size, (NUM_RESPONSES, PROMPT_LENGTH)).tolist()
-
     def iterate():
-        batch = trainer.evaluate(trainer.sample(prompts))
+        rows = trainer.next_rows()
+        responses = trainer.sample(trainer.prompts, rows, trainer.generator)
+        batch = trainer.evaluate(rows, responses)
         return int(batch.responses.mask.sum()), trainer.update(batch)
 
     num_tokens, steps = benchmark.pedantic(iterate, rounds=ROUNDS, warmup_rounds=1)

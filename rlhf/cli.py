@@ -1,17 +1,23 @@
-"""The command line: `rlhf sft | reward | ppo | demo`."""
+"""The command line: `rlhf sft | reward | ppo | demo | config`."""
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
+import re
 import sys
-from dataclasses import fields
+import textwrap
+from copy import copy
+from dataclasses import MISSING, Field, fields
+from functools import partial
 from pathlib import Path
 
 # GNU OpenMP's threads spin while they wait. On a machine with another busy process that makes small
 # models tens of times slower, and asleep they cost next to nothing. It must be set before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import huggingface_hub
 import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -20,36 +26,168 @@ from rlhf import config
 from rlhf.errors import UserError
 
 STAGES = {
-    "sft": (config.SFTConfig, "supervised fine-tuning of a causal language model"),
-    "reward": (config.RewardConfig, "a reward model from preferences"),
-    "ppo": (config.PPOConfig, "PPO of a policy against a reward model"),
+    "sft": (config.SFTConfig, "Supervised fine-tuning of a causal language model."),
+    "reward": (config.RewardConfig, "A reward model from preferences."),
+    "ppo": (config.PPOConfig, "PPO of a policy against rewards."),
 }
-DEMO = "all three stages on a small built-in task, or on a labelled text file"
+OTHERS = {
+    "demo": "All three stages on a small built-in task, or on a labelled text file.",
+    "config": "Print a commented YAML file with every option of a stage.",
+}
+COLUMNS = 96
+
+
+class TextLoader(yaml.BaseLoader):
+    """Leaves every value but null as the text that was written: 1e-5 and `no` are strings, which
+    the type of their option then reads as on the command line. A key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        mapping = super().construct_mapping(node, deep)
+        keys = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(f"key {key.value!r} is given twice", key.start_mark)
+            keys.add(key.value)
+        return mapping
+
+
+NULL = "tag:yaml.org,2002:null"
+TextLoader.add_implicit_resolver(NULL, re.compile("(~|null|Null|NULL)?$"), ["~", "n", "N", ""])
+TextLoader.add_constructor(NULL, lambda loader, node: None)
 
 
 class OptionFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """One spelling of each option; a default only where there is one."""
 
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not action.option_strings[0].startswith("--no_"):
+            super().add_argument(action)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        return action.option_strings[0]
+        return action.option_strings[0] + (" ..." if action.nargs == "+" else "")
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.required:
-            return f"{action.help} (required)"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class StageParser(HfArgumentParser):
-    """Options from a stage's dataclass; a wrong one raises UserError with a single line."""
+    """The options of a stage, under the headings of their sections; a wrong one raises UserError.
+
+    Required ones may be given by a file instead, so that to argparse their default is None.
+    """
+
+    def __init__(self, stage: str):
+        config_class, description = STAGES[stage]
+        super().__init__(
+            config_class,
+            prog=f"rlhf {stage}",
+            usage=f"rlhf {stage} [--config FILE] [--key value ...]",
+            description=description,
+            epilog="A switch takes true or false; --no_NAME is --NAME false.",
+            formatter_class=OptionFormatter,
+            allow_abbrev=False,
+        )
+        self.names = [field.name for field in fields(config_class)]
+        self.add_argument(
+            "--config",
+            help=f"YAML file with lines 'key: value' of these options, which the command line "
+            f"overrides; null is as good as nothing. rlhf config {stage} prints one.",
+        )
+
+    def parse(self, argv: list[str]) -> dict[str, object]:
+        """The value of every option."""
+        for option in argv:
+            spelling = option.split("=")[0]
+            if option.startswith("--") and spelling not in self._option_string_actions:
+                name = spelling.removeprefix("--").replace("-", "_")
+                raise UserError(f"unknown option {spelling}: {self._hint(name, '--{}')}")
+        values, rest = self.parse_known_args(argv)
+        if rest:
+            self.error(
+                f"unexpected argument {rest[0]!r}: give options as --key value, and a file "
+                "as --config FILE"
+            )
+        return vars(values)
+
+    def read(self, path: Path) -> dict[str, object]:
+        """The values that a flat YAML file gives."""
+        values = {}
+        for key, value in read_yaml(path).items():
+            if key not in self.names:
+                hint = self._hint(str(key), "{!r}")
+                raise UserError(f"{path}: unknown key {key!r}: {hint}")
+            if value is not None:
+                try:
+                    values[key] = self._convert(key, value)
+                except (ValueError, argparse.ArgumentTypeError) as error:
+                    raise UserError(f"{path}: {key}: {error}") from error
+        return values
+
+    def _convert(self, name: str, value: str | list | dict) -> object:
+        """A value of a file as the type of its option."""
+        action = self._option_string_actions[f"--{name}"]
+        is_list = action.nargs == "+"
+        items = value if is_list and isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            kind = "a list of plain values" if is_list else "a plain value"
+            raise ValueError(f"must be {kind}, got {value!r:.60}")
+        converted = [action.type(item) for item in items]
+        return converted if is_list else converted[0]
+
+    def _hint(self, name: str, form: str) -> str:
+        nearest = difflib.get_close_matches(name, self.names, n=1)
+        return f"did you mean {form.format(*nearest)}?" if nearest else f"see {self.prog} --help"
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _add_dataclass_arguments(self, config_class: type) -> None:
+        for title, section in sections(config_class).items():
+            group = self.add_argument_group(title)
+            for field in section:
+                option = copy(field)
+                option.metadata = {"help": describe(field)}
+                if is_required(field):
+                    option.default = None
+                self._parse_dataclass_field(group, option)
+
+    def _parse_optional(self, argument: str):
+        """What begins with a single '-' is a value: -1e-3 as well as -1."""
+        if argument.startswith("--") or argument == "-h":
+            return super()._parse_optional(argument)
+        return None
+
+
+def sections(config_class: type) -> dict[str, list[Field]]:
+    """The fields of a configuration by the heading they stand under."""
+    grouped = {}
+    for field in fields(config_class):
+        grouped.setdefault(field.metadata["section"], []).append(field)
+    return grouped
+
+
+def is_required(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def default(field: Field) -> object:
+    """The field's default; None for a required one."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
+def describe(field: Field) -> str:
+    return field.metadata["help"] + (" (required)" if is_required(field) else "")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for an error of the user, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {name: text for name, (_, text) in STAGES.items()} | {"demo": DEMO}
+    commands = {name: text for name, (_, text) in STAGES.items()} | OTHERS
     parser = argparse.ArgumentParser(
         prog="rlhf",
         description=__doc__,
@@ -61,68 +199,105 @@ def main(argv: list[str] | None = None) -> int:
     command = parser.parse_args(argv[:1]).command
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+    run = {"demo": run_demo, "config": run_config}.get(command, partial(run_stage, command))
     try:
-        if command == "demo":
-            return run_demo(argv[1:])
-        return run_stage(command, argv[1:])
+        return run(argv[1:])
     except UserError as error:
-        print(f"rlhf {command}: error: {error}", file=sys.stderr)
+        complain(f"rlhf {command}: error: {error}")
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        complain(
+            f"rlhf {command}: error: {error}: free some space and run it again (a stage goes on "
+            "with --resume_from_checkpoint auto)"
+        )
         return 2
     except KeyboardInterrupt:
-        print(f"rlhf {command}: interrupted", file=sys.stderr)
+        complain(f"rlhf {command}: interrupted")
         return 130
 
 
+def complain(message: str) -> None:
+    """Prints one line to stderr, from one of the processes."""
+    from rlhf import distributed  # imports torch, which help need not wait for
+
+    if distributed.is_main():
+        print(" ".join(message.splitlines()), file=sys.stderr)
+
+
 def run_demo(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="rlhf demo", description=OTHERS["demo"])
+    if importlib.import_module("rlhf.distributed").world_size() > 1:
+        raise UserError("the demo runs in one process: start it without torchrun")
     demo = importlib.import_module("rlhf.demo")
-    parser = argparse.ArgumentParser(prog="rlhf demo", description=DEMO)
     demo.add_arguments(parser)
     return demo.main(parser.parse_args(argv))
 
 
+def run_config(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="rlhf config", description=OTHERS["config"])
+    parser.add_argument("stage", choices=STAGES)
+    print(config_yaml(parser.parse_args(argv).stage), end="")
+    return 0
+
+
 def run_stage(stage: str, argv: list[str]) -> int:
-    stage_config = parse_config(stage, argv)
-    train = getattr(importlib.import_module(f"rlhf.{stage}"), f"train_{stage}")
-    metrics = train(stage_config)
-    print(f"{stage_config.output_dir}: done in {metrics['seconds']:.0f} s")
+    distributed = importlib.import_module("rlhf.distributed")
+    with distributed.session():
+        # torchrun ends all once one has ended: by itself another process might find what is wrong,
+        # and end, before the main one could say so.
+        stage_config = distributed.together(lambda: parse_config(stage, argv))
+        train = getattr(importlib.import_module(f"rlhf.{stage}"), f"train_{stage}")
+        metrics = train(stage_config)
+        if distributed.is_main():
+            print(f"{stage_config.output_dir}: done in {metrics['seconds']:.0f} s")
     return 0
 
 
 def parse_config(stage: str, argv: list[str]) -> config.TrainConfig:
-    """The stage's configuration from `[FILE.yaml] [--key value ...]`; the latter wins."""
-    config_class, description = STAGES[stage]
-    parser = StageParser(
-        config_class,
-        prog=f"rlhf {stage}",
-        usage=f"rlhf {stage} [FILE.yaml] [--key value ...]",
-        description=f"{description}; the file holds lines 'key: value' with the same keys",
-        formatter_class=OptionFormatter,
-        allow_abbrev=False,
-    )
-    if argv and not argv[0].startswith("-"):
-        argv = read_yaml(Path(argv[0])) + argv[1:]
-    names = [field.name for field in fields(config_class)]
-    for option in argv:
-        name = option.removeprefix("--").split("=")[0].replace("-", "_")
-        if option.startswith("--") and name.removeprefix("no_") not in (*names, "help"):
-            nearest = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean --{nearest[0]}?" if nearest else f"see {parser.prog} --help"
-            raise UserError(f"unknown option {option}: {hint}")
-    return config_class(**vars(parser.parse_args(argv)))
+    """The stage's configuration from `[--config FILE] [--key value ...]`; the latter wins."""
+    parser = StageParser(stage)
+    file = parser.parse(argv)["config"]
+    if file is not None:
+        parser.set_defaults(**parser.read(Path(file)))
+    values = parser.parse(argv)
+    del values["config"]
+    config_class, _ = STAGES[stage]
+    missing = [f.name for f in fields(config_class) if is_required(f) and values[f.name] is None]
+    if missing:
+        raise UserError(
+            f"missing {', '.join(f'--{name}' for name in missing)}: give them as options or in a "
+            f"file with --config (rlhf config {stage} prints one)"
+        )
+    if values["resume_from_checkpoint"] in ("true", "True"):  # as transformers' trainer has it
+        values["resume_from_checkpoint"] = "auto"
+    return config_class(**values)
 
 
-def read_yaml(path: Path) -> list[str]:
-    """A flat YAML file as command-line options."""
+def read_yaml(path: Path) -> dict:
+    """A YAML file of 'key: value', whose values are text, None, or lists or dicts of these."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), TextLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold lines 'key: value', got {values!r:.60}")
-    options = []
-    for key, value in values.items():
-        if value is not None:
-            options += [f"--{key}", str(value)]
-    return options
+    return values
+
+
+def config_yaml(stage: str) -> str:
+    """A file for --config that gives every option its default, under its help as a comment."""
+    config_class, description = STAGES[stage]
+    text = f"# {description} Use: rlhf {stage} --config FILE\n# null is as good as nothing.\n"
+    for title, section in sections(config_class).items():
+        text += "\n\n" + f"# {title} ".ljust(COLUMNS, "-") + "\n"
+        for field in section:
+            comment = textwrap.wrap(
+                describe(field), COLUMNS, initial_indent="# ", subsequent_indent="# "
+            )
+            text += "\n" + "\n".join(comment) + "\n" + yaml.safe_dump({field.name: default(field)})
+    return text

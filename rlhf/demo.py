@@ -37,6 +37,7 @@ PPO_SETTINGS = {
     "warmup_ratio": 0.05,
     "kl_coef": 0.05,
     "logging_steps": 2,
+    "save_steps": 0,
 }
 
 
@@ -131,12 +132,13 @@ def run_reviews(output_dir: Path, seed: int, bf16: bool, sizes: ReviewsSizes) ->
                 seed=seed,
                 bf16=bf16,
                 logging_steps=50,
+                save_steps=0,
             )
         )
 
     ppo_config = PPOConfig(
         model_name_or_path=str(sft),
-        reward_model_path=str(reward),
+        reward_funcs=[str(reward)],
         dataset_name=str(data / "prompts.jsonl"),
         output_dir=str(ppo),
         total_episodes=sizes.total_episodes,
@@ -174,6 +176,7 @@ def run_reviews(output_dir: Path, seed: int, bf16: bool, sizes: ReviewsSizes) ->
                 seed=seed,
                 bf16=bf16,
                 logging_steps=50,
+                save_steps=0,
             )
         )
     with timed("ppo"):
@@ -248,6 +251,7 @@ def run_labelled(
                 seed=seed,
                 bf16=bf16,
                 logging_steps=50,
+                save_steps=0,
             )
         )
     with timed("reward"):
@@ -268,11 +272,12 @@ def run_labelled(
                 seed=seed,
                 bf16=bf16,
                 logging_steps=50,
+                save_steps=0,
             )
         )
     ppo_config = PPOConfig(
         model_name_or_path=str(sft),
-        reward_model_path=str(reward),
+        reward_funcs=[str(reward)],
         dataset_name=str(data / "prompts.jsonl"),
         output_dir=str(ppo),
         total_episodes=sizes.total_episodes,
@@ -323,8 +328,8 @@ def run_demo(
     """
     start = time.perf_counter()
     # Checked first, so that a mistake costs no earlier run.
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed must be in [0, 2**63), got {seed}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be in [0, 2**32), got {seed}")
     if data is not None and Path(data).resolve().is_relative_to(output_dir.resolve()):
         raise UserError(f"data file {data} lies in output_dir {output_dir}, which is emptied")
     examples = None if data is None else labelled.read_examples(data)

@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def one_line(error: Exception) -> str:
+    """Somebody else's error, to be quoted in a UserError."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"

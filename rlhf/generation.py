@@ -1,29 +1,91 @@
-"""Sampling of responses: left-padded prompts, a KV cache, pure sampling at a temperature."""
+"""Sampling of responses: left-padded prompts, a KV cache, pure sampling at a temperature.
+
+Every token is drawn with a number of its own, handed in from outside, so that a response depends
+neither on the others of its batch nor on how a batch is divided.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.models import positions
+from rlhf.config import PPOConfig
+from rlhf.errors import UserError
+from rlhf.models import default_device, positions
 
 
 class Generated(NamedTuple):
-    """Sampled `tokens` (B, T), and how many of them each row holds, `lengths` (B,), EOS included.
+    """Sampled `tokens` (B, T), how many of them each row holds, `lengths` (B,), with the one that
+    ended it, and whether it `ended` (B,) by itself rather than at its longest length.
 
     Only `lengths` says where a response ends: pad may be sampled, and pad may be EOS.
     """
 
     tokens: Tensor
     lengths: Tensor
+    ended: Tensor
 
 
-def suppress_eos_(logits: Tensor, eos_token_id: int, min_length: int) -> Tensor:
-    """Sets the logit of EOS to -inf at the first `min_length` positions of (B, T, V), where it
-    cannot be sampled. No gradient is recorded, because that of a -inf logit is 0."""
-    logits.detach()[:, :min_length, eos_token_id] = -torch.inf
-    return logits
+class Stopping:
+    """What ends a response: EOS, the stop tokens and the stop strings of a configuration."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig):
+        tokens = [_token_id(tokenizer, token) for token in config.stop_token or ()]
+        self.ids = torch.tensor([tokenizer.eos_token_id, *tokens], device=default_device())
+        self.min_length = config.min_response_length
+        self.strings = config.stop_strings or []
+        self.tokenizer = tokenizer
+        # A token that shows is a byte of text at least; those before set off the first one.
+        self.window = 8 + max((len(text.encode()) for text in self.strings), default=0)
+
+    def suppress_(self, logits: Tensor, first: int = 0) -> Tensor:
+        """Sets the logits (B, T, V) of EOS and of stop tokens to -inf at positions before
+        min_response_length, where they cannot be sampled; `first` is the position of logits[:, 0].
+
+        No gradient is recorded, because that of a -inf logit is 0.
+        """
+        logits.detach()[:, : max(self.min_length - first, 0), self.ids] = -torch.inf
+        return logits
+
+    def reached(self, tokens: Tensor) -> Tensor:
+        """Whether the responses (B, t) end with their last token, (B,)."""
+        reached = torch.isin(tokens[:, -1], self.ids)
+        if self.strings and tokens.shape[1] > self.min_length:
+            tail = tokens[:, -self.window :].tolist()
+            texts = self.tokenizer.batch_decode(tail)
+            before = self.tokenizer.batch_decode([ids[:-1] for ids in tail])
+            complete = [
+                any(text.rfind(stop) > earlier.rfind(stop) for stop in self.strings)
+                for text, earlier in zip(texts, before, strict=True)
+            ]
+            reached |= torch.tensor(complete, device=tokens.device)
+        return reached
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    vocabulary = tokenizer.get_vocab()
+    if token in vocabulary:
+        return vocabulary[token]
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1 or tokenizer.decode(ids).strip() != token.strip():
+        raise UserError(
+            f"stop_token {token!r} is no token of the policy's tokenizer: put texts of several "
+            "tokens into stop_strings"
+        )
+    return ids[0]
+
+
+def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    """Tokens (B,) of the distribution softmax(logits / temperature), logits (B, V).
+
+    Each is where the cumulative distribution passes the row's number of `uniforms` (B,), fp64 in
+    [0, 1). A token of probability 0 is never taken.
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
 @torch.no_grad()
@@ -32,28 +94,26 @@ def generate(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     *,
+    uniforms: Tensor,
     max_lengths: Tensor,
-    min_length: int,
+    stopping: Stopping,
     temperature: float,
-    eos_token_id: int,
     pad_token_id: int,
-    generator: torch.Generator,
 ) -> Generated:
     """Samples a response to each left-padded prompt.
 
     Args:
         prompt_ids, prompt_mask: (B, P); the mask is True at real tokens, the last column is real.
-        max_lengths: (B,) most tokens of each response, at least 1.
-        min_length: EOS is not sampled before this many tokens.
-        generator: on the model's device; the same state gives the same responses.
+        uniforms: (B, T) fp64 in [0, 1), the numbers that draw each row's tokens.
+        max_lengths: (B,) most tokens of each response, from 1 to T.
 
     Rows that have ended leave the batch once half of it has, and sampling stops with the last one.
     """
-    batch_size = prompt_ids.shape[0]
     longest = int(max_lengths.max())
-    tokens = prompt_ids.new_full((batch_size, longest), pad_token_id)
+    tokens = prompt_ids.new_full((len(prompt_ids), longest), pad_token_id)
     lengths = max_lengths.clone()
-    rows = torch.arange(batch_size, device=prompt_ids.device)
+    ended = torch.zeros_like(lengths, dtype=torch.bool)
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
     cache = DynamicCache(config=model.config)
     inputs, mask, position_ids = prompt_ids, prompt_mask, positions(prompt_mask)
     for step in range(longest):
@@ -65,13 +125,11 @@ def generate(
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        if step < min_length:
-            suppress_eos_(logits, eos_token_id, 1)
-        probabilities = torch.softmax(logits[:, -1].float() / temperature, dim=-1)
-        sampled = torch.multinomial(probabilities, 1, generator=generator)
-        tokens[rows, step] = sampled[:, 0]
-        ended = (sampled[:, 0] == eos_token_id) & (step < lengths[rows])
-        lengths[rows] = torch.where(ended, step + 1, lengths[rows])
+        stopping.suppress_(logits, first=step)
+        tokens[rows, step] = sample_tokens(logits[:, -1], temperature, uniforms[rows, step])
+        ends = stopping.reached(tokens[rows, : step + 1]) & (step < lengths[rows])
+        lengths[rows] = torch.where(ends, step + 1, lengths[rows])
+        ended[rows] |= ends
         alive = step + 1 < lengths[rows]
         num_alive = int(alive.sum())
         if num_alive == 0:
@@ -79,16 +137,11 @@ def generate(
         if num_alive <= len(rows) // 2:
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, sampled, mask, position_ids = (
-                rows[keep],
-                sampled[keep],
-                mask[keep],
-                position_ids[keep],
-            )
-        inputs = sampled
+            rows, mask, position_ids = rows[keep], mask[keep], position_ids[keep]
+        inputs = tokens[rows, step : step + 1]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         position_ids = position_ids[:, -1:] + 1
     width = int(lengths.max())
     tokens = tokens[:, :width]
     beyond = torch.arange(width, device=tokens.device) >= lengths[:, None]
-    return Generated(tokens.masked_fill(beyond, pad_token_id), lengths)
+    return Generated(tokens.masked_fill(beyond, pad_token_id), lengths, ended)

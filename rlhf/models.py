@@ -4,7 +4,9 @@ The reward model and the critic are both `AutoModelForSequenceClassification` wi
 reward model reads its head at the last real token, the critic reads it at every token.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -16,8 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
+from rlhf.hub import may_be_hub_id
 
 
 def default_device() -> torch.device:
@@ -73,14 +77,14 @@ def _open_scorer(
 
 
 def _open(auto_class, path: str, **kwargs):
+    is_folder = Path(path).is_dir()
+    if not is_folder and not may_be_hub_id(path):
+        raise UserError(f"there is no folder {path!r}: give that of a model, or a hub id")
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # a damaged folder raises whatever its reader raises
-        kind = "folder" if Path(path).is_dir() else "hub id (there is no such folder)"
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot open the {kind} {str(path)!r}: {type(error).__name__}: {reason:.300}"
-        ) from error
+        kind = "folder" if is_folder else "hub id (there is no such folder)"
+        raise UserError(f"cannot open the {kind} {path!r}: {one_line(error)}") from error
 
 
 def check_fits(
@@ -114,6 +118,88 @@ def token_values(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         use_cache=False,
     ).last_hidden_state
     return model.score(hidden).squeeze(-1).float()
+
+
+class ActorCritic(nn.Module):
+    """A policy and its critic as one module, which DistributedDataParallel can wrap.
+
+    The critic is a scorer of its own, or one whose trunk is the policy's (`value_head`).
+    """
+
+    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel):
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+
+    @property
+    def shares_trunk(self) -> bool:
+        return self.critic.base_model is self.policy.base_model
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The critic's parameters that are not the policy's."""
+        shared = set(self.policy.parameters())
+        return [parameter for parameter in self.critic.parameters() if parameter not in shared]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, num_tokens, V) and fp32 values (B, num_tokens) at the last positions."""
+        outputs = self.policy(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask),
+            use_cache=False,
+            logits_to_keep=num_tokens,
+            output_hidden_states=self.shares_trunk,
+        )
+        if self.shares_trunk:
+            values = self.critic.score(outputs.hidden_states[-1]).squeeze(-1).float()
+        else:
+            values = token_values(self.critic, input_ids, attention_mask)
+        return outputs.logits, values[:, -num_tokens:]
+
+
+def value_head(policy: PreTrainedModel) -> PreTrainedModel:
+    """A critic on the policy's own trunk; its new head gives 0 everywhere."""
+    config = deepcopy(policy.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        critic = AutoModelForSequenceClassification.from_config(config)
+    setattr(critic, critic.base_model_prefix, policy.base_model)
+    critic.score.to_empty(device=policy.device)
+    nn.init.zeros_(critic.score.weight)
+    return critic
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} does not support gradient_checkpointing: turn it off"
+        )
+    # Its name from transformers 6 on, and the one until then.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Within it, layers with gradient checkpointing enabled do checkpoint.
+
+    transformers' layers do so in training mode only, but dropout, which would go with it, must stay
+    off: so the layers alone, without what they hold, are put into it.
+    """
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    for layer in layers:
+        layer.training = True
+        # Those of the older models that call dropout from the layer itself.
+        for name, value in list(vars(layer).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(layer, name, 0.0)
+    yield
+    for layer in layers:
+        layer.training = False
 
 
 def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

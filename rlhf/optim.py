@@ -10,19 +10,21 @@ from rlhf.errors import UserError
 
 
 def make_optimizer(
-    models: list[tuple[nn.Module, float]], config: TrainConfig, num_steps: int
+    parts: list[tuple[list[nn.Parameter], float]], config: TrainConfig, num_steps: int
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
-    """AdamW over `(model, learning rate)` pairs, and its schedule over `num_steps` steps."""
+    """AdamW over `(parameters, learning rate)` pairs, and its schedule over `num_steps` steps."""
     groups = []
-    for model, learning_rate in models:
-        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-        others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    for parameters, learning_rate in parts:
+        matrices = [p for p in parameters if p.requires_grad and p.ndim >= 2]
+        others = [p for p in parameters if p.requires_grad and p.ndim < 2]
         groups.append(
             {"params": matrices, "lr": learning_rate, "weight_decay": config.weight_decay}
         )
         groups.append({"params": others, "lr": learning_rate, "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True
+    )
     scheduler = get_scheduler(
         config.lr_scheduler_type,
         optimizer,
@@ -32,12 +34,12 @@ def make_optimizer(
     return optimizer, scheduler
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scales the model's gradients down to `max_norm`; returns their norm before.
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradients down to `max_norm`; returns their norm before.
 
     A norm that is not finite ends the run, because one more step would spoil every weight.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     if not norm.isfinite():
         raise UserError(
             f"training diverged, the gradient's norm is {norm.item()}: lower learning_rate"

@@ -12,22 +12,39 @@ from math import comb
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from rlhf.checkpoint import save_model, start_run
+from rlhf import distributed
+from rlhf.batches import pad
 from rlhf.config import RewardConfig
-from rlhf.data import count_steps, load_rankings, micro_batches, pad
+from rlhf.data import load_rankings
 from rlhf.metrics import MetricsLog, plot_metrics
 from rlhf.models import (
     autocast,
     check_fits,
+    default_device,
+    enable_gradient_checkpointing,
     load_scorer,
     load_tokenizer,
     sequence_scores,
     set_score_normalisation,
 )
-from rlhf.optim import clip_gradients, make_optimizer
+from rlhf.saving import Checkpoints, is_due
+from rlhf.supervised import SupervisedTrainer
+
+SHOWN = ("loss", "accuracy", "margin", "eval/loss", "eval/accuracy", "lr")
+
+
+class Scorer(nn.Module):
+    """A reward model whose forward pass gives `sequence_scores`."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return sequence_scores(self.model, input_ids, attention_mask)
 
 
 def pair_indices(sizes: list[int]) -> tuple[Tensor, Tensor]:
@@ -47,13 +64,24 @@ def pair_margins(scores: Tensor, sizes: list[int]) -> Tensor:
     return scores[better] - scores[worse]
 
 
+def pair_metrics(margins: Tensor, denominator: float) -> dict[str, Tensor]:
+    """Sums over pairs, divided by `denominator`, of the loss, of 1 where the better answer's score
+    is the higher one, and of the margin."""
+    sums = {
+        "loss": -F.logsigmoid(margins).sum(),
+        "accuracy": (margins > 0).float().sum(),
+        "margin": margins.sum(),
+    }
+    return {name: value / denominator for name, value in sums.items()}
+
+
 def score_answers(
-    model: PreTrainedModel, answers: list[list[int]], pad_token_id: int, bf16: bool
+    scorer: nn.Module, answers: list[list[int]], pad_token_id: int, bf16: bool
 ) -> Tensor:
-    """Scores of token sequences, (answers,)."""
-    ids, mask = pad(answers, pad_token_id)
+    """A `Scorer`'s scores of token sequences, (answers,)."""
+    ids, mask = (x.to(default_device()) for x in pad(answers, pad_token_id))
     with autocast(bf16):
-        return sequence_scores(model, ids.to(model.device), mask.to(model.device))
+        return scorer(ids, mask)
 
 
 @torch.no_grad()
@@ -63,85 +91,84 @@ def evaluate(
     rankings: list[list[list[int]]],
     config: RewardConfig,
 ) -> tuple[dict[str, float], Tensor]:
-    """Loss, accuracy and margin over all pairs, and every answer's score."""
+    """Loss, accuracy and margin over all pairs, and every answer's score; the answers are divided
+    over the processes."""
     model.eval()
     answers = [answer for ranking in rankings for answer in ranking]
     order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
-    scores = torch.empty(len(answers), device=model.device)
-    for start in range(0, len(order), config.per_device_eval_batch_size):
-        index = order[start : start + config.per_device_eval_batch_size]
-        batch = [answers[i] for i in index]
-        scores[index] = score_answers(model, batch, tokenizer.pad_token_id, config.bf16)
+    size, num_processes = config.per_device_eval_batch_size, distributed.world_size()
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    scores = torch.zeros(len(answers), device=model.device)
+    for rows in batches[distributed.rank() :: num_processes]:
+        batch = [answers[i] for i in rows]
+        part = score_answers(Scorer(model), batch, tokenizer.pad_token_id, config.bf16)
+        scores[rows] = num_processes * part
+    scores = distributed.mean_of({"scores": scores})["scores"]
+    model.train()
     margins = pair_margins(scores, [len(ranking) for ranking in rankings])
-    metrics = {
-        "eval/loss": -F.logsigmoid(margins).mean().item(),
-        "eval/accuracy": (margins > 0).float().mean().item(),
-        "eval/margin": margins.mean().item(),
-    }
-    return metrics, scores
+    metrics = pair_metrics(margins, len(margins))
+    return {f"eval/{name}": value.item() for name, value in metrics.items()}, scores
 
 
 def train_reward(config: RewardConfig) -> dict[str, float]:
     """Trains and saves a reward model; returns the last metrics.
 
     The mean and the standard deviation of its scores over the training data are stored in its
-    configuration as `reward_mean` and `reward_std`.
+    configuration as `reward_mean` and `reward_std`. They are measured at the end: the model in a
+    checkpoint has none of its own.
     """
     start_time = time.perf_counter()
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    rankings = load_rankings(config.dataset_name, tokenizer, config.max_length, config.append_eos)
-    eval_rankings = None
+    rankings = load_rankings(config, config.dataset_name, config.dataset_split, tokenizer)
+    eval_rankings = []
     if config.eval_dataset_name is not None:
         eval_rankings = load_rankings(
-            config.eval_dataset_name, tokenizer, config.max_length, config.append_eos
+            config, config.eval_dataset_name, config.eval_dataset_split, tokenizer
         )
     model = load_scorer(config.model_name_or_path, tokenizer)
+    longest = max(len(answer) for ranking in rankings + eval_rankings for answer in ranking)
+    check_fits(model, tokenizer, longest, "lower max_length")
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+
     lengths = [max(len(answer) for answer in ranking) for ranking in rankings]
-    eval_lengths = [len(answer) for ranking in eval_rankings or [] for answer in ranking]
-    check_fits(model, tokenizer, max(lengths + eval_lengths), "lower max_length")
-    output_dir = start_run(config, "reward")
+    trainer = SupervisedTrainer(config, Scorer(model), rankings, lengths)
+    checkpoints = Checkpoints(config, "reward", trainer, {"": model}, tokenizer)
+    output_dir, total = checkpoints.run.output_dir, trainer.num_steps
+    metrics = checkpoints.resume()
 
-    num_steps = count_steps(len(rankings), config)
-    optimizer, scheduler = make_optimizer([(model, config.learning_rate)], config, num_steps)
-    generator = torch.Generator().manual_seed(config.seed)
-    batches = micro_batches(lengths, config, generator)
-
-    shown = ("loss", "accuracy", "margin", "eval/loss", "eval/accuracy", "lr")
-    with MetricsLog(output_dir, "reward", num_steps, config.report_to, shown) as log:
-        model.train()
-        margins = []
-        for step, batch in zip(range(1, num_steps + 1), batches, strict=False):
-            num_pairs = sum(comb(len(rankings[i]), 2) for indices in batch for i in indices)
-            for indices in batch:
-                answers = [answer for i in indices for answer in rankings[i]]
-                scores = score_answers(model, answers, tokenizer.pad_token_id, config.bf16)
-                margin = pair_margins(scores, [len(rankings[i]) for i in indices])
-                (-F.logsigmoid(margin).sum() / num_pairs).backward()
-                margins.append(margin.detach())
-            grad_norm = clip_gradients(model, config.max_grad_norm)
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+    with MetricsLog(output_dir, "reward", total, config.report_to, SHOWN, step=trainer.step) as log:
+        for batch in trainer.batches():
+            num_pairs = sum(comb(len(rankings[i]), 2) for rows in batch for i in rows)
+            for rows, weight in trainer.passes(batch):
+                answers = [answer for i in rows for answer in rankings[i]]
+                scores = score_answers(
+                    trainer.parallel, answers, tokenizer.pad_token_id, config.bf16
+                )
+                margins = pair_margins(scores, [len(rankings[i]) for i in rows])
+                trainer.backward(weight, pair_metrics(margins, num_pairs))
+            trainer.take_step()
             log.advance()
-            if step % config.logging_steps == 0 or step == num_steps:
-                margins = torch.cat(margins)
-                metrics = {
-                    "loss": -F.logsigmoid(margins).mean().item(),
-                    "accuracy": (margins > 0).float().mean().item(),
-                    "margin": margins.mean().item(),
-                    "grad_norm": grad_norm.item(),
-                    "lr": learning_rate,
-                }
-                log.write(step, metrics)
-                margins = []
-        _, scores = evaluate(model, tokenizer, rankings, config)
-        set_score_normalisation(model, scores)
-        save_model(output_dir, model, tokenizer)
-        if eval_rankings is not None:
-            eval_metrics, _ = evaluate(model, tokenizer, eval_rankings, config)
-            log.write(num_steps, eval_metrics)
-            metrics |= eval_metrics
-    plot_metrics(output_dir, {"reward": ("loss", "accuracy", "margin")})
-    return metrics | {"steps": num_steps, "seconds": time.perf_counter() - start_time}
+            if is_due(config.logging_steps, trainer.step, total):
+                figures = trainer.take_metrics()
+                log.write(trainer.step, figures)
+                metrics |= figures
+            if eval_rankings and is_due(config.eval_steps, trainer.step, total):
+                figures, _ = evaluate(model, tokenizer, eval_rankings, config)
+                log.write(trainer.step, figures)
+                metrics |= figures
+            if config.save_steps and is_due(config.save_steps, trainer.step, total):
+                checkpoints.save(trainer.step, metrics)
+
+    if config.load_best_model_at_end:
+        checkpoints.load_best()
+    _, scores = evaluate(model, tokenizer, rankings, config)
+    set_score_normalisation(model, scores)
+
+    def finish() -> None:
+        checkpoints.save_models(output_dir)
+        plot_metrics(output_dir, {"reward": ("loss", "accuracy", "margin")})
+
+    distributed.from_main(finish)
+    return metrics | {"steps": total, "seconds": time.perf_counter() - start_time}

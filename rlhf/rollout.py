@@ -13,29 +13,50 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kernels import kl_estimate, token_logprobs, token_logprobs_and_entropy
+from rlhf.batches import pad
 from rlhf.config import PPOConfig
-from rlhf.data import pad
-from rlhf.generation import generate, suppress_eos_
-from rlhf.models import (
-    autocast,
-    normalise_scores,
-    positions,
-    sequence_scores,
-    token_values,
-)
+from rlhf.generation import Stopping, generate
+from rlhf.models import ActorCritic, autocast, positions
+
+
+class Draws(NamedTuple):
+    """All random numbers of B responses: `uniforms` (B, T), one for each token, and the longest
+    lengths `max_lengths` (B,). They are drawn on the CPU, row after row, so that any device samples
+    the same and a further row changes nothing of those before it."""
+
+    uniforms: Tensor
+    max_lengths: Tensor
+
+    @classmethod
+    def of(cls, count: int, config: PPOConfig, generator: torch.Generator) -> "Draws":
+        length = config.response_length
+        numbers = torch.rand(count, length + 1, dtype=torch.float64, generator=generator)
+        max_lengths = torch.full((count,), length)
+        if config.sample_response_length:
+            shortest = max(config.min_response_length, 1)
+            max_lengths = shortest + (numbers[:, 0] * (length - shortest + 1)).long()
+        return cls(numbers[:, 1:], max_lengths)
+
+    def rows(self, index: slice) -> "Draws":
+        return Draws(*(x[index] for x in self))
 
 
 class Responses(NamedTuple):
     """Prompts (B, P), padded on the left, and their responses (B, T), padded on the right.
 
     The masks are True at real tokens; that of the responses counts every sampled token, whatever
-    its id.
+    its id. `ended` (B,) tells responses that ended by themselves (EOS, stop token, stop string)
+    from those that were cut.
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     tokens: Tensor
     mask: Tensor
+    ended: Tensor
+
+    def rows(self, index: Tensor | slice) -> "Responses":
+        return Responses(*(x[index] for x in self))
 
     def by_length(self, index: Tensor, size: int) -> Iterator[tuple[Tensor, "Responses"]]:
         """`index` cut into parts of `size` rows, rows of similar length together; with each part
@@ -50,8 +71,8 @@ class Responses(NamedTuple):
         for part, (prompt_width, width) in zip(parts, widths, strict=True):
             rows = index[part]
             prompt_ids, prompt_mask = (x[rows, -prompt_width:] for x in self[:2])
-            tokens, mask = (x[rows, :width] for x in self[2:])
-            yield rows, Responses(prompt_ids, prompt_mask, tokens, mask)
+            tokens, mask = (x[rows, :width] for x in self[2:4])
+            yield rows, Responses(prompt_ids, prompt_mask, tokens, mask, self.ended[rows])
 
     @property
     def input_ids(self) -> Tensor:
@@ -63,48 +84,49 @@ class Responses(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """What the four models say of the responses: `scores` (B,), normalised; the rest (B, T)."""
+    """What policy, reference and critic say of the responses, each (B, T), 0 where masked out."""
 
-    scores: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
     entropy: Tensor
     values: Tensor
 
+    def rows(self, index: slice) -> "Experience":
+        return Experience(*(x[index] for x in self))
+
 
 def sample_responses(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    stopping: Stopping,
     prompts: list[list[int]],
+    draws: Draws,
     config: PPOConfig,
-    generator: torch.Generator,
 ) -> Responses:
-    """Responses to tokenized prompts."""
+    """Responses to tokenized prompts, padded to config.response_length."""
     device = policy.device
     prompt_ids, prompt_mask = (x.to(device) for x in pad(prompts, tokenizer.pad_token_id, "left"))
-    max_lengths = torch.full((len(prompts),), config.response_length, device=device)
-    if config.sample_response_length:
-        shortest = max(config.min_response_length, 1)
-        max_lengths.random_(shortest, config.response_length + 1, generator=generator)
+    uniforms, max_lengths = (x.to(device) for x in draws)
     tokens = prompt_ids.new_full((len(prompts), config.response_length), tokenizer.pad_token_id)
     lengths = torch.empty_like(max_lengths)
+    ended = torch.empty_like(max_lengths, dtype=torch.bool)
     for rows in torch.arange(len(prompts), device=device).split(config.per_device_eval_batch_size):
         with autocast(config.bf16):
             generated = generate(
                 policy,
                 prompt_ids[rows],
                 prompt_mask[rows],
+                uniforms=uniforms[rows],
                 max_lengths=max_lengths[rows],
-                min_length=config.min_response_length,
+                stopping=stopping,
                 temperature=config.temperature,
-                eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-                generator=generator,
             )
         tokens[rows, : generated.tokens.shape[1]] = generated.tokens
         lengths[rows] = generated.lengths
+        ended[rows] = generated.ended
     mask = torch.arange(config.response_length, device=device) < lengths[:, None]
-    return Responses(prompt_ids, prompt_mask, tokens, mask)
+    return Responses(prompt_ids, prompt_mask, tokens, mask, ended)
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Responses) -> list[str]:
@@ -113,16 +135,9 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Responses) -
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def ended_with_eos(responses: Responses, eos_token_id: int) -> Tensor:
-    """Whether the last sampled token is EOS, (B,)."""
-    last = responses.mask.sum(1, keepdim=True) - 1
-    return responses.tokens.gather(1, last)[:, 0] == eos_token_id
-
-
-def response_logits(
-    model: PreTrainedModel, responses: Responses, eos_token_id: int, min_length: int
-) -> Tensor:
-    """Logits (B, T, V) that score the response tokens, with EOS suppressed as in sampling."""
+def response_logits(model: PreTrainedModel, responses: Responses, stopping: Stopping) -> Tensor:
+    """Logits (B, T, V) that score the response tokens, what ends a response suppressed as in
+    sampling."""
     mask = responses.attention_mask[:, :-1]
     logits = model(
         input_ids=responses.input_ids[:, :-1],
@@ -131,64 +146,70 @@ def response_logits(
         use_cache=False,
         logits_to_keep=responses.tokens.shape[1],
     ).logits
-    return suppress_eos_(logits, eos_token_id, min_length)
+    return stopping.suppress_(logits)
 
 
-def response_values(critic: PreTrainedModel, responses: Responses) -> Tensor:
-    """Values (B, T) of the states in which the response tokens were chosen."""
-    values = token_values(critic, responses.input_ids[:, :-1], responses.attention_mask[:, :-1])
-    return values[:, -responses.tokens.shape[1] :]
+def response_logits_and_values(
+    model: ActorCritic, responses: Responses, stopping: Stopping
+) -> tuple[Tensor, Tensor]:
+    """The policy's logits (B, T, V), and values (B, T) of the states in which the response tokens
+    were chosen."""
+    logits, values = model(
+        responses.input_ids[:, :-1], responses.attention_mask[:, :-1], responses.tokens.shape[1]
+    )
+    return stopping.suppress_(logits), values
 
 
 @torch.no_grad()
 def evaluate_responses(
-    responses: Responses,
-    *,
-    policy: PreTrainedModel,
+    model: ActorCritic,
     reference: PreTrainedModel,
-    critic: PreTrainedModel,
-    reward_model: PreTrainedModel,
-    eos_token_id: int,
+    responses: Responses,
+    stopping: Stopping,
     config: PPOConfig,
 ) -> Experience:
-    """One pass of each model over the responses; per-token results are 0 where masked out."""
+    """One pass of each model over the responses."""
     shape, device = responses.tokens.shape, responses.tokens.device
-    scores = torch.zeros(shape[0], device=device)
-    logprobs, ref_logprobs, entropy, values = torch.zeros(4, *shape, device=device).unbind()
+    experience = Experience(*torch.zeros(4, *shape, device=device).unbind())
     rows = torch.arange(shape[0], device=device)
     for index, part in responses.by_length(rows, config.per_device_eval_batch_size):
-        width = part.tokens.shape[1]
         with autocast(config.bf16):
-            logits = response_logits(policy, part, eos_token_id, config.min_response_length)
-            policy_part = token_logprobs_and_entropy(
+            logits, values = response_logits_and_values(model, part, stopping)
+            logprobs, entropy = token_logprobs_and_entropy(
                 logits, part.tokens, temperature=config.temperature
             )
-            logits = response_logits(reference, part, eos_token_id, config.min_response_length)
-            ref_part = token_logprobs(logits, part.tokens, temperature=config.temperature)
-            values_part = response_values(critic, part)
-            scores[index] = sequence_scores(reward_model, part.input_ids, part.attention_mask)
-        logprobs[index, :width] = policy_part.logprobs.masked_fill(~part.mask, 0)
-        entropy[index, :width] = policy_part.entropy.masked_fill(~part.mask, 0)
-        ref_logprobs[index, :width] = ref_part.masked_fill(~part.mask, 0)
-        values[index, :width] = values_part.masked_fill(~part.mask, 0)
-    scores = normalise_scores(reward_model, scores)
-    return Experience(scores, logprobs, ref_logprobs, entropy, values)
+            logits = response_logits(reference, part, stopping)
+            ref_logprobs = token_logprobs(logits, part.tokens, temperature=config.temperature)
+        results = Experience(logprobs, ref_logprobs, entropy, values)
+        for whole, result in zip(experience, results, strict=True):
+            whole[index, : part.tokens.shape[1]] = result.masked_fill(~part.mask, 0)
+    return experience
 
 
 def shaped_scores(scores: Tensor, ended: Tensor, config: PPOConfig) -> Tensor:
-    """Scores (B,) as they enter the reward: clipped, less the penalty where EOS is missing."""
+    """Scaled scores (B,) as they enter the reward: clipped, and then, where a response did not end
+    by itself, less the penalty or replaced."""
     if config.score_clip is not None:
         scores = scores.clamp(-config.score_clip, config.score_clip)
-    return torch.where(ended, scores, scores - config.missing_eos_penalty)
+    missing = scores - config.missing_eos_penalty
+    if config.missing_eos_score is not None:
+        missing = torch.full_like(scores, config.missing_eos_score)
+    return torch.where(ended, scores, missing)
 
 
 def token_rewards(
-    logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, kl_coef: float
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    kl_estimator: str = "k1",
 ) -> Tensor:
-    """r_t = -kl_coef * (log π - log π_ref), plus the score at the last token; (B, T).
+    """r_t = -kl_coef * KL_t, plus the score (B,) at the last token; (B, T).
 
-    (Ziegler et al., 2019, arXiv:1909.08593; the k1 estimate of the KL divergence.)
+    KL_t is `kl_estimate` of log π and log π_ref; k1 is their difference (Ziegler et al., 2019,
+    arXiv:1909.08593).
     """
-    rewards = -kl_coef * kl_estimate(logprobs, ref_logprobs, estimator="k1")
+    rewards = -kl_coef * kl_estimate(logprobs, ref_logprobs, estimator=kl_estimator)
     last = mask.sum(1, keepdim=True) - 1
     return rewards.masked_fill(~mask, 0).scatter_add(1, last, scores[:, None])

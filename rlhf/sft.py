@@ -3,33 +3,42 @@
 import time
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ppo_kernels import masked_mean, token_logprobs
-from rlhf.checkpoint import save_model, start_run
+from rlhf import distributed
+from rlhf.batches import pad
 from rlhf.config import SFTConfig
-from rlhf.data import Text, count_steps, load_texts, micro_batches, pad
+from rlhf.data import Text, load_texts
 from rlhf.metrics import MetricsLog, plot_metrics
-from rlhf.models import autocast, check_fits, load_causal_lm, load_tokenizer
-from rlhf.optim import clip_gradients, make_optimizer
+from rlhf.models import (
+    autocast,
+    check_fits,
+    default_device,
+    enable_gradient_checkpointing,
+    load_causal_lm,
+    load_tokenizer,
+)
+from rlhf.saving import Checkpoints, is_due
+from rlhf.supervised import SupervisedTrainer
+
+SHOWN = ("loss", "eval/loss", "eval/perplexity", "tokens_per_second", "lr")
 
 
 def token_loss(
-    model: PreTrainedModel, texts: list[Text], pad_token_id: int, denominator: float
+    model: nn.Module, texts: list[Text], pad_token_id: int, denominator: float
 ) -> Tensor:
     """Sum of -log p over the tokens that are learnt, divided by `denominator`."""
-    ids, mask = pad([text.ids for text in texts], pad_token_id)
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    start = torch.tensor([text.start for text in texts], device=model.device)
-    learnt = mask & (torch.arange(ids.shape[1], device=model.device) >= start[:, None])
+    ids, mask = (x.to(default_device()) for x in pad([text.ids for text in texts], pad_token_id))
+    learnt, _ = pad([text.learnt for text in texts], False)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logprobs = token_logprobs(logits[:, :-1], ids[:, 1:])
-    return -masked_mean(logprobs, learnt[:, 1:], denominator=denominator)
+    return -masked_mean(logprobs, learnt[:, 1:].to(ids.device), denominator=denominator)
 
 
 def count_learnt(texts: list[Text]) -> int:
-    return sum(len(text.ids) - text.start for text in texts)
+    return sum(sum(text.learnt) for text in texts)
 
 
 @torch.no_grad()
@@ -39,70 +48,74 @@ def evaluate(
     texts: list[Text],
     config: SFTConfig,
 ) -> dict[str, float]:
-    """Cross-entropy in nats per token, and perplexity."""
+    """Cross-entropy in nats per token, and perplexity; the texts are divided over the processes."""
     model.eval()
     texts = sorted(texts, key=lambda text: len(text.ids))
     size, total = config.per_device_eval_batch_size, count_learnt(texts)
-    loss = torch.zeros(())
-    for start in range(0, len(texts), size):
+    batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+    num_processes = distributed.world_size()
+    loss = torch.zeros((), device=model.device)
+    for batch in batches[distributed.rank() :: num_processes]:
         with autocast(config.bf16):
-            batch = texts[start : start + size]
-            loss += token_loss(model, batch, tokenizer.pad_token_id, total).cpu()
+            loss += num_processes * token_loss(model, batch, tokenizer.pad_token_id, total)
+    loss = distributed.mean_of({"loss": loss})["loss"]
+    model.train()
     return {"eval/loss": loss.item(), "eval/perplexity": loss.exp().item()}
 
 
 def train_sft(config: SFTConfig) -> dict[str, float]:
     """Trains and saves a causal language model; returns the last metrics."""
     start_time = time.perf_counter()
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    texts = load_texts(config.dataset_name, tokenizer, config.max_length)
-    eval_texts = None
+    texts = load_texts(config, config.dataset_name, config.dataset_split, tokenizer)
+    eval_texts = []
     if config.eval_dataset_name is not None:
-        eval_texts = load_texts(config.eval_dataset_name, tokenizer, config.max_length)
+        eval_texts = load_texts(
+            config, config.eval_dataset_name, config.eval_dataset_split, tokenizer
+        )
     model = load_causal_lm(config.model_name_or_path)
-    longest = max(len(text.ids) for text in texts + (eval_texts or []))
+    longest = max(len(text.ids) for text in texts + eval_texts)
     check_fits(model, tokenizer, longest, "lower max_length")
-    output_dir = start_run(config, "sft")
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
 
-    num_steps = count_steps(len(texts), config)
-    optimizer, scheduler = make_optimizer([(model, config.learning_rate)], config, num_steps)
-    generator = torch.Generator().manual_seed(config.seed)
-    batches = micro_batches([len(text.ids) for text in texts], config, generator)
+    trainer = SupervisedTrainer(config, model, texts, [len(text.ids) for text in texts])
+    checkpoints = Checkpoints(config, "sft", trainer, {"": model}, tokenizer)
+    output_dir, total = checkpoints.run.output_dir, trainer.num_steps
+    metrics = checkpoints.resume()
 
-    shown = ("loss", "eval/loss", "eval/perplexity", "tokens_per_second", "lr")
-    with MetricsLog(output_dir, "sft", num_steps, config.report_to, shown) as log:
-        model.train()
-        losses, num_tokens, since = [], 0, time.perf_counter()
-        for step, batch in zip(range(1, num_steps + 1), batches, strict=False):
-            micro_texts = [[texts[i] for i in indices] for indices in batch]
-            denominator = sum(count_learnt(micro) for micro in micro_texts)
-            loss = torch.zeros((), device=model.device)
-            for micro in micro_texts:
+    with MetricsLog(output_dir, "sft", total, config.report_to, SHOWN, step=trainer.step) as log:
+        num_tokens, since = 0, time.perf_counter()
+        for batch in trainer.batches():
+            num_learnt = sum(count_learnt([texts[i] for i in rows]) for rows in batch)
+            for rows, weight in trainer.passes(batch):
+                micro = [texts[i] for i in rows]
                 with autocast(config.bf16):
-                    micro_loss = token_loss(model, micro, tokenizer.pad_token_id, denominator)
-                micro_loss.backward()
-                loss += micro_loss.detach()
-            grad_norm = clip_gradients(model, config.max_grad_norm)
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append(loss)
-            num_tokens += sum(len(text.ids) for micro in micro_texts for text in micro)
+                    loss = token_loss(trainer.parallel, micro, tokenizer.pad_token_id, num_learnt)
+                trainer.backward(weight, {"loss": loss})
+            trainer.take_step()
+            num_tokens += sum(len(texts[i].ids) for rows in batch for i in rows)
             log.advance()
-            if step % config.logging_steps == 0 or step == num_steps:
-                metrics = {
-                    "loss": torch.stack(losses).mean().item(),
-                    "grad_norm": grad_norm.item(),
-                    "lr": learning_rate,
-                    "tokens_per_second": num_tokens / (time.perf_counter() - since),
-                }
-                log.write(step, metrics)
-                losses, num_tokens, since = [], 0, time.perf_counter()
-        save_model(output_dir, model, tokenizer)
-        if eval_texts is not None:
-            metrics |= evaluate(model, tokenizer, eval_texts, config)
-            log.write(num_steps, {k: v for k, v in metrics.items() if k.startswith("eval/")})
-    plot_metrics(output_dir, {"loss": ("loss",)})
-    return metrics | {"steps": num_steps, "seconds": time.perf_counter() - start_time}
+            if is_due(config.logging_steps, trainer.step, total):
+                figures = trainer.take_metrics()
+                figures["tokens_per_second"] = num_tokens / (time.perf_counter() - since)
+                num_tokens, since = 0, time.perf_counter()
+                log.write(trainer.step, figures)
+                metrics |= figures
+            if eval_texts and is_due(config.eval_steps, trainer.step, total):
+                figures = evaluate(model, tokenizer, eval_texts, config)
+                log.write(trainer.step, figures)
+                metrics |= figures
+            if config.save_steps and is_due(config.save_steps, trainer.step, total):
+                checkpoints.save(trainer.step, metrics)
+
+    if config.load_best_model_at_end:
+        checkpoints.load_best()
+
+    def finish() -> None:
+        checkpoints.save_models(output_dir)
+        plot_metrics(output_dir, {"loss": ("loss", "eval/loss")})
+
+    distributed.from_main(finish)
+    return metrics | {"steps": total, "seconds": time.perf_counter() - start_time}

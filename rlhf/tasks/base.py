@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.checkpoint import save_model
+from rlhf.state import save_model
 
 MAX_LENGTH = 256
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_kernels import kl_divergence
 from rlhf.config import PPOConfig
 from rlhf.data import tokenize_prompts
+from rlhf.generation import Stopping
 from rlhf.models import freeze, load_causal_lm, load_tokenizer
-from rlhf.rollout import Responses, decode_responses, response_logits, sample_responses
+from rlhf.rollout import Draws, Responses, decode_responses, response_logits, sample_responses
 
 
 class Sampler:
@@ -19,11 +20,13 @@ class Sampler:
         self.config = config
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(str(path))
         self.policy: PreTrainedModel = freeze(load_causal_lm(str(path)))
-        self.generator = torch.Generator(self.policy.device).manual_seed(seed)
+        self.stopping = Stopping(self.tokenizer, config)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def sample(self, prompts: list[str]) -> Responses:
         ids = tokenize_prompts(self.tokenizer, prompts, self.config.max_prompt_length)
-        return sample_responses(self.policy, self.tokenizer, ids, self.config, self.generator)
+        draws = Draws.of(len(ids), self.config, self.generator)
+        return sample_responses(self.policy, self.tokenizer, self.stopping, ids, draws, self.config)
 
     def complete(self, prompts: list[str]) -> list[str]:
         """A response to each prompt, as text."""
@@ -37,12 +40,7 @@ class Sampler:
         rows = torch.arange(len(responses.tokens), device=responses.tokens.device)
         for _, part in responses.by_length(rows, self.config.per_device_eval_batch_size):
             logits, ref_logits = (
-                response_logits(
-                    sampler.policy,
-                    part,
-                    self.tokenizer.eos_token_id,
-                    self.config.min_response_length,
-                )
+                response_logits(sampler.policy, part, self.stopping)
                 for sampler in (self, reference)
             )
             kl = kl_divergence(logits, ref_logits, temperature=self.config.temperature)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import load_columns
+from rlhf.columns import load_columns
 from rlhf.errors import UserError
 from rlhf.tasks.base import EOS
 

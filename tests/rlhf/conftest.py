@@ -14,11 +14,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.checkpoint import save_model
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.models import load_scorer
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
+from rlhf.state import save_model
 from rlhf.tasks.base import write_jsonl
 
 GOOD, BAD = ("good", "fine", "great"), ("bad", "dull", "weak")
@@ -36,8 +36,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>")
     words = Tokenizer(model)
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -46,10 +45,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory, tokenizer) -> Path:
+def make_world(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Untrained models `llama`, `gpt2`, `llama-reward`, `gpt2-reward`, and every stage's data."""
-    path = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     llama = LlamaForCausalLM(
@@ -83,6 +80,17 @@ def world(tmp_path_factory, tokenizer) -> Path:
     )
     prompts = ("film", "plot is", "film is good")
     write_jsonl(path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("world")
+    make_world(path, tokenizer)
     return path
 
 
@@ -95,6 +103,7 @@ def sft_config(world):
             "per_device_train_batch_size": 20,
             "learning_rate": 1e-2,
             "num_train_epochs": 4,
+            "save_steps": 0,
             "report_to": "none",
         }
         return SFTConfig(**defaults | changes)
@@ -112,6 +121,7 @@ def reward_config(world, trained_sft):
             "per_device_train_batch_size": 20,
             "learning_rate": 1e-2,
             "num_train_epochs": 2,
+            "save_steps": 0,
             "report_to": "none",
         }
         return RewardConfig(**defaults | changes)
@@ -124,7 +134,7 @@ def ppo_config(world, trained_sft, trained_reward):
     def make(**changes) -> PPOConfig:
         defaults = {
             "model_name_or_path": str(trained_sft),
-            "reward_model_path": str(trained_reward),
+            "reward_funcs": [str(trained_reward)],
             "dataset_name": str(world / "prompts.jsonl"),
             "per_device_train_batch_size": 8,
             "num_mini_batches": 2,
@@ -133,6 +143,7 @@ def ppo_config(world, trained_sft, trained_reward):
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
             "response_length": 8,
+            "save_steps": 0,
             "report_to": "none",
         }
         return PPOConfig(**defaults | changes)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from rlhf.data import pad
-from rlhf.generation import generate
+from rlhf.batches import pad
+from rlhf.config import PPOConfig
+from rlhf.errors import UserError
+from rlhf.generation import Stopping, generate, sample_tokens
 from rlhf.models import load_causal_lm, positions
 
 EOS, PAD = 2, 0
@@ -27,26 +29,35 @@ def trained(trained_sft):
     return load_causal_lm(str(trained_sft)).eval()
 
 
-def sample(model, prompts, *, max_length=8, min_length=0, temperature=1.0, pad_token_id=PAD):
+def sample(model, tokenizer, prompts, *, max_length=8, pad_token_id=PAD, seed=0, **options):
     prompt_ids, prompt_mask = pad(prompts, pad_token_id, "left")
     max_lengths = torch.as_tensor(max_length).expand(len(prompts)).clone()
+    config = PPOConfig(
+        **dict.fromkeys(("model_name_or_path", "dataset_name", "output_dir"), "-"),
+        reward_funcs=["-"],
+        response_length=int(max_lengths.max()),
+        **options,
+    )
+    shape = len(prompts), config.response_length
+    generator = torch.Generator().manual_seed(seed)
     return generate(
         model,
         prompt_ids,
         prompt_mask,
+        uniforms=torch.rand(shape, dtype=torch.float64, generator=generator),
         max_lengths=max_lengths,
-        min_length=min_length,
-        temperature=temperature,
-        eos_token_id=EOS,
+        stopping=Stopping(tokenizer, config),
+        temperature=config.temperature,
         pad_token_id=pad_token_id,
-        generator=torch.Generator().manual_seed(0),
     )
 
 
-def test_greedy_limit_equals_full_recomputation_row_by_row(model):
+def test_greedy_limit_equals_full_recomputation_row_by_row(model, tokenizer):
     # Rows end at different times, so the batch shrinks on the way.
     max_length = torch.tensor([12, 2, 7, 1])
-    tokens, lengths = sample(model, PROMPTS, max_length=max_length, temperature=1e-4)
+    tokens, lengths, ended = sample(
+        model, tokenizer, PROMPTS, max_length=max_length, temperature=1e-4
+    )
     for row, prompt in enumerate(PROMPTS):
         ids = list(prompt)
         for _ in range(max_length[row]):
@@ -55,12 +66,15 @@ def test_greedy_limit_equals_full_recomputation_row_by_row(model):
                 break
         response = ids[len(prompt) :]
         assert tokens[row, : lengths[row]].tolist() == response
+        assert ended[row] == (response[-1] == EOS)
         assert (tokens[row, lengths[row] :] == PAD).all()
 
 
-def test_tokens_follow_the_tempered_softmax(trained):
+def test_tokens_follow_the_tempered_softmax(trained, tokenizer):
     temperature = 3.0
-    tokens, _ = sample(trained, [[3, 5]] * 20_000, max_length=1, temperature=temperature)
+    tokens, *_ = sample(
+        trained, tokenizer, [[3, 5]] * 20_000, max_length=1, temperature=temperature
+    )
     frequency = torch.bincount(tokens[:, 0], minlength=13) / 20_000
     expected = (trained(torch.tensor([[3, 5]])).logits[0, -1] / temperature).softmax(-1)
     assert (frequency - expected).abs().max() < 0.01
@@ -68,29 +82,34 @@ def test_tokens_follow_the_tempered_softmax(trained):
     assert (untempered - expected).abs().max() > 0.03
 
 
-def test_eos_is_never_sampled_before_the_minimum_length(model):
-    tokens, lengths = sample(model, [[3]] * 500, max_length=9, min_length=5)
+def test_eos_is_never_sampled_before_the_minimum_length(model, tokenizer):
+    tokens, lengths, _ = sample(model, tokenizer, [[3]] * 500, max_length=9, min_response_length=5)
     assert lengths.min() == 6 and lengths.max() == 9
     assert not (tokens[:, :5] == EOS).any()
 
 
-def test_every_response_stops_at_its_own_longest_length(model):
+def test_every_response_stops_at_its_own_longest_length(model, tokenizer):
     max_length = torch.arange(500) % 6 + 1
-    _, lengths = sample(model, [[3]] * 500, max_length=max_length, min_length=6)
+    _, lengths, _ = sample(
+        model, tokenizer, [[3]] * 500, max_length=max_length, min_response_length=6
+    )
     assert torch.equal(lengths, max_length)
 
 
-def test_a_sampled_pad_token_counts_like_any_other(model):
-    plain = sample(model, [[3]] * 200)
-    padded = sample(model, [[3]] * 200, pad_token_id=9)
+def test_a_sampled_pad_token_counts_like_any_other(model, tokenizer):
+    plain = sample(model, tokenizer, [[3]] * 200)
+    padded = sample(model, tokenizer, [[3]] * 200, pad_token_id=9)
     assert torch.equal(plain.lengths, padded.lengths)
     real = torch.arange(plain.tokens.shape[1]) < plain.lengths[:, None]
     assert torch.equal(plain.tokens[real], padded.tokens[real])
     assert (plain.tokens[real] == 9).any() and (plain.tokens[real] == PAD).any()
 
 
-def test_pad_may_be_eos(model):
-    distinct, same = sample(model, PROMPTS * 50), sample(model, PROMPTS * 50, pad_token_id=EOS)
+def test_pad_may_be_eos(model, tokenizer):
+    distinct, same = (
+        sample(model, tokenizer, PROMPTS * 50),
+        sample(model, tokenizer, PROMPTS * 50, pad_token_id=EOS),
+    )
     assert torch.equal(distinct.lengths, same.lengths)
     assert (distinct.lengths < 8).any()
 
@@ -98,3 +117,85 @@ def test_pad_may_be_eos(model):
 def test_positions_count_real_tokens_only():
     mask = torch.tensor([[False, False, True, True, False]])
     assert positions(mask).tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_a_response_depends_neither_on_its_batch_nor_on_its_place_in_it(model, tokenizer):
+    rows = 12
+    prompts, lengths = PROMPTS * 3, torch.arange(rows) % 8 + 1
+    prompt_ids, prompt_mask = pad(prompts, PAD, "left")
+    whole = sample(model, tokenizer, prompts, max_length=lengths)
+    for order in (torch.randperm(rows, generator=torch.Generator().manual_seed(3)), [5], [2, 9]):
+        generator = torch.Generator().manual_seed(0)
+        uniforms = torch.rand(rows, 8, dtype=torch.float64, generator=generator)
+        config = PPOConfig(
+            **dict.fromkeys(("model_name_or_path", "dataset_name", "output_dir"), "-"),
+            reward_funcs=["-"],
+        )
+        tokens, part_lengths, ended = generate(
+            model,
+            prompt_ids[order],
+            prompt_mask[order],
+            uniforms=uniforms[order],
+            max_lengths=lengths[order],
+            stopping=Stopping(tokenizer, config),
+            temperature=1.0,
+            pad_token_id=PAD,
+        )
+        assert torch.equal(part_lengths, whole.lengths[order])
+        assert torch.equal(ended, whole.ended[order])
+        assert torch.equal(tokens, whole.tokens[order][:, : tokens.shape[1]])
+
+
+def test_a_token_is_where_the_cumulative_distribution_passes_its_number():
+    logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 3.0, 2.0, -torch.inf]).log()
+    logits = logits.nan_to_num(nan=-torch.inf)
+    edge = 1 / 6
+    cases = {0.0: 1, edge - 1e-6: 1, edge + 1e-6: 3, 0.5: 3, 4 / 6 + 1e-6: 4, 1 - 2**-53: 4}
+    uniforms = torch.tensor(list(cases), dtype=torch.float64)
+    tokens = sample_tokens(logits.expand(len(cases), -1), 1.0, uniforms)
+    assert tokens.tolist() == list(cases.values())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_divides_the_logits_in_sampling(temperature):
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    tokens = sample_tokens(logits.expand(10_000, -1), temperature, uniforms)
+    frequency = torch.bincount(tokens, minlength=3) / 10_000
+    torch.testing.assert_close(frequency, (logits / temperature).softmax(-1), atol=2e-4, rtol=0)
+
+
+def test_stop_tokens_end_a_response_and_are_kept(model, tokenizer):
+    good = tokenizer.convert_tokens_to_ids("good")
+    tokens, lengths, ended = sample(model, tokenizer, [[3]] * 300, stop_token=["good"])
+    for row, length, end in zip(tokens.tolist(), lengths.tolist(), ended.tolist(), strict=True):
+        response = row[:length]
+        assert not {good, EOS} & set(response[:-1])
+        assert end == (response[-1] in (good, EOS))
+    assert (tokens[torch.arange(300), lengths - 1] == good).any()
+    tokens, lengths, _ = sample(
+        model, tokenizer, [[3]] * 300, stop_token=["good"], min_response_length=4
+    )
+    assert lengths.min() >= 5 and not torch.isin(tokens[:, :4], torch.tensor([good, EOS])).any()
+
+
+def test_stop_strings_end_a_response_where_they_are_complete(model, tokenizer):
+    text = tokenizer.decode([5, 7])
+    tokens, lengths, ended = sample(
+        model, tokenizer, [[5]] * 500, max_length=6, stop_strings=[text]
+    )
+    pair = [5, 7]
+    found = 0
+    for row, length, end in zip(tokens.tolist(), lengths.tolist(), ended.tolist(), strict=True):
+        response = row[:length]
+        pairs = [response[i : i + 2] for i in range(length - 1)]
+        assert pair not in pairs[:-1]
+        stopped = bool(pairs) and pairs[-1] == pair
+        assert end == (stopped or response[-1] == EOS)
+        found += stopped
+    assert found > 0
+
+
+def test_an_unknown_stop_token_is_an_error(model, tokenizer):
+    with pytest.raises(UserError, match="stop_token 'marvellous' is no token"):
+        sample(model, tokenizer, [[3]], stop_token=["marvellous"])

@@ -35,7 +35,7 @@ def test_all_stages_learn_in_bf16(sft_config, reward_config, ppo_config, tmp_pat
     train_ppo(
         ppo_config(
             model_name_or_path=str(sft),
-            reward_model_path=str(reward),
+            reward_funcs=[str(reward)],
             output_dir=str(ppo),
             bf16=True,
             per_device_train_batch_size=32,

@@ -2,23 +2,32 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-from rlhf.data import pad, tokenize_prompts
+from rlhf.batches import pad
+from rlhf.errors import UserError
+from rlhf.iteration import Batch
 from rlhf.models import sequence_scores, token_values
-from rlhf.ppo import PPOTrainer, prompt_batches, train_ppo
+from rlhf.ppo import train_ppo
 from rlhf.rollout import (
+    Draws,
     Responses,
-    ended_with_eos,
-    response_logits,
-    response_values,
+    response_logits_and_values,
+    sample_responses,
     shaped_scores,
     token_rewards,
 )
+from rlhf.trainer import PPOTrainer
 
 EOS = 2
 METRICS = {
@@ -42,13 +51,32 @@ def make_trainer(ppo_config, tmp_path):
 def any_model(request, world):
     """Paths for a run from an untrained model; the GPT-2 has dropout 0.1."""
     path = str(world / request.param)
-    return {"model_name_or_path": path, "reward_model_path": f"{path}-reward"}
+    return {"model_name_or_path": path, "reward_funcs": [f"{path}-reward"]}
 
 
-def collect(trainer: PPOTrainer):
-    prompts = tokenize_prompts(trainer.tokenizer, ["film", "plot is", "film is good"], 64)
-    batch = next(prompt_batches(prompts, trainer.batch_size, torch.Generator().manual_seed(0)))
-    return trainer.evaluate(trainer.sample(batch))
+def sample(trainer: PPOTrainer, prompts: list[list[int]]) -> Responses:
+    draws = Draws.of(len(prompts), trainer.config, trainer.generator)
+    return sample_responses(
+        trainer.policy, trainer.tokenizer, trainer.stopping, prompts, draws, trainer.config
+    )
+
+
+def collect(trainer: PPOTrainer) -> Batch:
+    rows = trainer.next_rows()
+    return trainer.evaluate(rows, trainer.sample(trainer.prompts, rows, trainer.generator))
+
+
+def records(path) -> list[dict]:
+    """The metrics of a run, without those that are times."""
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if not name.startswith("time/") and name != "tokens_per_second"
+        }
+        for line in lines
+    ]
 
 
 def row_ids(responses: Responses, row: int) -> tuple[list[int], list[int]]:
@@ -57,7 +85,7 @@ def row_ids(responses: Responses, row: int) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "min_response_length": 3}])
-def test_first_minibatch_of_every_update_has_ratio_one(ppo_config, any_model, tmp_path, changes):
+def test_ratio_is_one_at_the_first_minibatch(ppo_config, any_model, tmp_path, changes):
     config = ppo_config(output_dir=str(tmp_path / "run"), **any_model, **changes)
     train_ppo(config)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -69,28 +97,29 @@ def test_first_minibatch_of_every_update_has_ratio_one(ppo_config, any_model, tm
         assert metrics["policy/ratio_max"] > 1.001
 
 
-def test_padding_changes_no_logits_values_or_scores(make_trainer, any_model):
+def test_padding_invariance_of_logits_values_and_scores(make_trainer, any_model):
     trainer = make_trainer(**any_model)
-    responses = trainer.sample([[3], [4, 5], [3, 5, 7, 8], [6]] * 4)
-    logits = response_logits(trainer.policy, responses, EOS, 0)
-    values = response_values(trainer.critic, responses)
-    scores = sequence_scores(trainer.reward_model, responses.input_ids, responses.attention_mask)
+    responses = sample(trainer, [[3], [4, 5], [3, 5, 7, 8], [6]] * 4)
+    logits, values = response_logits_and_values(trainer.model, responses, trainer.stopping)
+    scores = sequence_scores(
+        trainer.rewards[0].model, responses.input_ids, responses.attention_mask
+    )
     for row in range(16):
         prompt, response = row_ids(responses, row)
         ids = torch.tensor([prompt + response])
         span = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
         alone = trainer.policy(ids).logits[0, span]
         torch.testing.assert_close(logits[row, : len(response)], alone, atol=1e-5, rtol=1e-5)
-        alone = token_values(trainer.critic, ids, torch.ones_like(ids))[0]
+        alone = token_values(trainer.model.critic, ids, torch.ones_like(ids))[0]
         torch.testing.assert_close(values[row, : len(response)], alone[span], atol=1e-5, rtol=1e-5)
-        alone = trainer.reward_model.score(
-            trainer.reward_model.base_model(ids).last_hidden_state[:, -1]
+        alone = trainer.rewards[0].model.score(
+            trainer.rewards[0].model.base_model(ids).last_hidden_state[:, -1]
         )
         torch.testing.assert_close(scores[row], alone[0, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_parts_are_of_similar_length_and_drop_only_columns_of_padding(make_trainer):
-    responses = make_trainer().sample([[3], [4, 5], [3, 5, 7, 8], [6]])
+    responses = sample(make_trainer(), [[3], [4, 5], [3, 5, 7, 8], [6]])
     lengths = responses.attention_mask.sum(1)
     seen = []
     for index, part in responses.by_length(torch.tensor([3, 1, 0]), 2):
@@ -103,8 +132,8 @@ def test_parts_are_of_similar_length_and_drop_only_columns_of_padding(make_train
     assert lengths[seen].tolist() == sorted(lengths[seen].tolist(), reverse=True)
 
 
-def test_score_is_read_at_eos_where_pad_is_eos(make_trainer):
-    model = make_trainer().reward_model
+def test_pad_may_be_eos_in_the_reward_model(make_trainer):
+    model = make_trainer().rewards[0].model
     model.config.pad_token_id = EOS
     ids, mask = pad([[3, 5, 7, EOS], [4, 5, 8, 9, 6, EOS]], EOS)
     for row, length in enumerate((4, 6)):
@@ -113,7 +142,7 @@ def test_score_is_read_at_eos_where_pad_is_eos(make_trainer):
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.5])
-def test_temperature_divides_policy_and_reference_logits(make_trainer, temperature):
+def test_temperature_divides_logits_of_policy_and_reference(make_trainer, temperature):
     trainer = make_trainer(temperature=temperature, min_response_length=2)
     with torch.no_grad():
         for parameter in trainer.reference.parameters():
@@ -152,20 +181,122 @@ def test_number_of_optimizer_steps(make_trainer):
     assert len(trainer.update(collect(trainer))) == len(steps) == 3 * 2
 
 
-def test_micro_batch_size_does_not_change_the_update(make_trainer):
-    weights = []
-    for size, accumulation in ((12, 1), (4, 3), (1, 12)):
-        trainer = make_trainer(
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.05,
-            entropy_coef=0.01,
+def weights_after_an_update(trainer: PPOTrainer) -> list[torch.Tensor]:
+    trainer.update(collect(trainer))
+    return list(trainer.model.parameters())
+
+
+def test_micro_batch_invariance(make_trainer):
+    """per_device_train_batch_size * gradient_accumulation_steps counts, not its factors."""
+    options = {"max_grad_norm": 0.05, "entropy_coef": 0.01}
+    weights = [
+        weights_after_an_update(
+            make_trainer(
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulation,
+                **options,
+            )
         )
-        trainer.update(collect(trainer))
-        models = (trainer.policy, trainer.critic)
-        weights.append([p for model in models for p in model.parameters()])
-    for other in weights[1:]:
+        for size, accumulation in ((12, 1), (4, 3), (1, 12))
+    ]
+    by_rollout = make_trainer(per_device_train_batch_size=4, rollout_batch_size=24, **options)
+    for other in (*weights[1:], weights_after_an_update(by_rollout)):
         torch.testing.assert_close(weights[0], other, atol=2e-5, rtol=0)
+
+
+def test_padding_invariance_of_the_update(make_trainer):
+    """More padding on both sides of every row changes neither the batch nor the update."""
+    weights = []
+    for extra in (0, 5):
+        trainer = make_trainer()
+        rows = trainer.next_rows()
+        responses = trainer.sample(trainer.prompts, rows, trainer.generator)
+        wide = responses._replace(
+            prompt_ids=F.pad(responses.prompt_ids, (extra, 0), value=9),
+            prompt_mask=F.pad(responses.prompt_mask, (extra, 0)),
+            tokens=F.pad(responses.tokens, (0, extra), value=9),
+            mask=F.pad(responses.mask, (0, extra)),
+        )
+        batch = trainer.evaluate(rows, wide)
+        assert (batch.advantages[:, responses.tokens.shape[1] :] == 0).all()
+        trainer.update(batch)
+        weights.append(list(trainer.model.parameters()))
+    torch.testing.assert_close(*weights, atol=2e-5, rtol=0)
+
+
+def test_batch_order_invariance(make_trainer, any_model):
+    """Rows in another order, with their random numbers, are the same rows: all that is said of
+    them and the update of a single minibatch."""
+    shuffled = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    batches, weights = [], []
+    for order in (torch.arange(16), shuffled):
+        trainer = make_trainer(num_mini_batches=1, per_device_train_batch_size=16, **any_model)
+        draws = Draws.of(16, trainer.config, trainer.generator).rows(order)
+        rows = [i % 3 for i in order.tolist()]
+        prompts = [trainer.prompts.ids[row] for row in rows]
+        responses = sample_responses(
+            trainer.policy, trainer.tokenizer, trainer.stopping, prompts, draws, trainer.config
+        )
+        batches.append(trainer.evaluate(rows, responses))
+        trainer.update(batches[-1])
+        weights.append(list(trainer.model.parameters()))
+    first, second = batches
+    assert torch.equal(first.responses.tokens[shuffled], second.responses.tokens)
+    for name in ("rewards", "advantages", "returns"):
+        expected = getattr(first, name)[shuffled]
+        torch.testing.assert_close(getattr(second, name), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*weights, atol=2e-5, rtol=0)
+
+
+def test_responses_are_masked_by_their_length_and_pad_is_never_a_free_action(
+    make_trainer, any_model
+):
+    """A policy that samples PAD now and then is asked for each of them: it counts in the length,
+    in the KL penalty and in the advantages. Only the end of a response ends it."""
+    trainer = make_trainer(kl_coef=0.5, **any_model)
+    with torch.no_grad():
+        for parameter in trainer.reference.parameters():
+            parameter.mul_(1.5)
+    batch = collect(trainer)
+    tokens, mask = batch.responses.tokens, batch.responses.mask
+    lengths = mask.sum(1)
+    assert torch.equal(mask, torch.arange(8) < lengths[:, None])
+    for row, length in enumerate(lengths.tolist()):
+        assert length == 8 or tokens[row, length - 1] == EOS
+        assert (tokens[row, : length - 1] != EOS).all()
+    inner_pads = (tokens == trainer.tokenizer.pad_token_id) & (
+        torch.arange(8) < lengths[:, None] - 1
+    )
+    assert inner_pads.sum() > 3
+    kl = batch.experience.logprobs - batch.experience.ref_logprobs
+    assert (kl[inner_pads] != 0).all() and (batch.advantages[inner_pads] != 0).all()
+    torch.testing.assert_close(batch.rewards[inner_pads], -0.5 * kl[inner_pads])
+
+
+def test_pad_may_be_eos(ppo_config, world, trained_sft, tmp_path):
+    """With EOS as pad a run is, bit for bit, the one with a pad token of its own."""
+    runs = []
+    for name, pad_token in (("own", "<pad>"), ("eos", "<eos>")):
+        for part, path in (
+            ("sft", trained_sft),
+            ("reward", ppo_config(output_dir="-").reward_funcs[0]),
+        ):
+            shutil.copytree(path, tmp_path / name / part)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer.pad_token = pad_token
+            tokenizer.save_pretrained(tmp_path / name / part)
+        train_ppo(
+            ppo_config(
+                model_name_or_path=str(tmp_path / name / "sft"),
+                reward_funcs=[str(tmp_path / name / "reward")],
+                output_dir=str(tmp_path / name / "run"),
+                missing_eos_penalty=1.0,
+                response_length=4,
+            )
+        )
+        runs.append(records(tmp_path / name / "run"))
+    assert runs[0] == runs[1]
+    assert 0 < runs[0][0]["tokens/eos_rate"] < 1
 
 
 def test_gradient_is_that_of_the_textbook_loss(make_trainer):
@@ -174,6 +305,7 @@ def test_gradient_is_that_of_the_textbook_loss(make_trainer):
         num_ppo_epochs=1,
         cliprange=0.1,
         cliprange_high=0.3,
+        dual_clip=1.2,
         cliprange_value=0.15,
         vf_coef=0.7,
         entropy_coef=0.05,
@@ -185,22 +317,24 @@ def test_gradient_is_that_of_the_textbook_loss(make_trainer):
     responses, mask = batch.responses, batch.responses.mask
     # As if the policy and the critic had moved since the responses were sampled.
     torch.manual_seed(0)
-    old_logprobs = batch.experience.logprobs + 0.3 * torch.randn(mask.shape)
+    old_logprobs = batch.experience.logprobs + 0.6 * torch.randn(mask.shape)
     old_values = batch.experience.values + 0.3 * torch.randn(mask.shape)
     experience = batch.experience._replace(logprobs=old_logprobs, values=old_values)
     batch = batch._replace(experience=experience)
 
-    logits = response_logits(trainer.policy, responses, EOS, 0) / 0.8
+    logits, values = response_logits_and_values(trainer.model, responses, trainer.stopping)
+    logits = logits / 0.8
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     logprobs = logprobs.gather(-1, responses.tokens[..., None])[..., 0]
     ratio = (logprobs - old_logprobs).exp()
     gain = torch.minimum(ratio * batch.advantages, ratio.clamp(0.9, 1.3) * batch.advantages)
-    values = response_values(trainer.critic, responses)
+    dual = torch.where(batch.advantages < 0, gain.maximum(1.2 * batch.advantages), gain)
+    assert not torch.equal(gain, dual)
     clipped = old_values + (values - old_values).clamp(-0.15, 0.15)
     error = torch.maximum((values - batch.returns) ** 2, (clipped - batch.returns) ** 2)
-    loss = (-gain - 0.05 * entropy + 0.7 * 0.5 * error)[mask].mean()
-    parameters = [*trainer.policy.parameters(), *trainer.critic.parameters()]
+    loss = (-dual - 0.05 * entropy + 0.7 * 0.5 * error)[mask].mean()
+    parameters = [*trainer.policy.parameters(), *trainer.model.critic.parameters()]
     expected = torch.autograd.grad(loss, parameters)
 
     gradients = []
@@ -212,12 +346,12 @@ def test_gradient_is_that_of_the_textbook_loss(make_trainer):
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-3, 1e-5}
 
 
-def test_gradients_are_clipped_before_every_step(make_trainer):
+def test_max_grad_norm_is_honoured(make_trainer):
     trainer = make_trainer(max_grad_norm=1e-3)
     norms = []
 
     def record(*_):
-        for model in (trainer.policy, trainer.critic):
+        for model in (trainer.policy, trainer.model.critic):
             norms.append(get_total_norm([p.grad for p in model.parameters()]).item())
 
     trainer.optimizer.register_step_pre_hook(record)
@@ -227,13 +361,25 @@ def test_gradients_are_clipped_before_every_step(make_trainer):
     assert all(step["grad_norm/policy"] > 1e-3 for step in steps)
 
 
-def test_advantages_are_whitened_over_the_mask(make_trainer):
+def test_whitening_is_centred_over_the_mask(make_trainer):
     batch = collect(make_trainer())
     mask = batch.responses.mask
     assert not mask.all()
     assert batch.advantages[mask].mean().item() == pytest.approx(0, abs=1e-5)
     assert batch.advantages[mask].std(correction=0).item() == pytest.approx(1, abs=1e-4)
     assert (batch.advantages[~mask] == 0).all()
+
+
+def test_rewards_are_whitened_over_the_mask_before_gae(make_trainer):
+    batch = collect(make_trainer(whiten_rewards=True, whiten_advantages=False, lam=1.0))
+    mask = batch.responses.mask
+    # With lam = gamma = 1 the return of a token is the sum of the rewards from it on.
+    whitened = batch.returns - torch.cat([batch.returns[:, 1:], torch.zeros(16, 1)], 1)
+    last = mask.sum(1) - 1
+    whitened[torch.arange(16), last] = batch.returns[torch.arange(16), last]
+    rewards = batch.rewards[mask]
+    expected = (rewards - rewards.mean()) / rewards.std(correction=0)
+    torch.testing.assert_close(whitened[mask], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_worked_example_of_the_augmented_reward():
@@ -249,43 +395,57 @@ def test_scores_are_in_units_of_the_training_data(make_trainer):
     trainer = make_trainer()
     batch = collect(trainer)
     ids, mask = batch.responses.input_ids, batch.responses.attention_mask
-    mean, std = trainer.reward_model.config.reward_mean, trainer.reward_model.config.reward_std
-    expected = (sequence_scores(trainer.reward_model, ids, mask) - mean) / std
-    torch.testing.assert_close(batch.experience.scores, expected, atol=1e-5, rtol=1e-5)
+    mean, std = (
+        trainer.rewards[0].model.config.reward_mean,
+        trainer.rewards[0].model.config.reward_std,
+    )
+    expected = (sequence_scores(trainer.rewards[0].model, ids, mask) - mean) / std
+    torch.testing.assert_close(batch.scores.scores, expected, atol=1e-5, rtol=1e-5)
     assert abs(std - 1) > 0.1
 
 
-def test_missing_eos_is_penalised_and_scores_are_clipped(ppo_config):
-    config = ppo_config(output_dir="unused", missing_eos_penalty=1.5, score_clip=2.0)
+def test_missing_eos_is_penalised_or_replaced_and_scores_are_clipped(ppo_config):
     scores = torch.tensor([0.5, 0.5, -9.0])
     ended = torch.tensor([True, False, False])
-    assert shaped_scores(scores, ended, config).tolist() == [0.5, -1.0, -3.5]
+    subtract = ppo_config(output_dir="unused", missing_eos_penalty=1.5, score_clip=2.0)
+    assert shaped_scores(scores, ended, subtract).tolist() == [0.5, -1.0, -3.5]
+    replace = ppo_config(output_dir="unused", missing_eos_score=-3.0, score_clip=2.0)
+    assert shaped_scores(scores, ended, replace).tolist() == [0.5, -3.0, -3.0]
 
 
-def test_eos_as_the_last_possible_token_is_not_missing():
-    tokens = torch.tensor([[5, 6, EOS], [5, EOS, EOS], [5, 6, 7], [5, 6, EOS]])
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]]).bool()
-    prompt = torch.ones(4, 1, dtype=torch.long)
-    responses = Responses(prompt, prompt.bool(), tokens, mask)
-    assert ended_with_eos(responses, EOS).tolist() == [True, True, False, False]
+@pytest.mark.parametrize("option", [{"missing_eos_penalty": 10.0}, {"missing_eos_score": -10.0}])
+def test_score_and_eos_penalty_sit_on_the_last_real_token(make_trainer, option):
+    """Also where that token is EOS, PAD, or the last that fits."""
+    batch = collect(make_trainer(kl_coef=0.0, response_length=4, **option))
+    tokens, mask, scores = batch.responses.tokens, batch.responses.mask, batch.scores.scores
+    missing = 0
+    for row, length in enumerate(mask.sum(1).tolist()):
+        expected = scores[row].item()
+        if tokens[row, length - 1] != EOS:
+            missing += 1
+            expected = expected - 10.0 if "missing_eos_penalty" in option else -10.0
+        assert batch.rewards[row, length - 1].item() == pytest.approx(expected)
+        others = [*range(length - 1), *range(length, 4)]
+        assert (batch.rewards[row, others] == 0).all()
+    assert 0 < missing < 16
 
 
 def test_response_lengths_are_drawn_from_their_range(make_trainer):
     trainer = make_trainer(response_length=6, min_response_length=6, sample_response_length=True)
-    assert (trainer.sample([[3]] * 50).mask.sum(1) == 6).all()
+    assert (sample(trainer, [[3]] * 50).mask.sum(1) == 6).all()
     trainer = make_trainer(response_length=6, min_response_length=3, sample_response_length=True)
-    lengths = trainer.sample([[3]] * 200).mask.sum(1)
+    lengths = sample(trainer, [[3]] * 200).mask.sum(1)
     assert sorted(set(lengths.tolist())) == [3, 4, 5, 6]
 
 
-def test_prompts_are_all_used_before_any_is_used_again():
-    batches = prompt_batches([[i] for i in range(10)], 4, torch.Generator().manual_seed(0))
-    used = [ids[0] for _ in range(5) for ids in next(batches)]
-    assert sorted(used[:10]) == sorted(used[10:]) == list(range(10))
-    assert used[:10] != used[10:]
+def test_prompts_are_all_used_before_any_is_used_again(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=2)
+    used = [row for _ in range(3) for row in trainer.next_rows()]
+    groups = [sorted(used[i : i + 3]) for i in range(0, 12, 3)]
+    assert groups == [[0, 1, 2]] * 4
 
 
-def test_training_raises_the_score_and_saves_policy_and_critic(
+def test_training_raises_the_score_and_the_critic_is_saved(
     ppo_config, world, trained_sft, tmp_path
 ):
     path = tmp_path / "run"
@@ -297,11 +457,11 @@ def test_training_raises_the_score_and_saves_policy_and_critic(
         report_to="tensorboard",
     )
     last = train_ppo(config)
-    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, 16))
-    assert set(records[0]) >= METRICS
-    assert last["objective/scores"] > records[0]["objective/scores"] + 0.5
-    assert records[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 16))
+    assert set(lines[0]) >= METRICS
+    assert last["objective/scores"] > lines[0]["objective/scores"] + 0.5
+    assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert last["objective/kl"] > 0.1
     assert last["objective/rlhf_reward"] == pytest.approx(
         last["objective/scores"] + last["objective/non_score_reward"], abs=1e-5
@@ -315,7 +475,8 @@ def test_training_raises_the_score_and_saves_policy_and_critic(
     assert not torch.equal(policy.lm_head.weight, start.lm_head.weight)
     assert policy.generate(torch.tensor([[3]]), max_new_tokens=3).shape[1] > 1
     critic = AutoModelForSequenceClassification.from_pretrained(path / "critic")
-    assert critic.score.weight.shape == (1, 32)
+    start = AutoModelForSequenceClassification.from_pretrained(config.reward_funcs[0])
+    assert not torch.equal(critic.score.weight, start.score.weight)
     assert (path / "completions.md").read_text().count("- after [") == 3
     for plot in ("reward", "policy", "loss", "responses"):
         assert (path / f"{plot}.png").read_bytes()[:4] == b"\x89PNG"
@@ -326,9 +487,15 @@ def test_the_same_seed_gives_the_same_run(ppo_config, tmp_path):
     runs = []
     for name in ("a", "b"):
         train_ppo(ppo_config(output_dir=str(tmp_path / name)))
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        runs.append([json.loads(line) for line in lines])
-    for first, second in zip(*runs, strict=True):
-        for name, value in first.items():
-            if not name.startswith("time/") and name != "tokens_per_second":
-                assert second[name] == value
+        runs.append(records(tmp_path / name))
+    assert runs[0] == runs[1]
+
+
+def test_a_nan_reward_stops_with_the_sample_named(ppo_config, tmp_path):
+    def reward(prompts, completions):
+        return [math.nan if "bad" in completion else 1.0 for completion in completions]
+
+    config = ppo_config(output_dir=str(tmp_path / "run"), total_episodes=64)
+    with pytest.raises(UserError, match=r"reward.*nan.*prompt '.+', completion '.*bad") as error:
+        train_ppo(config, [reward])
+    assert "\n" not in str(error.value)

@@ -1,77 +1,36 @@
-"""SFT and the reward model: their data, their losses, and what they save."""
+"""SFT and the reward model: their losses, their metrics, and what they save."""
 
+import errno
 import json
-import sys
-from collections import Counter
+import math
+import os
 from itertools import chain, combinations
+from statistics import fmean
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-from rlhf.checkpoint import save_model
-from rlhf.data import (
-    Text,
-    count_steps,
-    load_prompts,
-    load_rankings,
-    load_texts,
-    micro_batches,
-    tokenize_prompts,
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaPreTrainedModel,
 )
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from rlhf.config import RewardConfig, SFTConfig
+from rlhf.data import Text, load_rankings
 from rlhf.errors import UserError
 from rlhf.models import load_causal_lm, load_scorer
 from rlhf.optim import clip_gradients, make_optimizer
-from rlhf.reward import pair_indices, score_answers, train_reward
+from rlhf.reward import Scorer, pair_indices, pair_metrics, score_answers, train_reward
 from rlhf.sft import token_loss, train_sft
-from rlhf.tasks.base import write_jsonl
+from rlhf.state import save_model
+from rlhf.supervised import SupervisedTrainer
+from tests.rlhf.test_ppo import records
 
-BOS, EOS = 1, 2
-
-
-def test_text_is_learnt_whole_and_ends_with_eos(tokenizer, tmp_path):
-    path = str(tmp_path / "data.jsonl")
-    write_jsonl(tmp_path / "data.jsonl", [{"text": "film is good"}, {"text": "plot"}])
-    assert load_texts(path, tokenizer, 64) == [Text([3, 5, 7, EOS], 1), Text([4, EOS], 1)]
-    assert load_texts(path, tokenizer, 3) == [Text([3, 5, 7], 1), Text([4, EOS], 1)]
-
-
-def test_of_prompt_and_completion_the_completion_is_learnt(tokenizer, tmp_path):
-    rows = [{"prompt": "film is", "completion": "good ."}, {"prompt": "", "completion": "plot"}]
-    write_jsonl(tmp_path / "data.jsonl", rows)
-    texts = load_texts(str(tmp_path / "data.jsonl"), tokenizer, 64)
-    assert texts == [Text([3, 5, 7, 6, EOS], 2), Text([BOS, 4, EOS], 1)]
-
-
-def test_prompts_keep_their_last_tokens(tokenizer):
-    assert tokenize_prompts(tokenizer, ["film is good", ""], 2) == [[5, 7], [BOS]]
-
-
-def test_saved_data_sets_and_json_lists_are_read(tmp_path):
-    from datasets import Dataset
-
-    rows = [{"prompt": "film"}, {"prompt": "plot"}]
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    assert load_prompts(str(tmp_path / "saved")) == ["film", "plot"]
-    assert load_prompts(str(tmp_path / "data.json")) == ["film", "plot"]
-
-
-def test_only_saved_data_sets_need_the_datasets_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    write_jsonl(tmp_path / "data.jsonl", [{"prompt": "film"}])
-    assert load_prompts(str(tmp_path / "data.jsonl")) == ["film"]
-    with pytest.raises(UserError, match="pip install datasets"):
-        load_prompts(str(tmp_path))
-
-
-def test_chosen_and_rejected_are_a_ranking_of_two(tokenizer, tmp_path):
-    rows = [{"prompt": "film", "chosen": "good", "rejected": "bad"}]
-    path = str(tmp_path / "pairs.jsonl")
-    write_jsonl(tmp_path / "pairs.jsonl", rows)
-    assert load_rankings(path, tokenizer, 64, True) == [[[3, 7, EOS], [3, 10, EOS]]]
-    assert load_rankings(path, tokenizer, 2, False) == [[[3, 7], [3, 10]]]
+EOS = 2
 
 
 def test_worked_example_of_the_ranking():
@@ -87,34 +46,6 @@ def test_pairs_stay_within_their_ranking():
         (0, 1),
         *combinations((2, 3, 4), 2),
     ]
-
-
-def test_every_epoch_holds_every_example_once(sft_config):
-    config = sft_config(
-        output_dir="unused", per_device_train_batch_size=3, gradient_accumulation_steps=2
-    )
-    lengths = [1 + i % 7 for i in range(20)]
-    batches = micro_batches(lengths, config, torch.Generator().manual_seed(0))
-    assert count_steps(20, config) == 4 * 4
-    for _ in range(2):
-        epoch = [next(batches) for _ in range(4)]
-        assert Counter(i for batch in epoch for micro in batch for i in micro) == Counter(range(20))
-        assert sorted(sum(map(len, batch)) for batch in epoch) == [2, 6, 6, 6]
-        assert all(len(micro) <= 3 for batch in epoch for micro in batch)
-
-
-def test_token_loss_is_the_cross_entropy_of_the_learnt_tokens(world):
-    model = load_causal_lm(str(world / "gpt2")).eval()
-    texts = [Text([3, 5, 7, 6, EOS], 2), Text([4, 5, EOS], 1)]
-    total = sum(
-        F.cross_entropy(
-            model(torch.tensor([text.ids])).logits[0, text.start - 1 : -1],
-            torch.tensor(text.ids[text.start :]),
-            reduction="sum",
-        )
-        for text in texts
-    )
-    torch.testing.assert_close(token_loss(model, texts, 0, 5), total / 5)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
@@ -138,8 +69,8 @@ def test_accumulation_does_not_change_the_result(sft_config, reward_config, tmp_
 
 def test_learning_rate_warms_up_and_decays(sft_config):
     config = sft_config(output_dir="unused", warmup_ratio=0.4, weight_decay=0.1)
-    module = torch.nn.Linear(2, 2)
-    optimizer, scheduler = make_optimizer([(module, 1.0)], config, num_steps=5)
+    parameters = list(torch.nn.Linear(2, 2).parameters())
+    optimizer, scheduler = make_optimizer([(parameters, 1.0)], config, num_steps=5)
     rates = []
     for _ in range(5):
         rates.append(scheduler.get_last_lr()[0])
@@ -156,7 +87,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
     module = torch.nn.Linear(2, 1)
     module(torch.tensor([[torch.inf, 1.0]])).sum().backward()
     with pytest.raises(UserError, match="lower learning_rate"):
-        clip_gradients(module, 1.0)
+        clip_gradients(list(module.parameters()), 1.0)
 
 
 def test_sft_learns_and_its_folder_opens(sft_config, world, tmp_path):
@@ -171,7 +102,6 @@ def test_sft_learns_and_its_folder_opens(sft_config, world, tmp_path):
     ids = torch.tensor([tokenizer("film").input_ids])
     assert model(ids).logits[0, -1].argmax() == tokenizer("is").input_ids[0]
     assert (path / "loss.png").exists()
-    assert not (path / ".saving").exists()
 
 
 def test_reward_model_learns_and_its_folder_scores(reward_config, tokenizer, world, tmp_path):
@@ -183,11 +113,13 @@ def test_reward_model_learns_and_its_folder_scores(reward_config, tokenizer, wor
     good, bad = [1, 3, 5, 7, 7, 6, EOS], [1, 3, 5, 10, 6, EOS]
     good_score, bad_score = (model(torch.tensor([ids])).logits[0, 0] for ids in (good, bad))
     assert good_score > bad_score + 1
-    scores = score_answers(load_scorer(str(path), tokenizer), [good, bad], 0, bf16=False)
+    scorer = Scorer(load_scorer(str(path), tokenizer).eval())
+    scores = score_answers(scorer, [good, bad], 0, bf16=False)
     torch.testing.assert_close(scores, torch.stack([good_score, bad_score]), atol=1e-5, rtol=1e-5)
 
-    answers = [*chain(*load_rankings(str(world / "pairs.jsonl"), tokenizer, 64, True))]
-    scores = score_answers(model, answers, 0, bf16=False)
+    config = reward_config(output_dir="unused")
+    answers = chain(*load_rankings(config, str(world / "pairs.jsonl"), "train", tokenizer))
+    scores = score_answers(scorer, [*answers], 0, bf16=False)
     assert model.config.reward_mean == pytest.approx(scores.mean().item(), abs=1e-4)
     assert model.config.reward_std == pytest.approx(scores.std(correction=0).item(), abs=1e-4)
 
@@ -196,19 +128,16 @@ def test_a_model_is_saved_whole_or_not_at_all(world, tokenizer, tmp_path, monkey
     model = load_causal_lm(str(world / "llama"))
 
     def fail(_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="No space left on device: free some space"):
         save_model(tmp_path / "out", model, tokenizer)
-    assert [file.name for file in (tmp_path / "out").iterdir()] == [".saving"]
-    (tmp_path / "out" / ".saving" / "left-over").write_text("")
+    assert not list((tmp_path / "out").iterdir())
     monkeypatch.undo()
     save_model(tmp_path / "out", model, tokenizer)
     saved = load_causal_lm(str(tmp_path / "out"))
     torch.testing.assert_close(saved.state_dict(), model.state_dict(), atol=0, rtol=0)
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert not names & {".saving", "left-over"}
 
 
 def test_bf16_trains_too(sft_config, tmp_path):
@@ -216,3 +145,120 @@ def test_bf16_trains_too(sft_config, tmp_path):
     assert metrics["loss"] < 1.2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
     assert model.dtype == torch.float32
+
+
+def test_metrics_of_pairs():
+    """σ(0) = 1/2, σ(log 3) = 3/4; a pair whose scores are equal is not accurate."""
+    metrics = pair_metrics(torch.tensor([0.0, math.log(3), -math.log(3)]), 3)
+    expected = {"loss": math.log(2 * 4 / 3 * 4) / 3, "accuracy": 1 / 3, "margin": 0.0}
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
+
+
+def test_batches_of_unequal_parts_weigh_every_token_alike(world, sft_config):
+    """A step's loss and gradient are those of one pass over its whole batch."""
+    texts = [Text([1, 3, 5, 7, 2], [False] + [True] * 4), Text([1, 4], [False, True])]
+    texts.append(Text([1, 4, 5, 9, 9, 6, 2], [False] * 5 + [True] * 2))
+    config = sft_config(output_dir="unused", max_grad_norm=1e9)
+    model = load_causal_lm(str(world / "llama"))
+    trainer = SupervisedTrainer(config, model, texts, [5, 2, 7])
+    for rows, weight in trainer.passes([[0, 1], [2]]):
+        part = [texts[i] for i in rows]
+        trainer.backward(weight, {"loss": token_loss(trainer.parallel, part, 0, 7)})
+    gradient = [parameter.grad.clone() for parameter in model.parameters()]
+    loss = trainer.sums["loss"]
+    model.zero_grad()
+    whole = token_loss(model, texts, 0, 7)
+    whole.backward()
+    torch.testing.assert_close(loss, whole.detach())
+    torch.testing.assert_close(gradient, [parameter.grad for parameter in model.parameters()])
+    truth = [
+        F.cross_entropy(
+            model(torch.tensor([text.ids])).logits[0, :-1],
+            torch.tensor(text.ids[1:]).masked_fill(~torch.tensor(text.learnt[1:]), -100),
+            reduction="sum",
+        )
+        for text in texts
+    ]
+    torch.testing.assert_close(whole, sum(truth) / 7)
+
+
+def test_a_line_of_metrics_is_the_mean_of_its_steps(sft_config, tmp_path):
+    lines = {}
+    for every in (1, 4):
+        path = tmp_path / str(every)
+        train_sft(sft_config(output_dir=str(path), logging_steps=every, max_steps=10))
+        lines[every] = records(path)
+    assert [line["step"] for line in lines[4]] == [4, 8, 10]
+    for name in ("loss", "grad_norm"):
+        singles = [line[name] for line in lines[1]]
+        means = [fmean(singles[start : start + 4]) for start in (0, 4, 8)]
+        assert [line[name] for line in lines[4]] == pytest.approx(means)
+    assert [line["lr"] for line in lines[4]] == [lines[1][i]["lr"] for i in (3, 7, 9)]
+
+
+@pytest.fixture(params=["sft", "reward"])
+def train(request, world, tmp_path):
+    """Trains an untrained model of the world for 5 steps in a new folder; returns its metrics."""
+    train_stage, data, make_config = {
+        "sft": (train_sft, "texts.jsonl", SFTConfig),
+        "reward": (train_reward, "pairs.jsonl", RewardConfig),
+    }[request.param]
+
+    def run(model: str, **changes) -> list[dict]:
+        path = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        defaults = {
+            "model_name_or_path": str(world / model),
+            "dataset_name": str(world / data),
+            "output_dir": str(path),
+            "learning_rate": 1e-2,
+            "max_steps": 5,
+            "logging_steps": 1,
+            "save_steps": 0,
+            "report_to": "none",
+        }
+        if changes.get("eval_steps"):
+            defaults["eval_dataset_name"] = defaults["dataset_name"]
+        train_stage(make_config(**defaults | changes))
+        return records(path)
+
+    return run
+
+
+def test_evaluation_changes_nothing_of_the_training(train):
+    """Of a model with dropout, which is off in the evaluation and on again afterwards."""
+    lines = train("gpt2", eval_steps=2)
+    evaluations = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in evaluations] == [2, 4, 5]
+    assert [line for line in lines if "loss" in line] == train("gpt2")
+
+
+def test_evaluation_does_not_depend_on_its_batch(train):
+    """And is without dropout."""
+    first, second = (
+        train("gpt2", max_steps=1, eval_steps=1, per_device_eval_batch_size=size)[-1]
+        for size in (64, 7)
+    )
+    assert "eval/loss" in first
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("llama", LlamaMLP), ("gpt2", GPT2MLP)])
+def test_gradient_checkpointing_changes_nothing_but_memory(train, monkeypatch, name, layer):
+    """Not what the GPT-2 drops out either."""
+    calls, forward = [], layer.forward
+    monkeypatch.setattr(
+        layer, "forward", lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args)
+    )
+    lines, counts = [], []
+    for checkpointing in (False, True):
+        calls.clear()
+        lines.append(train(name, gradient_checkpointing=checkpointing))
+        counts.append(sum(calls))
+    assert counts == [5 * 2, 5 * 2 * 2]
+    assert lines[0] == lines[1]
+
+
+def test_a_model_that_cannot_checkpoint_says_so(train, monkeypatch):
+    monkeypatch.setattr(LlamaPreTrainedModel, "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match="gradient_checkpointing: turn it off"):
+        train("llama", gradient_checkpointing=True)

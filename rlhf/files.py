@@ -1,0 +1,70 @@
+"""Files that are whole or not there and surely on the disk, and errors of the disk in one line."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.errors import UserError
+
+GO_ON = "free some space or mend the folder, then go on with --resume_from_checkpoint auto"
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file, complete or not at all."""
+    temporary = path.with_name(f".saving-{path.name}")
+    temporary.write_bytes(content)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Has a file's content, or a folder's list of names, on the disk before it returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(action: str, remedy: str) -> Iterator[None]:
+    """Turns errors of the disk within the block into UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot {action}: {reason}: {remedy}") from error
+
+
+def disk_error(error: BaseException | None) -> str | None:
+    """The operating system's reason why a file could not be written; None for other errors.
+
+    safetensors and tokenizers, written in Rust, have it in their text, and torch in the OSError
+    that its own error came after.
+    """
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        if found := re.search(r"([^:]+) \(os error \d+\)", str(error)):
+            return found[1].strip()
+        error = error.__cause__ or error.__context__
+    return None

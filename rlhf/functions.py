@@ -1,0 +1,70 @@
+"""Reward functions of the user's: found by name, called, and their errors told in one line."""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf.errors import UserError, one_line
+
+
+def load_function(source: str) -> Any:
+    """What `module:name` or `file.py:name` stands for; the current folder counts for modules."""
+    place, _, name = source.rpartition(":")
+    module = _import(place)
+    if not hasattr(module, name):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        nearest = difflib.get_close_matches(name, functions, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(functions)}"
+        raise UserError(f"{place} has no function {name!r}: {hint:.200}")
+    return getattr(module, name)
+
+
+def _import(place: str) -> ModuleType:
+    """A module by its dotted name, or a file by its path: imported once, known by that path."""
+    if place.endswith(".py"):
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise UserError(f"reward file {place} does not exist: give file.py:function")
+        name = str(path)
+    else:
+        name = place
+        if "" not in sys.path:
+            sys.path.append("")
+    if name in sys.modules:
+        return sys.modules[name]
+    try:
+        importlib.invalidate_caches()
+        if not place.endswith(".py"):
+            return importlib.import_module(name)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:
+        sys.modules.pop(name, None)
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        frames = [frame for frame in frames if "importlib" not in frame.filename]
+        raise UserError(
+            f"cannot import {place} for a reward: {one_line(error)}{_place(frames)}"
+        ) from error
+
+
+def call(name: str, function: Callable, arguments: dict):
+    """The function's result; what it raises becomes a UserError that says where."""
+    try:
+        return function(**arguments)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        raise UserError(f"reward {name} raised {one_line(error)}{_place(frames)}") from error
+
+
+def _place(frames: list[traceback.FrameSummary]) -> str:
+    """The deepest of `frames` in the file of the first, as ' (file.py, line 1)'."""
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""

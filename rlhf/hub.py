@@ -1,0 +1,12 @@
+"""Names of models and data sets on the hub."""
+
+import re
+from pathlib import Path
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name that is no local path is worth asking the hub for, which takes a minute where
+    there is no network. `runs/sft` is not where a folder `runs` lies here: it is a typing error."""
+    return HUB_ID.fullmatch(name) is not None and not ("/" in name and Path(name).parent.is_dir())

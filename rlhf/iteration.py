@@ -1,0 +1,108 @@
+"""One iteration of PPO: the data that it learns from, and what it reports."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import masked_mean
+from rlhf.rewards import Scores
+from rlhf.rollout import Experience, Responses
+
+SHOWN = (
+    "objective/scores",
+    "objective/kl",
+    "objective/rlhf_reward",
+    "policy/approxkl",
+    "policy/entropy",
+    "val/explained_variance",
+    "tokens/response_len",
+    "tokens_per_second",
+)
+PLOTS = {
+    "reward": ("objective/scores", "objective/rlhf_reward", "objective/kl"),
+    "policy": ("policy/approxkl", "policy/clipfrac", "policy/entropy"),
+    "loss": ("loss/policy", "loss/value", "val/explained_variance"),
+    "responses": ("tokens/response_len", "tokens/eos_rate", "tokens_per_second"),
+}
+
+
+class Batch(NamedTuple):
+    """One iteration's responses and what follows from them, the same on every rank.
+
+    `scores`: of the reward functions; `shaped` (B,): their sum as it enters `rewards`, that is
+    scaled, clipped, and with what a missing end costs; the rest (B, T).
+    """
+
+    responses: Responses
+    experience: Experience
+    scores: Scores
+    shaped: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def response_metrics(
+    responses: Responses, experience: Experience, scores: Scores
+) -> dict[str, Tensor]:
+    """Means over responses. `objective/scores` are those of the reward functions, weighted and
+    summed; `objective/kl` is in nats per response, and eos_rate counts what ended by itself."""
+    mask = responses.mask
+    lengths = mask.sum(1).float()
+    kl = (experience.logprobs - experience.ref_logprobs).sum(1)
+    return {
+        "objective/scores": (scores.scores + scores.token_scores.sum(1)).mean(),
+        "objective/kl": kl.mean(),
+        "objective/kl_per_token": kl.sum() / lengths.sum(),
+        "objective/entropy": masked_mean(experience.entropy, mask),
+        "tokens/response_len": lengths.mean(),
+        "tokens/eos_rate": responses.ended.float().mean(),
+        **{f"rewards/{name}": values.nanmean() for name, values in scores.parts.items()},
+    }
+
+
+def iteration_metrics(batch: Batch, steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The metrics of an iteration: means over its responses, or over its optimizer steps.
+
+    `policy/first_*` belong to the first minibatch, where the policy has not moved yet: the ratio is
+    1 and approxkl 0, up to rounding.
+    """
+    mask, experience = batch.responses.mask, batch.experience
+    rlhf_reward = batch.rewards.sum(1)
+    token_scores = batch.scores.token_scores.sum(1)
+    returns, values = batch.returns[mask], experience.values[mask]
+    unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    metrics = response_metrics(batch.responses, experience, batch.scores) | {
+        "objective/rlhf_reward": rlhf_reward.mean(),
+        "objective/non_score_reward": (rlhf_reward - batch.shaped - token_scores).mean(),
+        "val/explained_variance": 1 - unexplained,
+        "policy/first_approxkl": steps[0]["policy/approxkl"],
+        "policy/first_ratio_error": steps[0]["policy/ratio_error"],
+        "policy/ratio_max": torch.stack([step["policy/ratio_max"] for step in steps]).max(),
+    }
+    for name in steps[0].keys() - {"policy/ratio_max", "policy/ratio_error"}:
+        metrics[name] = torch.stack([step[name] for step in steps if name in step]).mean()
+    return metrics
+
+
+def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Waits for the device once."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+def write_completions(
+    path: Path,
+    prompts: list[str],
+    before: list[tuple[float, str]],
+    after: list[tuple[float, str]],
+) -> None:
+    """Writes the scored completions of these prompts by the reference and by the policy."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write("# Completions before and after PPO\n\n")
+        file.write("In brackets the score, all rewards weighted and summed.\n")
+        for prompt, first, second in zip(prompts, before, after, strict=True):
+            file.write(f"\n## {prompt.strip() or '(empty prompt)'}\n\n")
+            for name, (score, text) in (("before", first), ("after", second)):
+                file.write(f"- {name} [{score:+.2f}]: {text.strip()}\n")

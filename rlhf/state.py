@@ -1,0 +1,105 @@
+"""What a checkpoint is made of: models, the state of a run, and that of the random generators."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import UserError, one_line
+from rlhf.files import GO_ON, disk_errors, remove, sync, sync_tree
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Saves tensors, numbers, strings, and lists, tuples and dicts of them."""
+    # Through Python's file, or torch's error would not tell that the disk is full.
+    with path.open("wb") as file:
+        torch.save(state, file)
+
+
+def load_state(path: Path) -> dict:
+    """What `save_state` saved, its tensors on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def random_state() -> dict:
+    """The state of this process's random generators: Python's, NumPy's, and torch's on the CPU and
+    on the current GPU."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"] = {
+        "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "pos": numpy_state["state"]["pos"],
+    }
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Sets the generators to a state of `random_state`."""
+    random.setstate(state["python"])
+    key = state["numpy"]["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state(state["numpy"] | {"state": state["numpy"]["state"] | {"key": key}})
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes model and tokenizer into the folder `path`, complete or not at all.
+
+    They are written to a temporary folder inside `path` and moved from there. `config.json`,
+    without which transformers' Auto classes open nothing, is the first to go of an earlier model
+    and the last to come of this one, so that no weights are read that do not belong to it.
+    """
+    temporary = path / ".saving-model"
+    with disk_errors(f"save the model in {path}", GO_ON):
+        try:
+            remove(temporary)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            sync_tree(temporary)
+            (path / "config.json").unlink(missing_ok=True)
+            sync(path)
+            for weights in path.glob("*.safetensors*"):
+                weights.unlink()
+            for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == "config.json"):
+                remove(path / entry.name)
+                sync(path)
+                os.replace(entry, path / entry.name)
+            sync(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Copies the weights that `save_model` wrote to `folder` into the model's own tensors."""
+    try:
+        saved, loading = type(model).from_pretrained(
+            folder,
+            config=model.config,
+            dtype=model.dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a damaged folder raises whatever its reader raises
+        raise UserError(f"cannot load the weights in {folder}: {one_line(error)}") from error
+    wrong = [
+        *(f"no {name}" for name in sorted(loading["missing_keys"])),
+        *(f"{name}, which the model lacks" for name in sorted(loading["unexpected_keys"])),
+        *(
+            f"{name} of shape {tuple(there)}, where the model's is {tuple(here)}"
+            for name, there, here in sorted(loading["mismatched_keys"])
+        ),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"the weights in {folder} are of another model, they hold {wrong[0]}{more}: go on "
+            "with the model that the run was started with"
+        )
+    model.load_state_dict(saved.state_dict())

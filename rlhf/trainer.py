@@ -1,0 +1,337 @@
+"""What PPO holds while it trains: the models, the optimizer of two of them, the two halves of an
+iteration, and the state of a run.
+
+Every rank holds the prompts, responses, rewards and advantages of a whole iteration; only the
+passes through the models are divided. So what is a mean over an iteration is one over all ranks.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from hashlib import sha256
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from ppo_kernels import gae, masked_mean, masked_whiten, ppo_loss_, value_loss
+from rlhf import distributed
+from rlhf.adaptive import KLController, ScoreScaler
+from rlhf.batches import pad
+from rlhf.config import PPOConfig
+from rlhf.data import Prompts, load_prompts
+from rlhf.generation import Stopping
+from rlhf.iteration import Batch
+from rlhf.models import (
+    ActorCritic,
+    autocast,
+    check_fits,
+    checkpointed,
+    enable_gradient_checkpointing,
+    freeze,
+    load_causal_lm,
+    load_scorer,
+    load_tokenizer,
+    value_head,
+)
+from rlhf.optim import clip_gradients, make_optimizer
+from rlhf.rewards import (
+    Samples,
+    Scores,
+    check_rewards_fit,
+    critic_path,
+    load_rewards,
+    score_samples,
+)
+from rlhf.rollout import (
+    Draws,
+    Experience,
+    Responses,
+    decode_responses,
+    evaluate_responses,
+    response_logits_and_values,
+    sample_responses,
+    shaped_scores,
+    token_rewards,
+)
+
+
+class PPOTrainer:
+    """The models, their optimizer, and the steps of an iteration.
+
+    Args:
+        config: of the run.
+        reward_funcs: folders, modules and functions in place of `config.reward_funcs`.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        reward_funcs: Sequence[str | nn.Module | Callable] | None = None,
+    ):
+        self.config = config
+        self.batch_size = config.responses_per_iteration(distributed.world_size())
+        self.num_iterations = -(-config.total_episodes // self.batch_size)
+        self.steps_per_iteration = config.num_ppo_epochs * config.num_mini_batches
+
+        self.tokenizer = load_tokenizer(config.model_name_or_path)
+        self.stopping = Stopping(self.tokenizer, config)
+        self.prompts = load_prompts(
+            config, config.dataset_name, config.dataset_split, self.tokenizer
+        )
+        self.eval_prompts = None
+        if config.eval_dataset_name is not None:
+            self.eval_prompts = load_prompts(
+                config, config.eval_dataset_name, config.eval_dataset_split, self.tokenizer
+            )
+
+        self.rewards = load_rewards(config, self.tokenizer, reward_funcs)
+        # Dropout stays off in training too, or the first ratio would not be 1.
+        self.policy = load_causal_lm(config.model_name_or_path).eval()
+        self.reference = freeze(load_causal_lm(config.model_name_or_path))
+        self.model = ActorCritic(self.policy, self._load_critic()).eval()
+        self._check_lengths()
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.policy)
+            enable_gradient_checkpointing(self.model.critic)
+        self.parallel = self.model
+        if distributed.world_size() > 1:
+            self.parallel = DistributedDataParallel(self.model)
+
+        self.policy_parameters = list(self.policy.parameters())
+        self.critic_parameters = self.model.critic_parameters()
+        self.optimizer, self.scheduler = make_optimizer(
+            [
+                (self.policy_parameters, config.learning_rate),
+                (self.critic_parameters, config.critic_learning_rate),
+            ],
+            config,
+            self.num_iterations * self.steps_per_iteration,
+        )
+        self.kl_controller = KLController(config)
+        self.score_scaler = ScoreScaler(config)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.queue: list[int] = []
+        self.iteration = 0
+
+    def _load_critic(self) -> PreTrainedModel:
+        if self.config.share_trunk:
+            return value_head(self.policy)
+        path = self.config.critic_model_path or critic_path(self.rewards)
+        return load_scorer(path or self.config.model_name_or_path, self.tokenizer)
+
+    def _check_lengths(self) -> None:
+        prompts = self.prompts.ids + (self.eval_prompts.ids if self.eval_prompts else [])
+        longest = max(map(len, prompts)) + self.config.response_length
+        for model in (self.policy, self.model.critic):
+            remedy = "lower max_prompt_length or response_length"
+            check_fits(model, self.tokenizer, longest, remedy)
+        check_rewards_fit(self.rewards, longest)
+
+    def next_rows(self) -> list[int]:
+        """The prompts of the next iteration: all are used before any is used again."""
+        while len(self.queue) < self.batch_size:
+            count = len(self.prompts.ids)
+            self.queue += torch.randperm(count, generator=self.generator).tolist()
+        rows, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
+        return rows
+
+    def sample(self, prompts: Prompts, rows: list[int], generator: torch.Generator) -> Responses:
+        """Responses of the policy to these rows of `prompts`, the number of which the number of
+        processes divides."""
+        ids = [prompts.ids[row] for row in rows]
+        mine = distributed.my_rows(len(rows))
+        draws = Draws.of(len(rows), self.config, generator).rows(mine)
+        part = sample_responses(
+            self.policy, self.tokenizer, self.stopping, ids[mine], draws, self.config
+        )
+        padded = pad(ids, self.tokenizer.pad_token_id, "left")
+        return Responses(
+            *(x.to(self.policy.device) for x in padded),
+            *(distributed.gather_rows(x) for x in part[2:]),
+        )
+
+    def observe(
+        self, prompts: Prompts, rows: list[int], responses: Responses
+    ) -> tuple[Experience, Scores]:
+        """What the models and the reward functions say of the responses."""
+        mine = distributed.my_rows(len(rows))
+        part = responses.rows(mine)
+        experience = evaluate_responses(
+            self.model, self.reference, part, self.stopping, self.config
+        )
+        samples = self.samples(prompts, rows[mine], part)
+        scores = distributed.together(lambda: score_samples(self.rewards, samples))
+        gather = distributed.gather_rows
+        return Experience(*map(gather, experience)), scores.apply(gather)
+
+    def samples(self, prompts: Prompts, rows: list[int], responses: Responses) -> Samples:
+        """The responses to these rows of `prompts` as reward functions see them."""
+        return Samples(
+            prompts=[prompts.prompts[row] for row in rows],
+            completions=decode_responses(self.tokenizer, responses),
+            columns={
+                name: [column[row] for row in rows] for name, column in prompts.columns.items()
+            },
+            responses=responses,
+        )
+
+    def evaluate(self, rows: list[int], responses: Responses) -> Batch:
+        """The rewards and the advantages of the responses to these rows of the prompts."""
+        config, mask = self.config, responses.mask
+        experience, scores = self.observe(self.prompts, rows, responses)
+        shaped = shaped_scores(self.score_scaler(scores.scores), responses.ended, config)
+        rewards = scores.token_scores + token_rewards(
+            experience.logprobs,
+            experience.ref_logprobs,
+            shaped,
+            mask,
+            self.kl_controller.kl_coef,
+            config.kl_estimator,
+        )
+        advantages, returns = gae(
+            masked_whiten(rewards, mask) if config.whiten_rewards else rewards,
+            experience.values,
+            mask,
+            gamma=config.gamma,
+            lam=config.lam,
+        )
+        if config.whiten_advantages:
+            advantages = masked_whiten(advantages, mask)
+        return Batch(responses, experience, scores, shaped, rewards, advantages, returns)
+
+    def update(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """`num_ppo_epochs` passes of `num_mini_batches` optimizer steps, which end the iteration;
+        returns the metrics of each.
+
+        Every term is a sum over the step's tokens divided by their number, so neither the size of a
+        micro-batch nor the number of processes changes anything but memory and time. A minibatch
+        that is beyond early_stop_kl is the last, and takes no step; the learning rate goes on as
+        if it had not stopped.
+        """
+        limit, steps, taken = self.config.early_stop_kl, [], 0
+        with checkpointed(self.model):
+            for minibatch in self._minibatches():
+                stats = self._gradient(batch, minibatch)
+                steps.append(stats)
+                if limit is not None and stats["policy/approxkl"] > limit:
+                    self.optimizer.zero_grad()
+                    break
+                self._step(stats)
+                taken += 1
+        for _ in range(self.steps_per_iteration - taken):
+            self.scheduler.step()
+        experience = batch.experience
+        kl = experience.logprobs - experience.ref_logprobs
+        self.kl_controller.update(kl, batch.responses.mask)
+        self.iteration += 1
+        return steps
+
+    def _minibatches(self) -> Iterator[Tensor]:
+        for _ in range(self.config.num_ppo_epochs):
+            order = torch.randperm(self.batch_size, generator=self.generator)
+            yield from order.to(self.policy.device).chunk(self.config.num_mini_batches)
+
+    def _gradient(self, batch: Batch, minibatch: Tensor) -> dict[str, Tensor]:
+        """Computes the gradient of a minibatch, each rank from its rows; returns its metrics."""
+        mine = minibatch[distributed.my_rows(len(minibatch))]
+        # DistributedDataParallel takes the mean over ranks: of sums over a W-th of the tokens.
+        denominator = batch.responses.mask[minibatch].sum() / distributed.world_size()
+        parts = list(batch.responses.by_length(mine, self.config.per_device_train_batch_size))
+        means, maxima = defaultdict(float), {}
+        for number, (index, part) in enumerate(parts, 1):
+            last = number == len(parts) or self.parallel is self.model
+            with nullcontext() if last else self.parallel.no_sync():
+                self._backward(batch, index, part, denominator, means, maxima)
+        return distributed.mean_of(means) | distributed.maximum_of(maxima)
+
+    def _backward(
+        self,
+        batch: Batch,
+        index: Tensor,
+        part: Responses,
+        denominator: Tensor,
+        means: dict[str, Tensor],
+        maxima: dict[str, Tensor],
+    ) -> None:
+        """Adds the gradient of a micro-batch, the rows `index` with their responses `part`, and its
+        share of the minibatch's metrics."""
+        config = self.config
+        columns = slice(0, part.tokens.shape[1])
+        old_logprobs = batch.experience.logprobs[index, columns]
+        with autocast(config.bf16):
+            logits, values = response_logits_and_values(self.parallel, part, self.stopping)
+        policy_loss = ppo_loss_(
+            logits,
+            part.tokens,
+            old_logprobs,
+            batch.advantages[index, columns],
+            part.mask,
+            clip_low=config.cliprange,
+            clip_high=config.cliprange_high,
+            dual_clip=config.dual_clip,
+            entropy_coef=config.entropy_coef,
+            temperature=config.temperature,
+            denominator=denominator,
+        )
+        critic_loss = value_loss(
+            values,
+            batch.experience.values[index, columns],
+            batch.returns[index, columns],
+            part.mask,
+            clip=config.cliprange_value,
+            denominator=denominator,
+        )
+        (policy_loss.loss + config.vf_coef * critic_loss.loss).backward()
+
+        ratio = (policy_loss.logprobs - old_logprobs).exp().masked_fill(~part.mask, 1)
+        means["policy/ratio"] += masked_mean(ratio, part.mask, denominator)
+        means["policy/approxkl"] += policy_loss.approx_kl
+        means["policy/clipfrac"] += policy_loss.clip_fraction
+        means["policy/entropy"] += policy_loss.entropy
+        means["loss/policy"] += policy_loss.policy_loss
+        means["loss/value"] += critic_loss.loss.detach()
+        for name, value in (
+            ("policy/ratio_max", ratio.max()),
+            ("policy/ratio_error", (ratio - 1).abs().max()),
+        ):
+            maxima[name] = torch.maximum(value, maxima.get(name, value))
+
+    def _step(self, stats: dict[str, Tensor]) -> None:
+        """Takes an optimizer step, and notes the norms of the gradients."""
+        if self.iteration < self.config.critic_warmup:
+            for parameter in self.policy_parameters:
+                parameter.grad = None
+        for name, parameters in (
+            ("policy", self.policy_parameters),
+            ("value", self.critic_parameters),
+        ):
+            stats[f"grad_norm/{name}"] = clip_gradients(parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def data_hash(self) -> str:
+        """By which a resumed run knows its prompts."""
+        return sha256(repr(self.prompts.ids).encode()).hexdigest()
+
+    def state_dict(self) -> dict:
+        """All that changes during a run, besides the weights."""
+        return {
+            "iteration": self.iteration,
+            "data": self.data_hash(),
+            "queue": self.queue,
+            "generator": self.generator.get_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "kl_controller": self.kl_controller.state_dict(),
+            "score_scaler": self.score_scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.iteration = state["iteration"]
+        self.queue = state["queue"]
+        self.generator.set_state(state["generator"])
+        for name in ("optimizer", "scheduler", "kl_controller", "score_scaler"):
+            getattr(self, name).load_state_dict(state[name])

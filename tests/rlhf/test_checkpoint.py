@@ -1,0 +1,808 @@
+"""A checkpoint is complete or absent, and a run goes on only as what it was."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from rlhf import checkpoint as module
+from rlhf.checkpoint import Run, checkpoint_damage, open_run, rotate_checkpoints, save_checkpoint
+from rlhf.config import PPOConfig, SFTConfig
+from rlhf.errors import UserError
+from rlhf.state import (
+    load_state,
+    load_weights,
+    random_state,
+    save_model,
+    save_state,
+    set_random_state,
+)
+
+SMALL = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**changes) -> PPOConfig:
+        defaults = {
+            "model_name_or_path": "model",
+            "dataset_name": "data.jsonl",
+            "reward_funcs": ["reward"],
+            "output_dir": str(tmp_path / "run"),
+        }
+        return PPOConfig(**defaults | changes)
+
+    return make
+
+
+@pytest.fixture
+def run(make_config) -> Run:
+    run = open_run(make_config(), "ppo")
+    (run.output_dir / "metrics.jsonl").write_text("")
+    return run
+
+
+def write_parts(folder: Path) -> None:
+    (folder / "weights").write_bytes(bytes(range(256)))
+    (folder / "critic").mkdir()
+    (folder / "critic" / "weights").write_bytes(b"critic")
+
+
+def save(run: Run, step: int, write=write_parts) -> Path:
+    """A checkpoint as a run saves it: with a line of metrics for every step so far."""
+    lines = [json.dumps({"step": s}) + "\n" for s in range(1, step + 1)]
+    (run.output_dir / "metrics.jsonl").write_text("".join(lines))
+    return save_checkpoint(run, step, write)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# What a checkpoint holds
+
+
+def test_a_checkpoint_holds_what_was_written_the_configuration_and_the_metrics(run):
+    path = save(run, 3)
+    assert path == run.output_dir / "checkpoint-3"
+    assert checkpoint_damage(path) is None
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["step"] == 3
+    assert manifest["files"]["critic/weights"] == {
+        "bytes": 6,
+        "sha256": hashlib.sha256(b"critic").hexdigest(),
+    }
+    assert set(manifest["files"]) == {"weights", "critic/weights", "ppo.yaml", "metrics.jsonl"}
+    assert (path / "ppo.yaml").read_bytes() == (run.output_dir / "ppo.yaml").read_bytes()
+    assert names(run.output_dir) == {"ppo.yaml", "metrics.jsonl", "checkpoint-3"}
+
+
+@pytest.mark.parametrize("name", ["weights", "critic/weights", "ppo.yaml", "manifest.json"])
+def test_every_bit_of_a_checkpoint_is_checked(run, name):
+    path = save(run, 1)
+    content = (path / name).read_bytes()
+    parsed = json.loads(content) if name == "manifest.json" else None
+    rng = random.Random(0)
+    for position in rng.sample(range(len(content)), min(len(content), 150)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.randrange(8)
+        (path / name).write_bytes(flipped)
+        if checkpoint_damage(path) is None:  # only where the flip changed nothing that is read
+            assert parsed is not None and json.loads(flipped) == parsed
+    (path / name).write_bytes(content)
+    assert checkpoint_damage(path) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: shutil.rmtree(path), "there is no such folder"),
+        (lambda path: (path / "weights").unlink(), "weights is missing"),
+        (lambda path: shutil.rmtree(path / "critic"), "critic/weights is missing"),
+        (
+            lambda path: os.truncate(path / "weights", 255),
+            "weights has 255 bytes, it was saved with 256",
+        ),
+        (
+            lambda path: (path / "critic/weights").write_bytes(b"cricit"),
+            "critic/weights is damaged",
+        ),
+        (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda path: os.truncate(path / "manifest.json", 30), "manifest.json is damaged"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+        (lambda path: (path / "manifest.json").write_bytes(b"\xff"), "manifest.json is damaged"),
+    ],
+)
+def test_damage_is_named(run, damage, message):
+    path = save(run, 1)
+    damage(path)
+    assert checkpoint_damage(path).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "critic/../../secret"])
+def test_a_manifest_stays_within_its_folder(run, name):
+    path = save(run, 1)
+    (run.output_dir / "secret").write_text("")
+    manifest = {"step": 1, "files": {name: {"bytes": 0, "sha256": ""}}}
+    manifest["sha256"] = module._manifest_hash(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint_damage(path) == f"manifest.json names a file outside the folder, {name}"
+
+
+# Saving
+
+
+def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(run, monkeypatch):
+    """Synced: every file after its last change, every folder, and the folder they stand in."""
+    synced, fsync, replace = set(), os.fsync, os.replace
+
+    def record(descriptor):
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def check(source, target):
+        contents = {source, *source.rglob("*")}
+        assert contents <= synced, contents - synced
+        replace(source, target)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", check)
+    save(run, 1)
+    assert synced == {run.output_dir}
+
+
+def kill_at(call: int) -> None:
+    """From here on, kills this process at its `call`-th change of the file system or fsync; what it
+    would write then is written by half."""
+    left = [call]
+
+    def watched(function, writes=False):
+        def call_or_die(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                if writes:
+                    path, content = args
+                    function(path, content[: len(content) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call_or_die
+
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, watched(getattr(os, name)))
+    for name in ("write_text", "write_bytes"):
+        setattr(Path, name, watched(getattr(Path, name), writes=True))
+    shutil.copyfile = watched(shutil.copyfile)
+
+
+def killed(action, call: int) -> bool:
+    """Whether `action` in a child process came to its `call`-th change, where it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        kill_at(call)
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("again", [False, True], ids=["new", "replaced"])
+def test_a_kill_anywhere_in_a_save_leaves_whole_checkpoints(make_config, tmp_path, again):
+    resumed = make_config(resume_from_checkpoint="auto")
+    for call in range(1, 200):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        run = open_run(make_config(), "ppo")
+        save(run, 2)
+        if again:
+            save(run, 4)
+        was_killed = killed(lambda run=run: save(run, 4), call)
+        for path in run.output_dir.glob("checkpoint-*"):
+            assert checkpoint_damage(path) is None
+        run = open_run(resumed, "ppo")
+        assert run.step in (2, 4)
+        lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [*range(1, run.step + 1)]
+        assert names(run.output_dir) <= {
+            *("ppo.yaml", "metrics.jsonl", "checkpoint-2", "checkpoint-4")
+        }
+        save(run, 4)
+        if not was_killed:
+            break
+    assert 15 < call < 199
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_kill_anywhere_at_the_start_leaves_a_folder_that_can_be_used(make_config, tmp_path):
+    for overwrite in (False, True):
+        for call in range(1, 200):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            if overwrite:
+                save(open_run(make_config(), "ppo"), 1)
+            config = make_config(overwrite_output_dir=overwrite)
+            was_killed = killed(lambda config=config: open_run(config, "ppo"), call)
+            if (tmp_path / "run" / "ppo.yaml").exists():
+                yaml.safe_load((tmp_path / "run" / "ppo.yaml").read_text())["kl_coef"]
+            if overwrite and names(tmp_path / "run"):
+                assert open_run(config, "ppo").checkpoint is None
+            else:
+                open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+            if not was_killed:
+                break
+        assert 3 < call < 199
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_nothing_and_says_what_is_whole(run, monkeypatch, function):
+    save(run, 2)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(UserError) as error:
+        save(run, 4)
+    monkeypatch.undo()
+    assert one_line(error) == (
+        "cannot save checkpoint-4: No space left on device: free some space or mend the folder, "
+        "then go on with --resume_from_checkpoint auto (checkpoint-2 is whole)"
+    )
+    assert names(run.output_dir) == {"ppo.yaml", "metrics.jsonl", "checkpoint-2"}
+    assert checkpoint_damage(run.output_dir / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("error", [KeyError("bug"), KeyboardInterrupt()])
+def test_what_is_not_the_disk_s_fault_is_raised_as_it_is(run, error):
+    def fail(folder):
+        write_parts(folder)
+        raise error
+
+    with pytest.raises(type(error)):
+        save(run, 1, fail)
+    assert names(run.output_dir) == {"ppo.yaml", "metrics.jsonl"}
+
+
+def fill_with_state(folder: Path) -> None:
+    save_state(folder / "state.pt", {"moments": torch.zeros(500_000)})
+
+
+def fill_with_model(folder: Path) -> None:
+    save_model(folder, LlamaForCausalLM(LlamaConfig(**SMALL | {"hidden_size": 256})), Vocabulary())
+
+
+def fill_with_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(100_000)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+class Vocabulary:
+    """A tokenizer for tests that do not tokenize."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+FILLS = [fill_with_state, fill_with_model, fill_with_tokenizer]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_file_that_cannot_grow_ends_the_save(run, fill):
+    """Python, torch, safetensors and tokenizers each report it in a way of their own."""
+    save(run, 2)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(UserError) as error:
+            save(run, 4, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert one_line(error).startswith("cannot save checkpoint-4: File too large: free some space")
+    assert names(run.output_dir) == {"ppo.yaml", "metrics.jsonl", "checkpoint-2"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    path = tmp_path / "run"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no mount: {error}")
+    if mounted.returncode != 0:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_full_disk_ends_the_save_and_the_run_can_go_on(small_disk, make_config, fill):
+    run = open_run(make_config(), "ppo")
+    save(run, 2)
+    with pytest.raises(UserError) as error:
+        save(run, 4, fill)
+    assert one_line(error).startswith("cannot save checkpoint-4: No space left on device: ")
+    assert one_line(error).endswith("(checkpoint-2 is whole)")
+    run = open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+    assert run.step == 2
+    assert checkpoint_damage(save(run, 4)) is None
+
+
+def test_a_full_disk_before_the_first_checkpoint(run, monkeypatch):
+    with pytest.raises(UserError, match=r"\(there is no earlier one\)$"):
+        save(run, 4, lambda folder: Path("/dev/full").write_bytes(b"x"))
+
+
+# Rotation
+
+
+def test_the_oldest_checkpoints_go_first(run):
+    for step in (2, 10, 9):
+        save(run, step)
+    newest = run.output_dir / "checkpoint-10"
+    rotate_checkpoints(newest, 0)
+    rotate_checkpoints(newest, 3)
+    assert len([*run.output_dir.glob("checkpoint-*")]) == 3
+    rotate_checkpoints(newest, 2)
+    assert {path.name for path in run.output_dir.glob("*point-*")} == {
+        *("checkpoint-9", "checkpoint-10")
+    }
+    rotate_checkpoints(newest, 1)
+    assert [path.name for path in run.output_dir.glob("*point-*")] == ["checkpoint-10"]
+
+
+def test_the_best_checkpoint_stays_and_is_not_counted(run):
+    for step in (1, 2, 3, 4):
+        save(run, step)
+    rotate_checkpoints(run.output_dir / "checkpoint-4", 2, keep=run.output_dir / "checkpoint-1")
+    assert {path.name for path in run.output_dir.glob("checkpoint-*")} == {
+        *("checkpoint-1", "checkpoint-3", "checkpoint-4")
+    }
+    rotate_checkpoints(run.output_dir / "checkpoint-4", 1, keep=run.output_dir / "checkpoint-4")
+    assert {path.name for path in run.output_dir.glob("checkpoint-*")} == {
+        *("checkpoint-3", "checkpoint-4")
+    }
+
+
+def test_a_damaged_checkpoint_of_more_steps_does_not_crowd_out_the_newest(run):
+    for step in (4, 6, 5):
+        save(run, step)
+    rotate_checkpoints(run.output_dir / "checkpoint-5", 1)
+    assert {path.name for path in run.output_dir.glob("checkpoint-*")} == {
+        *("checkpoint-5", "checkpoint-6")
+    }
+
+
+# Opening a run
+
+
+def test_a_new_run_writes_its_configuration(make_config):
+    config = make_config(learning_rate=1e-5, stop_strings=["é", "\n"])
+    run = open_run(config, "ppo")
+    assert (run.checkpoint, run.step) == (None, 0)
+    stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text(encoding="utf-8"))
+    assert stored == asdict(config)
+    with pytest.raises(UserError, match="not empty"):
+        open_run(config, "ppo")
+    overwriting = make_config(overwrite_output_dir=True)
+    save(run, 1)
+    open_run(overwriting, "ppo")
+    assert names(run.output_dir) == {"ppo.yaml"}
+    stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text())
+    assert not stored["overwrite_output_dir"]
+
+
+def test_only_a_run_of_the_same_kind_is_overwritten(run, make_config):
+    with pytest.raises(UserError, match=r"holds no sft\.yaml"):
+        open_run(make_config(overwrite_output_dir=True), "sft")
+    assert names(run.output_dir) == {"ppo.yaml", "metrics.jsonl"}
+
+
+def test_a_run_that_is_refused_touches_nothing(run, make_config):
+    """It may be running still."""
+    (run.output_dir / ".saving-checkpoint-2").mkdir()
+    with pytest.raises(UserError, match="not empty"):
+        open_run(make_config(), "ppo")
+    with pytest.raises(UserError, match="another configuration"):
+        open_run(make_config(resume_from_checkpoint="auto", seed=1), "ppo")
+    assert ".saving-checkpoint-2" in names(run.output_dir)
+
+
+def test_auto_begins_a_run_where_there_is_none(make_config, tmp_path):
+    config = make_config(resume_from_checkpoint="auto")
+    assert open_run(config, "ppo").checkpoint is None
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".saving-ppo.yaml").write_text("model_na")
+    assert open_run(config, "ppo").checkpoint is None
+    assert names(tmp_path / "run") == {"ppo.yaml"}
+    (tmp_path / "run" / "ppo.yaml").rename(tmp_path / "run" / "sft.yaml")
+    with pytest.raises(UserError, match="not empty"):
+        open_run(config, "ppo")
+
+
+def test_auto_takes_the_newest_whole_checkpoint_and_names_the_others(run, make_config, capsys):
+    for step in (2, 10, 9):
+        save(run, step)
+    (run.output_dir / "checkpoint-12").mkdir()
+    (run.output_dir / "checkpoint-old").mkdir()
+    (run.output_dir / ".saving-checkpoint-14").mkdir()
+    (run.output_dir / ".deleting-checkpoint-1").mkdir()
+    (run.output_dir / "checkpoint-10" / "weights").write_bytes(b"")
+    with (run.output_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11}\n{"st')
+    run = open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+    assert run.checkpoint == run.output_dir / "checkpoint-9"
+    assert run.step == 9
+    assert capsys.readouterr().out.splitlines() == [
+        f"skipping {run.output_dir}/checkpoint-12: manifest.json is missing",
+        f"skipping {run.output_dir}/checkpoint-10: weights has 0 bytes, it was saved with 256",
+        f"going on from {run.output_dir}/checkpoint-9",
+    ]
+    assert not {".saving-checkpoint-14", ".deleting-checkpoint-1"} & names(run.output_dir)
+    lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, 10)]
+
+
+def test_auto_without_a_whole_checkpoint_starts_from_the_beginning(run, make_config, capsys):
+    os.truncate(save(run, 2) / "manifest.json", 0)
+    run = open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+    assert (run.checkpoint, run.step) == (None, 0)
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_a_path_resumes_in_the_run_s_folder_or_in_a_new_one(run, make_config, tmp_path):
+    for step in (2, 4):
+        path = save(run, step)
+    first = run.output_dir / "checkpoint-2"
+    resumed = open_run(make_config(resume_from_checkpoint=str(first)), "ppo")
+    assert (resumed.checkpoint, resumed.step, resumed.output_dir) == (first, 2, run.output_dir)
+    assert (run.output_dir / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+    new = tmp_path / "new"
+    config = make_config(resume_from_checkpoint=str(path), output_dir=str(new))
+    resumed = open_run(config, "ppo")
+    assert (resumed.step, resumed.output_dir) == (4, new)
+    assert names(new) == {"ppo.yaml", "metrics.jsonl"}
+    assert len((new / "metrics.jsonl").read_text().splitlines()) == 4
+    with pytest.raises(UserError, match="not empty"):
+        open_run(config, "ppo")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(run, make_config, tmp_path):
+    path = save(run, 2)
+    (path / "weights").unlink()
+    for config in (
+        make_config(resume_from_checkpoint=str(path)),
+        make_config(resume_from_checkpoint=str(path), output_dir=str(tmp_path / "new")),
+    ):
+        with pytest.raises(UserError) as error:
+            open_run(config, "ppo")
+        assert one_line(error) == (
+            f"cannot go on from {path}: weights is missing: give a whole checkpoint, or "
+            "--resume_from_checkpoint auto, which skips damaged ones"
+        )
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="there is no such folder"):
+        open_run(make_config(resume_from_checkpoint="nowhere"), "ppo")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(run, make_config, tmp_path):
+    path = save(run, 2)
+    for changes, folder in (
+        ({"resume_from_checkpoint": "auto"}, run.output_dir),
+        ({"resume_from_checkpoint": str(path)}, path),
+        ({"resume_from_checkpoint": str(path), "output_dir": str(tmp_path / "new")}, path),
+    ):
+        with pytest.raises(UserError) as error:
+            open_run(make_config(**changes, kl_coef=0.2, seed=1), "ppo")
+        assert one_line(error) == (
+            f"{folder} belongs to another configuration: seed is 0 there and 1 here (also: "
+            "kl_coef): give the same values, or start anew in another output_dir"
+        )
+    with pytest.raises(UserError, match=r"kl_coef is 0\.05 there and 0\.2 here: give"):
+        open_run(make_config(resume_from_checkpoint="auto", kl_coef=0.2), "ppo")
+
+
+def test_options_that_change_no_number_may_change(run, make_config):
+    path = save(run, 2)
+    config = make_config(
+        resume_from_checkpoint="auto", save_steps=7, save_total_limit=9, report_to="none"
+    )
+    assert open_run(config, "ppo").checkpoint == path
+
+
+def test_options_that_this_version_added_count_as_their_default(run, make_config):
+    save(run, 2)
+    stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text())
+    del stored["kl_coef"], stored["cliprange_high"]  # the latter's default is cliprange's value
+    (run.output_dir / "ppo.yaml").write_text(yaml.safe_dump(stored))
+    assert open_run(make_config(resume_from_checkpoint="auto"), "ppo").step == 2
+    with pytest.raises(UserError, match=r"cliprange_high is 0\.2 there and 0.3 here"):
+        open_run(make_config(resume_from_checkpoint="auto", cliprange_high=0.3), "ppo")
+    (run.output_dir / "ppo.yaml").write_text(yaml.safe_dump(stored | {"magic": 2}))
+    with pytest.raises(UserError, match="magic is 2 there and None here"):
+        open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "3", "seed: 1"])
+def test_a_configuration_that_cannot_be_read(run, make_config, content):
+    (run.output_dir / "ppo.yaml").write_text(content)
+    with pytest.raises(UserError, match="cannot read the configuration") as error:
+        open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+    one_line(error)
+
+
+def test_a_checkpoint_of_another_stage_is_refused(run, tmp_path):
+    path = save(run, 2)
+    config = SFTConfig(
+        model_name_or_path="model",
+        dataset_name="data.jsonl",
+        output_dir=str(tmp_path / "sft"),
+        resume_from_checkpoint=str(path),
+    )
+    with pytest.raises(UserError, match=r"holds no sft\.yaml.*`rlhf sft`") as error:
+        open_run(config, "sft")
+    one_line(error)
+
+
+def test_to_overwrite_and_to_go_on_are_two_things(make_config):
+    config = make_config(resume_from_checkpoint="auto", overwrite_output_dir=True)
+    with pytest.raises(UserError, match="give one of them"):
+        open_run(config, "ppo")
+
+
+# State
+
+
+def draw() -> list[float]:
+    numbers = [random.gauss(0, 1), np.random.normal(), torch.randn(()).item()]
+    if torch.cuda.is_available():
+        numbers.append(torch.randn((), device="cuda").item())
+    return numbers
+
+
+def test_random_generators_go_on_where_they_were(tmp_path):
+    # gauss and normal make numbers in pairs; the second of a pair is state as well.
+    for generate in (random.seed, np.random.seed, torch.manual_seed):
+        generate(0)
+    draw()
+    save_state(tmp_path / "random.pt", random_state())
+    expected = [draw() for _ in range(700)]  # beyond one block of the Mersenne twister
+    for generate in (random.seed, np.random.seed, torch.manual_seed):
+        generate(1)
+    assert draw() != expected[0]
+    set_random_state(load_state(tmp_path / "random.pt"))
+    assert [draw() for _ in range(700)] == expected
+
+
+def test_optimizer_and_scheduler_state_come_back_bitwise(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        return model, optimizer, scheduler
+
+    def step(model, optimizer, scheduler):
+        model(torch.ones(3)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    unbroken = make()
+    step(*unbroken)
+    state = [part.state_dict() for part in unbroken]
+    save_state(tmp_path / "state.pt", {"parts": state})
+    resumed = make()
+    for part, values in zip(resumed, load_state(tmp_path / "state.pt")["parts"], strict=True):
+        part.load_state_dict(values)
+    for parts in (unbroken, resumed):
+        step(*parts)
+    for old, new in zip(unbroken[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_state_that_could_run_code_is_not_loaded(tmp_path):
+    torch.save({"config": Path("x")}, tmp_path / "state.pt")
+    with pytest.raises(Exception, match="weights_only"):
+        load_state(tmp_path / "state.pt")
+
+
+# Models
+
+
+def make_model(kind: str):
+    torch.manual_seed(0)
+    if kind == "tied":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=11, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+        )
+    if kind == "experts":  # saved under other names and in other shapes than they have in memory
+        config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+        return MixtralForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SMALL))
+
+
+def scramble(model) -> dict[str, torch.Tensor]:
+    """Other weights; the copy of the ones before."""
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return before
+
+
+def equal(model, state: dict[str, torch.Tensor]) -> bool:
+    found = model.state_dict()
+    return found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in found)
+
+
+@pytest.mark.parametrize("shards", ["50GB", "2KB"], ids=["whole", "sharded"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "experts"])
+def test_weights_are_loaded_bitwise_into_the_same_tensors(tmp_path, kind, shards):
+    model = make_model(kind)
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (len([*tmp_path.glob("*.safetensors")]) > 1) == (shards == "2KB")
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    saved = scramble(model)
+    assert not equal(model, saved)
+    load_weights(model, tmp_path)
+    assert equal(model, saved)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+    if kind == "tied":
+        assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_loading_weights_draws_no_random_numbers(tmp_path):
+    model = make_model("untied")
+    model.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    load_weights(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, "lm_head|model.layers.2.* which the model lacks and 8 more"),
+        ({"num_hidden_layers": 1}, "they hold no model.layers.1"),
+        ({"vocab_size": 12}, r"shape \(12, 8\), where the model's is \(11, 8\) and 1 more"),
+    ],
+)
+def test_weights_of_another_model_are_refused(tmp_path, changes, message):
+    LlamaForCausalLM(LlamaConfig(**SMALL | changes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        load_weights(make_model("untied"), tmp_path)
+    one_line(error)
+
+
+def test_weights_that_cannot_be_read(tmp_path):
+    model = make_model("untied")
+    model.save_pretrained(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 100)
+    with pytest.raises(UserError, match="cannot load the weights") as error:
+        load_weights(model, tmp_path)
+    one_line(error)
+
+
+class Sharded:
+    """A model that is saved in shards."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, max_shard_size="2KB")
+
+
+def test_a_model_is_saved_over_an_earlier_one(tmp_path):
+    """In shards over one file, and back: no weights of the earlier one are read."""
+    model = make_model("untied")
+    for wrapped in (model, Sharded(model), model, Sharded(model)):
+        scramble(model)
+        save_model(tmp_path, wrapped, Vocabulary())
+        assert equal(AutoModelForCausalLM.from_pretrained(tmp_path), model.state_dict())
+        assert ("model.safetensors" in names(tmp_path)) == (wrapped is model)
+        assert ".saving-model" not in names(tmp_path)
+
+
+class Copied:
+    """A model whose files are copied from a folder: no threads in a forked process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def save_pretrained(self, folder: Path) -> None:
+        shutil.copytree(self.folder, folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_kill_while_a_model_is_saved_leaves_one_model_or_none(tmp_path):
+    """The earlier model, the new one, or a folder that is not opened; never a mixture."""
+    model, seen = make_model("untied"), set()
+    model.save_pretrained(tmp_path / "new", max_shard_size="5KB")
+    after = scramble(model)
+    model.save_pretrained(tmp_path / "earlier")
+    before = scramble(model)
+    for call in range(1, 300):
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "earlier", out)
+        new = Copied(tmp_path / "new")
+        was_killed = killed(lambda out=out, new=new: save_model(out, new, Vocabulary()), call)
+        if (out / "config.json").exists():
+            found = AutoModelForCausalLM.from_pretrained(out)
+            seen.add("before" if equal(found, before) else "after")
+            assert equal(found, before) or equal(found, after)
+        else:
+            seen.add("none")
+            with pytest.raises((OSError, ValueError)):
+                AutoModelForCausalLM.from_pretrained(out)
+        if not was_killed:
+            break
+    assert 20 < call < 299
+    assert seen == {"before", "none", "after"}
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_earlier_one(tmp_path, monkeypatch):
+    model = make_model("untied")
+    save_model(tmp_path, model, Vocabulary())
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = scramble(model)
+    with pytest.raises(UserError) as error:
+        save_model(tmp_path, model, Broken())
+    assert one_line(error).startswith(f"cannot save the model in {tmp_path}: No space left on dev")
+    assert ".saving-model" not in names(tmp_path)
+    assert equal(AutoModelForCausalLM.from_pretrained(tmp_path), before)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, make_config):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to output_dir .* Not a directory: choose"):
+        open_run(make_config(output_dir=str(tmp_path / "file" / "run")), "ppo")
+    with pytest.raises(UserError, match="is a file"):
+        open_run(make_config(output_dir=str(tmp_path / "file")), "ppo")

@@ -1,0 +1,281 @@
+"""The knobs of PPO, each against what it says it does."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rlhf.adaptive import KLController, ScoreScaler
+from rlhf.errors import UserError
+from rlhf.models import ActorCritic, load_causal_lm, token_values, value_head
+from rlhf.ppo import train_ppo
+from rlhf.rollout import token_rewards
+from rlhf.trainer import PPOTrainer
+from tests.rlhf.test_ppo import collect, records
+
+
+@pytest.fixture
+def make_trainer(ppo_config, tmp_path):
+    def make(**changes) -> PPOTrainer:
+        return PPOTrainer(ppo_config(output_dir=str(tmp_path / "run"), **changes))
+
+    return make
+
+
+@pytest.fixture
+def controller(ppo_config):
+    def make(**changes) -> KLController:
+        return KLController(ppo_config(output_dir="-", **changes))
+
+    return make
+
+
+def test_a_fixed_kl_coefficient_stays(controller):
+    fixed = controller(kl_coef=0.2)
+    fixed.update(torch.full((4, 5), 100.0), torch.ones(4, 5, dtype=torch.bool))
+    assert fixed.kl_coef == 0.2
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "factor"),
+    [
+        # 4 responses of 3, 2, 1 and 2 tokens, each token 0.5 nats: 1 nat a response on average.
+        ("sequence", 1.0, 1.0),
+        ("sequence", 1 / 1.1, 1 + 0.1 * 4 / 100),
+        ("sequence", 0.1, 1 + 0.2 * 4 / 100),
+        ("sequence", 50.0, 1 - 0.2 * 4 / 100),
+        ("token", 0.5, 1.0),
+        ("token", 0.5 / 0.9, 1 - 0.1 * 4 / 100),
+        ("token", 0.01, 1 + 0.2 * 4 / 100),
+    ],
+)
+def test_adaptive_kl_moves_towards_its_target(controller, kind, target, factor):
+    mask = torch.arange(3) < torch.tensor([3, 2, 1, 2])[:, None]
+    adaptive = controller(adaptive_kl=kind, target_kl=target, kl_horizon=100, kl_coef=0.3)
+    adaptive.update(torch.where(mask, 0.5, 0.0), mask)
+    assert adaptive.kl_coef == pytest.approx(0.3 * factor)
+
+
+def test_adaptive_kl_sets_the_coefficient_of_the_next_iteration(ppo_config, tmp_path):
+    path = tmp_path / "run"
+    train_ppo(
+        ppo_config(
+            output_dir=str(path),
+            adaptive_kl="sequence",
+            target_kl=1e-6,
+            kl_horizon=160,
+            kl_coef=0.1,
+            total_episodes=64,
+        )
+    )
+    coefficients = [line["kl_coef"] for line in records(path)]
+    # The first iteration's KL is 0, below any target: down; then up, as far as a step may go.
+    assert coefficients == pytest.approx([0.1, 0.098, 0.098 * 1.02, 0.098 * 1.02**2])
+
+
+def test_the_estimator_of_the_kl_penalty():
+    logprobs, ref_logprobs = torch.tensor([[-0.9, -2.5]]), torch.tensor([[-1.5, -1.0]])
+    mask, scores = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1)
+    difference = torch.tensor([[0.6, -1.5]])
+    expected = {
+        "k1": difference,
+        "k2": difference**2 / 2,
+        "k3": torch.expm1(-difference) + difference,
+        "abs": difference.abs(),
+    }
+    for estimator, kl in expected.items():
+        rewards = token_rewards(logprobs, ref_logprobs, scores, mask, 0.1, estimator)
+        torch.testing.assert_close(rewards, -0.1 * kl)
+
+
+@pytest.mark.parametrize("kind", ["running", "reference"])
+def test_score_scaling_by_moments(ppo_config, kind):
+    scaler = ScoreScaler(ppo_config(output_dir="-", score_scaling=kind))
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for iteration in range(5):
+        scores = 3 + 10 * iteration + 2 * torch.randn(7 + iteration, generator=generator)
+        if kind == "running" or iteration == 0:
+            seen.append(scores)
+        moments = torch.cat(seen).double()
+        expected = (scores - moments.mean()) / moments.std(correction=0)
+        torch.testing.assert_close(scaler(scores), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_scores_are_scaled_to_zero(ppo_config):
+    scaler = ScoreScaler(ppo_config(output_dir="-", score_scaling="running"))
+    assert scaler(torch.full((5,), 0.3)).tolist() == pytest.approx([0.0] * 5, abs=0.02)
+
+
+def test_scaled_and_clipped_scores_enter_the_reward(make_trainer):
+    batch = collect(make_trainer(score_scaling="reference", score_clip=1.0, kl_coef=0.0))
+    scores = batch.scores.scores
+    expected = ((scores - scores.mean()) / scores.std(correction=0)).clamp(-1, 1)
+    torch.testing.assert_close(batch.rewards.sum(1), expected, atol=1e-4, rtol=1e-4)
+    assert (expected.abs() == 1).any()
+
+
+def test_early_stop_ends_the_update_before_the_step(make_trainer):
+    trainer = make_trainer(early_stop_kl=1e-12, num_ppo_epochs=5, learning_rate=1e-2)
+    taken = []
+    trainer.optimizer.register_step_pre_hook(lambda *_: taken.append(1))
+    batch = collect(trainer)
+    steps = trainer.update(batch)
+    assert len(taken) == len(steps) - 1 < trainer.steps_per_iteration
+    assert steps[-1]["policy/approxkl"] > 1e-12
+    assert trainer.scheduler.last_epoch == trainer.steps_per_iteration
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    patient = make_trainer(early_stop_kl=1e9, num_ppo_epochs=5)
+    assert len(patient.update(collect(patient))) == patient.steps_per_iteration
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_only_the_critic_learns_during_its_warmup(make_trainer, share_trunk):
+    trainer = make_trainer(critic_warmup=1, share_trunk=share_trunk, weight_decay=0.1)
+    before = [parameter.clone() for parameter in trainer.policy.parameters()]
+    head = trainer.model.critic.score.weight.clone()
+    trainer.update(collect(trainer))
+    for parameter, start in zip(trainer.policy.parameters(), before, strict=True):
+        assert torch.equal(parameter, start)
+    assert not torch.equal(trainer.model.critic.score.weight, head)
+    trainer.update(collect(trainer))
+    assert not torch.equal(next(trainer.policy.parameters()), before[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_shared_trunk_gives_the_values_of_its_own_scorer(world, name):
+    policy = load_causal_lm(str(world / name)).eval()
+    model = ActorCritic(policy, value_head(policy)).eval()
+    assert model.shares_trunk
+    torch.nn.init.normal_(model.critic.score.weight, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 3, 5, 7, 4], [4, 5, 7, 8, 9]])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    _, values = model(ids, mask, 3)
+    torch.testing.assert_close(values, token_values(model.critic, ids, mask)[:, -3:])
+    assert model.critic_parameters() == [model.critic.score.weight]
+
+
+def test_training_on_a_shared_trunk(ppo_config, tmp_path):
+    path = tmp_path / "run"
+    config = ppo_config(
+        output_dir=str(path),
+        share_trunk=True,
+        per_device_train_batch_size=32,
+        total_episodes=64 * 12,
+        learning_rate=3e-3,
+    )
+    last = train_ppo(config)
+    first = records(path)[0]
+    assert last["objective/scores"] > first["objective/scores"] + 0.4
+    assert last["loss/value"] < 0.5 * first["loss/value"]
+    critic = AutoModelForSequenceClassification.from_pretrained(path / "critic")
+    policy = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    for ours, theirs in zip(critic.model.parameters(), policy.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert critic.score.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer, world, name):
+    """Not the ratio of the first minibatch either: dropout (of the GPT-2) stays off."""
+    weights, calls = [], []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            model_name_or_path=str(world / name),
+            reward_funcs=[str(world / f"{name}-reward")],
+            gradient_checkpointing=checkpointing,
+        )
+        count = []
+        layers = trainer.policy.base_model
+        first = (layers.layers if name == "llama" else layers.h)[0]
+        first.mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        batch = collect(trainer)
+        count.clear()
+        steps = trainer.update(batch)
+        calls.append(len(count))
+        assert steps[0]["policy/ratio_error"] < 1e-5
+        weights.append(list(trainer.model.parameters()))
+        assert not first.training
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+    assert calls[1] == 2 * calls[0]
+
+
+def test_evaluation_on_held_out_prompts(ppo_config, world, tmp_path):
+    path = tmp_path / "run"
+    last = train_ppo(
+        ppo_config(
+            output_dir=str(path),
+            eval_dataset_name=str(world / "prompts.jsonl"),
+            eval_steps=2,
+            total_episodes=16 * 5,
+        )
+    )
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/scores" in line] == [2, 4, 5]
+    assert {"eval/kl", "eval/response_len", "eval/eos_rate"} <= last.keys()
+    plain = tmp_path / "plain"
+    train_ppo(ppo_config(output_dir=str(plain), total_episodes=16 * 5))
+    assert records(plain) == [line for line in records(path) if "eval/scores" not in line]
+
+
+def test_token_level_rewards_reach_their_tokens(ppo_config, tmp_path):
+    def per_token(completion_ids):
+        return [[float(token == 7) for token in ids] for ids in completion_ids]
+
+    config = ppo_config(output_dir=str(tmp_path / "run"), kl_coef=0.0)
+    trainer = PPOTrainer(config, [per_token])
+    batch = collect(trainer)
+    expected = ((batch.responses.tokens == 7) & batch.responses.mask).float()
+    torch.testing.assert_close(batch.rewards, expected)
+    assert expected.any()
+
+
+def test_bf16_keeps_fp32_weights(make_trainer):
+    trainer = make_trainer(bf16=True)
+    steps = trainer.update(collect(trainer))
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert math.isfinite(steps[-1]["loss/policy"])
+
+
+def test_the_learning_rate_follows_its_schedule(ppo_config, tmp_path):
+    path = tmp_path / "run"
+    train_ppo(
+        ppo_config(
+            output_dir=str(path),
+            total_episodes=16 * 4,
+            lr_scheduler_type="linear",
+            warmup_ratio=0.25,
+        )
+    )
+    # 16 optimizer steps, 4 of warm-up, 4 in an iteration.
+    assert [line["lr"] for line in records(path)] == pytest.approx(
+        [0.0, 1e-3, 1e-3 * 8 / 12, 1e-3 * 4 / 12]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"missing_eos_penalty": 1.0, "missing_eos_score": -1.0}, "give one of them"),
+        ({"adaptive_kl": "sequence", "kl_coef": 0.0}, "kl_coef must be > 0"),
+        ({"adaptive_kl": "both"}, "adaptive_kl must be one of"),
+        ({"share_trunk": True, "critic_model_path": "x"}, "give one of them"),
+        ({"rollout_batch_size": 16, "gradient_accumulation_steps": 2}, "give one of them"),
+        ({"reward_weights": [math.inf]}, "reward_weights must be finite numbers"),
+        ({"dual_clip": 0.5}, "dual_clip must be > 1"),
+        ({"load_best_model_at_end": True}, "needs metric_for_best_model"),
+        ({"text_prompt_length": [5, 2]}, "text_prompt_length must be two numbers"),
+    ],
+)
+def test_options_that_contradict_each_other(ppo_config, changes, expected):
+    with pytest.raises(UserError, match=expected):
+        ppo_config(output_dir="-", **changes)
+
+
+def test_a_batch_that_cannot_be_divided(ppo_config):
+    config = ppo_config(output_dir="-", rollout_batch_size=48)
+    assert config.responses_per_iteration(1) == config.responses_per_iteration(3) == 48
+    with pytest.raises(UserError, match=r"48 must be a multiple of .* 8 \* 2 \* 2 = 32: try 64"):
+        config.responses_per_iteration(2)

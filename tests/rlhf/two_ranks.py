@@ -1,0 +1,49 @@
+"""A script for two processes, of test_distributed.py: `two_ranks.py CONFIG.yaml FOLDER`."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from rlhf import distributed
+
+
+def odd_one_out(completions):
+    """The ranks' scores differ by far, and in the second iteration the last rank's are NaN."""
+    odd_one_out.calls += 1
+    rank = distributed.rank()
+    bad = odd_one_out.calls > 1 and rank == distributed.world_size() - 1
+    return [math.nan if bad else 5.0 * rank + len(text) for text in completions]
+
+
+odd_one_out.calls = 0
+
+
+def main(config_file: str, folder: str) -> None:
+    from rlhf.cli import parse_config
+    from rlhf.errors import UserError
+    from rlhf.trainer import PPOTrainer
+
+    with distributed.session():
+        trainer = PPOTrainer(parse_config("ppo", ["--config", config_file]))
+        batch = collect(trainer)
+        mine = distributed.my_rows(trainer.batch_size)
+        result = {}
+        for name, rows in (("all", slice(None)), ("mine", mine)):
+            advantages = batch.advantages[rows][batch.responses.mask[rows]]
+            result[name] = [advantages.mean().item(), advantages.std(correction=0).item()]
+        trainer.update(batch)
+        try:
+            collect(trainer)
+        except UserError as error:
+            result["error"] = str(error)
+        Path(folder, f"rank-{distributed.rank()}.json").write_text(json.dumps(result))
+
+
+def collect(trainer):
+    rows = trainer.next_rows()
+    return trainer.evaluate(rows, trainer.sample(trainer.prompts, rows, trainer.generator))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
