@@ -2,7 +2,8 @@
 
 A checkpoint is complete or absent: it is written beside, with a manifest of hashes, synced to the
 disk and renamed. What a killed run leaves half done is named `.saving-*` or `.deleting-*`, and the
-next run in the folder removes it. With several processes only the main one may write.
+next run in the folder removes it. With several processes only the main one may write, and of
+several runs only the one that has locked the folder.
 """
 
 import hashlib
@@ -11,49 +12,54 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePath
 
 import yaml
 
 from rlhf.config import TrainConfig
-from rlhf.errors import UserError
-from rlhf.files import GO_ON, disk_error, disk_errors, remove, sync, sync_tree, write_file
+from rlhf.errors import UserError, one_line
+from rlhf.files import (
+    GO_ON,
+    disk_error,
+    disk_errors,
+    lock_folder,
+    remove,
+    sync,
+    sync_tree,
+    write_file,
+)
 
 MANIFEST = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
 LEFTOVERS = (".saving-", ".deleting-")
-# Options that a resumed run may change, because no number depends on them.
+# Options that a resumed run may change, because no number of the training depends on them.
 FREE_OPTIONS = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("report_to", "save_steps", "save_total_limit"),
+    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, the file in it that holds the configuration, and the checkpoint that the run
-    goes on from (None: it starts from the beginning)."""
+    """A run's folder, the file in it that holds the configuration, and the checkpoint in it that
+    the run goes on from (None: it starts from the beginning)."""
 
     output_dir: Path
     run_file: str
     checkpoint: Path | None = None
 
-    @property
-    def step(self) -> int:
-        """Steps that the checkpoint has behind it; 0 without one."""
-        if self.checkpoint is None:
-            return 0
-        return json.loads((self.checkpoint / MANIFEST).read_text(encoding="utf-8"))["step"]
-
 
 def open_run(config: TrainConfig, stage: str) -> Run:
-    """Makes the output folder ready for a new run, or for one that goes on.
+    """Makes the output folder ready for a new run, or for one that goes on, and locks it.
 
     The folder holds the configuration as `<stage>.yaml`, which `rlhf <stage> --config` reads. A run
     goes on only under the configuration it was started with (FREE_OPTIONS aside), and with the
     metrics.jsonl of its checkpoint. With `resume_from_checkpoint` 'auto' damaged checkpoints are
-    skipped, each with a message; a path may also be resumed into a new folder.
+    skipped, each with a message. A path may be resumed in its own folder or, as a copy, in a new
+    one; from then on it is the folder's newest checkpoint.
     """
     output_dir, run_file = Path(config.output_dir), f"{stage}.yaml"
     resume = config.resume_from_checkpoint
@@ -61,55 +67,72 @@ def open_run(config: TrainConfig, stage: str) -> Run:
         raise UserError(
             "overwrite_output_dir starts anew and resume_from_checkpoint goes on: give one of them"
         )
-    checkpoint = None
-    goes_on = resume == "auto" and (output_dir / run_file).exists()
-    if goes_on:
-        _check_same_configuration(config, output_dir, run_file)
-        checkpoint = _newest_whole_checkpoint(output_dir)
-    elif resume not in (None, "auto"):
-        checkpoint = Path(resume)
-        damage = checkpoint_damage(checkpoint)
+    as_new = {"overwrite_output_dir": False, "resume_from_checkpoint": None}
+    settings = _to_yaml(asdict(config) | as_new)
+    given = None if resume in (None, "auto") else Path(resume)
+    if given is None:
+        goes_on = resume == "auto" and os.path.exists(output_dir / run_file)
+    else:
+        damage = checkpoint_damage(given)
         if damage is not None:
             raise UserError(
-                f"cannot go on from {checkpoint}: {damage}: give a whole checkpoint, or "
+                f"cannot go on from {given}: {damage}: give a whole checkpoint, or "
                 "--resume_from_checkpoint auto, which skips damaged ones"
             )
-        _check_same_configuration(config, checkpoint, run_file)
-        goes_on = checkpoint.resolve().parent == output_dir.resolve()
+        _check_same_configuration(config, given, run_file)
+        # Either the checkpoint or its folder may be a link.
+        folders = (Path(os.path.abspath(given)).parent.resolve(), given.resolve().parent)
+        goes_on = output_dir.resolve() in folders
 
-    if goes_on:
-        with disk_errors(f"write to output_dir {output_dir}", "make it writable"):
-            for entry in filter(_is_leftover, list(output_dir.iterdir())):
-                remove(entry)
-    else:
-        claim_output_dir(output_dir, run_file=run_file, overwrite=config.overwrite_output_dir)
-        run = {"overwrite_output_dir": False, "resume_from_checkpoint": None}
-        write_run_file(output_dir / run_file, asdict(config) | run)
-    if checkpoint is not None:
-        metrics = checkpoint / METRICS_FILE
-        with disk_errors(f"write to output_dir {output_dir}", "make it writable"):
+    checkpoint, remedy = None, GO_ON if goes_on else "choose another folder"
+    with disk_errors(f"write to output_dir {output_dir}", remedy):
+        if goes_on:
+            lock_folder(output_dir)
+        else:
+            claim_output_dir(
+                output_dir,
+                run_file=run_file,
+                overwrite=config.overwrite_output_dir,
+                go_on="go on with the run in it with --resume_from_checkpoint auto, ",
+            )
+        if given is not None:
+            checkpoint = _adopt(given, output_dir, config.metric_for_best_model)
+        elif goes_on:
+            _check_same_configuration(config, output_dir, run_file)
+            checkpoint = _newest_whole_checkpoint(output_dir)
+        for entry in filter(_is_leftover, list(output_dir.iterdir())):
+            remove(entry)
+        # Once it is there the folder is one to go on in, so the checkpoint came before.
+        if not (output_dir / run_file).exists():
+            write_file(output_dir / run_file, settings)
+        if checkpoint is not None:
+            metrics = checkpoint / METRICS_FILE
             write_file(output_dir / METRICS_FILE, metrics.read_bytes() if metrics.exists() else b"")
     return Run(output_dir, run_file, checkpoint)
 
 
-def claim_output_dir(path: str | Path, *, run_file: str, overwrite: bool) -> Path:
-    """Makes `path` an empty folder for a new run.
+def claim_output_dir(path: str | Path, *, run_file: str, overwrite: bool, go_on: str = "") -> Path:
+    """Makes `path` an empty folder for a new run, and locks it.
 
     `run_file` is the file by which a run of this kind is known. A folder that holds more than what
     a kill left half done is refused; with `overwrite` it is emptied, if it holds such a run.
+    `go_on` tells how to go on with such a run, where that is possible: "go on with ..., ".
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output_dir {path} is a file: choose another folder")
     with disk_errors(f"write to output_dir {path}", "choose another folder"):
-        entries = list(path.iterdir()) if path.exists() else []
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output_dir {path} is a file: choose another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        lock_folder(path)
+        entries = list(path.iterdir())
         if not all(map(_is_leftover, entries)):
+            holds_run = (path / run_file).exists()
             if not overwrite:
                 raise UserError(
-                    f"output_dir {path} is not empty: choose another folder, or replace the run "
-                    "in it with --overwrite_output_dir"
+                    f"output_dir {path} is not empty: {go_on if holds_run else ''}choose another "
+                    "folder, or replace the run in it with --overwrite_output_dir"
                 )
-            if not (path / run_file).exists():
+            if not holds_run:
                 raise UserError(
                     f"output_dir {path} holds no {run_file}, so it is not an earlier run of this "
                     "kind and is not overwritten: choose another folder"
@@ -117,15 +140,23 @@ def claim_output_dir(path: str | Path, *, run_file: str, overwrite: bool) -> Pat
         # The run file last, so that after a kill on the way the folder can still be overwritten.
         for entry in sorted(entries, key=lambda entry: entry.name == run_file):
             remove(entry)
-        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def write_run_file(path: Path, values: dict) -> None:
     """Writes the settings by which a run is known, as YAML."""
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with disk_errors(f"write to output_dir {path.parent}", "choose another folder"):
-        write_file(path, text.encode())
+        write_file(path, _to_yaml(values))
+
+
+def _to_yaml(values: dict) -> bytes:
+    try:
+        return yaml.safe_dump(values, sort_keys=False).encode()
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"an option cannot be written as YAML ({one_line(error)}): give text, numbers, True or "
+            "False, or lists of them"
+        ) from error
 
 
 def _check_same_configuration(config: TrainConfig, folder: Path, run_file: str) -> None:
@@ -136,7 +167,8 @@ def _check_same_configuration(config: TrainConfig, folder: Path, run_file: str) 
     known = {field.name for field in fields(config)}
     try:
         stored = yaml.safe_load((folder / run_file).read_text(encoding="utf-8"))
-        there = stored | asdict(type(config)(**{k: v for k, v in stored.items() if k in known}))
+        gone = [name for name, value in stored.items() if name not in known and value is not None]
+        there = asdict(type(config)(**{k: v for k, v in stored.items() if k in known}))
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no {run_file}, so it does not belong to a run of this kind: give one "
@@ -148,26 +180,86 @@ def _check_same_configuration(config: TrainConfig, folder: Path, run_file: str) 
             f"cannot read the configuration {folder / run_file}: {reason:.200}: start anew in "
             "another output_dir"
         ) from error
-    here = yaml.safe_load(yaml.safe_dump(asdict(config)))
-    changed = [k for k in there if k not in FREE_OPTIONS and there[k] != here.get(k)]
+    if gone:
+        raise UserError(
+            f"{folder} was written by another version, which had the option {gone[0]}: go on with "
+            "that version, or start anew in another output_dir"
+        )
+    here = asdict(config)
+    there, here = (yaml.safe_load(_to_yaml(values)) for values in (there, here))
+    changed = [k for k in there if k not in FREE_OPTIONS and there[k] != here[k]]
     if changed:
         name, *others = changed
         also = f" (also: {', '.join(others)})" if others else ""
         raise UserError(
             f"{folder} belongs to another configuration: {name} is {there[name]!r} there and "
-            f"{here.get(name)!r} here{also}: give the same values, or start anew in another "
+            f"{here[name]!r} here{also}: give the same values, or start anew in another "
             "output_dir"
         )
 
 
-def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> Path:
+def _adopt(given: Path, output_dir: Path, metric: str | None) -> Path:
+    """Makes a whole checkpoint the newest of the folder; returns it there.
+
+    If it is not there under its name it is copied, and with it the best one by `metric`. Those of
+    more steps are set aside, so that neither 'auto' nor rotation takes them for its successors.
+    """
+    manifest = read_manifest(given)
+    step, best = manifest["step"], manifest["best"]
+    checkpoint = output_dir / f"checkpoint-{step}"
+    if best["checkpoint"] not in (None, checkpoint.name) and best["metric"] == metric:
+        kept = output_dir / best["checkpoint"]
+        source = given.resolve().parent / kept.name
+        damage = None if kept.exists() else checkpoint_damage(source)
+        if damage is not None:
+            print(f"the best checkpoint, {source}, cannot be kept: {damage}", flush=True)
+        elif not kept.exists():
+            _copy(source, kept)
+    if not (checkpoint.exists() and checkpoint.samefile(given)):
+        _copy(given, checkpoint)
+    for later in reversed(_checkpoints(output_dir)):
+        if _number(later) > step:
+            _set_stale(later)
+    return checkpoint
+
+
+def _copy(source: Path, checkpoint: Path) -> None:
+    """Copies a whole checkpoint, complete or not at all; one that has the name is set aside."""
+    temporary = checkpoint.with_name(f".saving-{checkpoint.name}")
+    remove(temporary)
+    for name in (*read_manifest(source)["files"], MANIFEST):
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, temporary / name)
+    sync_tree(temporary)
+    if checkpoint.exists():
+        _set_stale(checkpoint)
+    os.replace(temporary, checkpoint)
+    sync(checkpoint.parent)
+
+
+def _set_stale(checkpoint: Path) -> None:
+    """Renames a checkpoint so that it is none of the run's, in place of an earlier one set aside
+    of the same number."""
+    stale = checkpoint.with_name(f"stale-{checkpoint.name}")
+    remove(stale)
+    os.replace(checkpoint, stale)
+    sync(stale.parent)
+    print(f"{checkpoint} is no longer of this run: it is renamed {stale.name}", flush=True)
+
+
+def save_checkpoint(
+    run: Run, step: int, write: Callable[[Path], None], best: dict[str, object]
+) -> Path:
     """Saves the state after `step` steps as `checkpoint-<step>` in the run's folder; returns it.
 
     `write(folder)` fills the folder, to which the run's configuration and its metrics.jsonl are
-    added. If anything fails the checkpoints that are there stay as they are.
+    added; `best` tells in the manifest which is the best checkpoint so far: its name `checkpoint`,
+    or None, and the `metric` it is the best by. If anything fails the checkpoints that are there
+    stay as they are.
     """
     checkpoint = run.output_dir / f"checkpoint-{step}"
     temporary = run.output_dir / f".saving-{checkpoint.name}"
+    replaces = checkpoint.exists()
     try:
         remove(temporary)
         temporary.mkdir()
@@ -175,12 +267,15 @@ def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> Path:
         for name in (run.run_file, METRICS_FILE):
             if (run.output_dir / name).exists():
                 shutil.copyfile(run.output_dir / name, temporary / name)
-        _write_manifest(temporary, step)
+        _write_manifest(temporary, step, best)
         sync_tree(temporary)
-        replaced = _set_aside(checkpoint) if checkpoint.exists() else None
+        if replaces:
+            _set_aside(checkpoint)
         os.replace(temporary, checkpoint)
-        sync(run.output_dir)
     except BaseException as error:
+        if replaces and not checkpoint.exists():
+            with suppress(OSError):
+                os.replace(_aside(checkpoint), checkpoint)
         shutil.rmtree(temporary, ignore_errors=True)
         reason = disk_error(error)
         if reason is None:
@@ -188,8 +283,10 @@ def save_checkpoint(run: Run, step: int, write: Callable[[Path], None]) -> Path:
         whole = [old.name for old in _checkpoints(run.output_dir) if checkpoint_damage(old) is None]
         stays = f"{whole[-1]} is whole" if whole else "there is no earlier one"
         raise UserError(f"cannot save {checkpoint.name}: {reason}: {GO_ON} ({stays})") from error
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    with disk_errors(f"be sure that {checkpoint.name}, which is whole, is on the disk", GO_ON):
+        sync(run.output_dir)
+    if replaces:
+        shutil.rmtree(_aside(checkpoint), ignore_errors=True)
     return checkpoint
 
 
@@ -208,15 +305,22 @@ def rotate_checkpoints(newest: Path, limit: int, keep: Path | None = None) -> No
             shutil.rmtree(_set_aside(checkpoint), ignore_errors=True)
 
 
+def read_manifest(checkpoint: Path) -> dict:
+    """Of a whole checkpoint: its `step`, the `best` one up to there, and the hashes of `files`."""
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+
+
 def checkpoint_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None if it is whole."""
-    if not path.is_dir():
-        return "there is no such folder"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not path.is_dir():
+            return "there is no such folder"
+        manifest = read_manifest(path)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError):
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except ValueError:
         return f"{MANIFEST} is damaged"
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _manifest_hash(manifest):
         return f"{MANIFEST} is damaged"
@@ -238,12 +342,18 @@ def checkpoint_damage(path: Path) -> str | None:
 
 
 def _newest_whole_checkpoint(output_dir: Path) -> Path | None:
+    """Raises UserError if there is none and the run is finished."""
     for checkpoint in reversed(_checkpoints(output_dir)):
         damage = checkpoint_damage(checkpoint)
         if damage is None:
             print(f"going on from {checkpoint}", flush=True)
             return checkpoint
         print(f"skipping {checkpoint}: {damage}", flush=True)
+    if (output_dir / "config.json").exists():
+        raise UserError(
+            f"output_dir {output_dir} holds a finished run, and no whole checkpoint to go on from: "
+            "replace it with --overwrite_output_dir, or choose another folder"
+        )
     print(f"no whole checkpoint in {output_dir}: starting from the beginning", flush=True)
     return None
 
@@ -251,10 +361,14 @@ def _newest_whole_checkpoint(output_dir: Path) -> Path | None:
 def _checkpoints(output_dir: Path) -> list[Path]:
     """The folder's checkpoints, whole or not, in order of their steps."""
     found = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=_number)
 
 
-def _write_manifest(folder: Path, step: int) -> None:
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _write_manifest(folder: Path, step: int, best: dict[str, object]) -> None:
     """Lists size and hash of every file in the folder, as read back, and a hash of the list."""
     files = {
         file.relative_to(folder).as_posix(): {
@@ -264,7 +378,7 @@ def _write_manifest(folder: Path, step: int) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
-    manifest = {"step": step, "files": files}
+    manifest = {"step": step, "best": best, "files": files}
     manifest["sha256"] = _manifest_hash(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -285,9 +399,13 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith(LEFTOVERS)
 
 
+def _aside(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".deleting-{checkpoint.name}")
+
+
 def _set_aside(checkpoint: Path) -> Path:
     """Renames a checkpoint that is to be deleted, so that it is never there in part."""
-    aside = checkpoint.with_name(f".deleting-{checkpoint.name}")
+    aside = _aside(checkpoint)
     remove(aside)
     os.replace(checkpoint, aside)
     return aside

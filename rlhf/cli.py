@@ -8,6 +8,9 @@ import os
 import re
 import sys
 import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import MISSING, Field, fields
 from functools import partial
@@ -202,21 +205,33 @@ def main(argv: list[str] | None = None) -> int:
     huggingface_hub.logging.set_verbosity_error()
     run = {"demo": run_demo, "config": run_config}.get(command, partial(run_stage, command))
     try:
-        return run(argv[1:])
+        with quiet_threads():
+            return run(argv[1:])
     except UserError as error:
         complain(f"rlhf {command}: error: {error}")
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         complain(
-            f"rlhf {command}: error: {error}: free some space and run it again (a stage goes on "
-            "with --resume_from_checkpoint auto)"
+            f"rlhf {command}: error: {error}: {'free some space' if full else 'mend that'} and run "
+            "it again (a stage goes on with --resume_from_checkpoint auto)"
         )
         return 2
     except KeyboardInterrupt:
         complain(f"rlhf {command}: interrupted")
         return 130
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Keeps OSErrors of threads to themselves: the one that writes for TensorBoard hands them on to
+    the main thread."""
+    tell = threading.excepthook
+    threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or tell(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = tell
 
 
 def complain(message: str) -> None:

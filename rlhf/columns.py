@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+from rlhf import distributed
 from rlhf.errors import UserError, one_line
 from rlhf.hub import may_be_hub_id
 
@@ -140,6 +141,8 @@ def _read_folder(path: str, split: str) -> dict[str, Sequence]:
 
 def _read_hub(path: str, split: str, config_name: str | None) -> dict[str, Sequence]:
     datasets = _import_datasets(path)
+    if distributed.is_main():
+        print(f"asking the hub for {path}, which is no local path", flush=True)
     try:
         dataset = datasets.load_dataset(path, config_name, split=split)
     except Exception as error:  # network, hub, builder and split each have their own kind

@@ -5,6 +5,7 @@ same names. Every field's help text is its documentation, its section the headin
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,6 +37,12 @@ _rewards = partial(_option, "Rewards")
 _kl = partial(_option, "KL penalty")
 _ppo = partial(_option, "PPO")
 _responses = partial(_option, "Responses")
+
+
+def _path_as_text(value: object) -> object:
+    if isinstance(value, list):
+        return [_path_as_text(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @dataclass(kw_only=True)
@@ -74,9 +81,16 @@ class TrainConfig:
         "beginning if there is none.",
     )
     metric_for_best_model: str | None = _run(
-        None, "Metric by which the best checkpoint is known; it is kept whatever save_total_limit."
+        None,
+        "Metric by which the best checkpoint is known; it is kept whatever save_total_limit. Each "
+        "must be measured where it is saved: save_steps is a multiple of eval_steps for a metric "
+        "eval/..., and else of logging_steps.",
     )
-    greater_is_better: bool = _run(True, "Whether more of metric_for_best_model is better.")
+    greater_is_better: bool | None = _run(
+        None,
+        "Whether more of metric_for_best_model is better, true or false (default: false for a name "
+        "that ends in loss, perplexity or kl, else true).",
+    )
     load_best_model_at_end: bool = _run(
         False, "Leave the best checkpoint's model in output_dir rather than the last."
     )
@@ -106,6 +120,8 @@ class TrainConfig:
     )
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            setattr(self, name, _path_as_text(value))
         self._check("must be > 0", lambda x: 0 < x < math.inf, "max_grad_norm", "adam_epsilon")
         self._check(
             "must be >= 0 and finite",
@@ -126,8 +142,34 @@ class TrainConfig:
         )
         self._check(f"must be one of {SCHEDULERS}", SCHEDULERS.__contains__, "lr_scheduler_type")
         self._check(f"must be one of {REPORTERS}", REPORTERS.__contains__, "report_to")
+        if self.warmup_ratio and self.lr_scheduler_type == "constant":
+            raise UserError(
+                "lr_scheduler_type constant has no warm-up: take constant_with_warmup, or leave "
+                "warmup_ratio at 0"
+            )
         if self.load_best_model_at_end and not (self.metric_for_best_model and self.save_steps):
             raise UserError("load_best_model_at_end needs metric_for_best_model and save_steps > 0")
+        if self.metric_for_best_model is not None:
+            self._check_metric_for_best_model()
+
+    def _check_metric_for_best_model(self) -> None:
+        """The value by which a checkpoint is judged must be that of its own step."""
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None:
+            self.greater_is_better = not metric.endswith(("loss", "perplexity", "kl"))
+        every = "logging_steps"
+        if metric.startswith("eval/"):
+            every = "eval_steps"
+            if self.eval_dataset_name is None or not self.eval_steps:
+                raise UserError(
+                    f"metric_for_best_model {metric} needs eval_dataset_name and eval_steps > 0"
+                )
+        if self.save_steps % getattr(self, every):
+            raise UserError(
+                f"save_steps {self.save_steps} must be a multiple of {every} "
+                f"{getattr(self, every)}, for metric_for_best_model {metric} to be measured where "
+                "a checkpoint is saved"
+            )
 
     def _check(self, rule: str, holds, *names: str) -> None:
         for name in names:
@@ -204,8 +246,9 @@ class PPOConfig(TrainConfig):
     )
     score_scaling: str = _rewards(
         "none",
-        "Scores become (score - mean) / std, with the moments of all scores so far (running) or of "
-        "the first iteration, when the policy still is the reference (reference); or none.",
+        "Scores of responses (not of tokens) become (score - mean) / std, with the moments of all "
+        "scores so far (running) or of the first iteration, when the policy still is the reference "
+        "(reference); or none.",
     )
     score_clip: float | None = _rewards(
         None, "Scores are then clipped to +-score_clip (default: not clipped)."
@@ -229,8 +272,10 @@ class PPOConfig(TrainConfig):
         "Adapt kl_coef until the KL of an iteration is target_kl: that of a whole response "
         "(sequence), of a token on average (token), or none.",
     )
-    target_kl: float = _kl(
-        6.0, "KL, in nats, that adaptive_kl aims at (to stop updates see early_stop_kl)."
+    target_kl: float | None = _kl(
+        None,
+        "KL, in nats, that adaptive_kl aims at (default for sequence: 6; to stop updates see "
+        "early_stop_kl).",
     )
     kl_horizon: int = _kl(10_000, "Responses over which adaptive_kl changes kl_coef.")
     early_stop_kl: float | None = _kl(
@@ -262,7 +307,9 @@ class PPOConfig(TrainConfig):
     )
     response_length: int = _responses(64, "Longest response, in tokens.")
     min_response_length: int = _responses(
-        0, "Neither EOS nor a stop_token is sampled before this many tokens."
+        0,
+        "Neither EOS nor a stop_token is sampled before this many tokens, and no stop_strings "
+        "end a response.",
     )
     sample_response_length: bool = _responses(
         False, "Draw each response's longest length from [min_response_length, response_length]."
@@ -305,9 +352,15 @@ class PPOConfig(TrainConfig):
         self._check(
             "must be > 0",
             lambda x: 0 < x < math.inf,
-            *("temperature", "cliprange_value", "target_kl"),
+            *("temperature", "cliprange_value"),
         )
-        self._check("must be > 0", lambda x: x is None or x > 0, "score_clip", "early_stop_kl")
+        self._check(
+            "must be > 0",
+            lambda x: x is None or x > 0,
+            *("score_clip", "early_stop_kl", "target_kl"),
+        )
+        for name in ("stop_token", "stop_strings"):
+            self._check("must not hold empty strings", lambda x: all(x or []), name)
         self._check("must be > 1", lambda x: x is None or x > 1, "dual_clip")
         self._check("must be finite", lambda x: x is None or math.isfinite(x), "missing_eos_score")
         self._check(f"must be one of {KL_ESTIMATORS}", KL_ESTIMATORS.__contains__, "kl_estimator")
@@ -335,6 +388,10 @@ class PPOConfig(TrainConfig):
                 "missing_eos_penalty subtracts from a score that missing_eos_score replaces: "
                 "give one of them"
             )
+        if self.adaptive_kl == "sequence" and self.target_kl is None:
+            self.target_kl = 6.0
+        if self.adaptive_kl == "token" and self.target_kl is None:
+            raise UserError("adaptive_kl token needs target_kl: the nats per token to aim at")
         if self.adaptive_kl != "none" and self.kl_coef == 0:
             raise UserError("kl_coef must be > 0 for adaptive_kl to change it, got 0")
         if self.share_trunk and self.critic_model_path is not None:

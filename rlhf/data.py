@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import distributed
 from rlhf.columns import load_columns
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.errors import UserError
@@ -55,18 +56,25 @@ def load_texts(
         ]
     elif "text" in columns:
         rows = tokenizer(_column(columns, name, "text", _string)).input_ids
-        texts = [_learn_from(0, _with_eos(tokenizer, row)) for row in rows]
+        texts = [_learn_from(0, with_eos(tokenizer, row)) for row in rows]
     else:
         raise _missing_columns(columns, name, "prompt and completion, or messages, or text")
     length = config.max_length
     texts = [Text(ids[:length], [False, *learnt[1:length]]) for ids, learnt in texts]
-    texts = [text for text in texts if any(text.learnt)]
-    if not texts:
+    kept = [text for text in texts if any(text.learnt)]
+    if not kept:
         raise UserError(
             f"{name}: no row holds anything to learn within max_length {length}: raise it, or give "
             "rows with more text, a completion or an answer of the assistant"
         )
-    return texts
+    _tell_left_out(name, kept, texts, f"rows hold nothing to learn within max_length {length}")
+    return kept
+
+
+def _tell_left_out(name: str, kept: list, rows: list, what: str) -> None:
+    if len(kept) < len(rows) and distributed.is_main():
+        number = len(rows) - len(kept)
+        print(f"{name}: {number} of {len(rows)} {what} and are left out", flush=True)
 
 
 def _completions(
@@ -88,7 +96,7 @@ def _completions(
     starts = tokenize_prompts(tokenizer, prompts, max_length)
     ends = tokenizer(completions, add_special_tokens=False).input_ids
     return [
-        _learn_from(len(start), start + _with_eos(tokenizer, end))
+        _learn_from(len(start), start + with_eos(tokenizer, end))
         for start, end in zip(starts, ends, strict=True)
     ]
 
@@ -145,7 +153,7 @@ def load_rankings(
         if has_prompts:
             starts = tokenize_prompts(tokenizer, prompts, config.max_length)
     if config.append_eos:
-        answers = [_with_eos(tokenizer, answer) for answer in answers]
+        answers = [with_eos(tokenizer, answer) for answer in answers]
     answers = iter(answers)
     return [
         [(start + next(answers))[-config.max_length :] for _ in ranking]
@@ -221,6 +229,8 @@ def _beginnings(
             f"{name}: no text has the {least} tokens of the shortest prompt: give longer texts, or "
             "lower text_prompt_length"
         )
+    what = f"texts have less than the {least} tokens of the shortest prompt"
+    _tell_left_out(name, found.ids, rows, what)
     return found
 
 
@@ -240,7 +250,7 @@ def _without_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+def with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """The ids up to the EOS that only white space follows (chat templates write it after a turn, no
     response has it), or with EOS appended where there is none."""
     eos = tokenizer.eos_token_id
@@ -295,7 +305,7 @@ def _chat_text(
 def _end_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: Text) -> Text:
     if messages[-1]["role"] != "assistant":
         return text
-    ids = _with_eos(tokenizer, text.ids)
+    ids = with_eos(tokenizer, text.ids)
     return Text(ids, [*text.learnt, True][: len(ids)])
 
 
@@ -345,19 +355,19 @@ def _reader(first: Any) -> Callable[[Any, str], Any]:
 
 def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise UserError(
-            f"{what} must be a string, got {value!r:.60} (messages must be in all rows and columns "
-            "or in none)"
-        )
+        raise UserError(f"{what} must be a string, got {value!r:.60}{_hint(value, list)}")
     return value
+
+
+def _hint(value: Any, other: type) -> str:
+    """What to say of a value that is of the `other` kind, messages or strings."""
+    rule = " (messages must be in all rows and columns or in none, and never in text)"
+    return rule if isinstance(value, other) and value else ""
 
 
 def _messages(value: Any, what: str) -> Messages:
     if not isinstance(value, list) or not value:
-        raise UserError(
-            f"{what} must be a list of messages, got {value!r:.60} (messages must be in all rows "
-            "and columns or in none)"
-        )
+        raise UserError(f"{what} must be a list of messages, got {value!r:.60}{_hint(value, str)}")
     for message in value:
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")

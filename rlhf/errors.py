@@ -8,6 +8,6 @@ class UserError(ValueError):
     """
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Somebody else's error, to be quoted in a UserError."""
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"

@@ -9,6 +9,13 @@ from pathlib import Path
 
 from rlhf.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None
+
+_locks: dict[Path, int] = {}  # open descriptors of the folders that this process has locked
+
 GO_ON = "free some space or mend the folder, then go on with --resume_from_checkpoint auto"
 
 
@@ -43,11 +50,35 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def lock_folder(folder: Path) -> None:
+    """Keeps the runs of other processes out of an output folder until this process ends; raises
+    UserError if another one does so. The same process may lock it again."""
+    if fcntl is None:
+        return
+    folder = folder.resolve()
+    if folder in _locks:
+        os.close(_locks.pop(folder))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"output_dir {folder} is in use by another run: wait until its process ends, or choose "
+            "another folder"
+        ) from error
+    except OSError:  # a file system that cannot lock folders
+        pass
+    _locks[folder] = descriptor
+
+
 @contextmanager
 def disk_errors(action: str, remedy: str) -> Iterator[None]:
     """Turns errors of the disk within the block into UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = disk_error(error)
         if reason is None:

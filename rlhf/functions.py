@@ -16,26 +16,33 @@ from rlhf.errors import UserError, one_line
 def load_function(source: str) -> Any:
     """What `module:name` or `file.py:name` stands for; the current folder counts for modules."""
     place, _, name = source.rpartition(":")
+    if not place or not name:
+        raise UserError(f"a reward must be module:function or file.py:function, got {source!r}")
     module = _import(place)
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value)]
         nearest = difflib.get_close_matches(name, functions, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(functions)}"
+        known = ", ".join(functions) or "none"
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {known}"
         raise UserError(f"{place} has no function {name!r}: {hint:.200}")
     return getattr(module, name)
 
 
 def _import(place: str) -> ModuleType:
-    """A module by its dotted name, or a file by its path: imported once, known by that path."""
+    """A module by its dotted name, or a file by its path: imported once, known by that path.
+
+    A module may import what is in the current folder, a file what is in its own.
+    """
     if place.endswith(".py"):
         path = Path(place).resolve()
         if not path.is_file():
             raise UserError(f"reward file {place} does not exist: give file.py:function")
-        name = str(path)
+        # Without dots, which would make a package of what stands before the last.
+        name, folder = str(path).replace(".", " "), str(path.parent)
     else:
-        name = place
-        if "" not in sys.path:
-            sys.path.append("")
+        name, folder = place, ""
+    if folder not in sys.path:
+        sys.path.append(folder)
     if name in sys.modules:
         return sys.modules[name]
     try:
@@ -46,20 +53,29 @@ def _import(place: str) -> ModuleType:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
         frames = traceback.extract_tb(error.__traceback__)[1:]
         frames = [frame for frame in frames if "importlib" not in frame.filename]
         raise UserError(
             f"cannot import {place} for a reward: {one_line(error)}{_place(frames)}"
+            f"{_remedy(place, error)}"
         ) from error
+
+
+def _remedy(place: str, error: BaseException) -> str:
+    if "relative import" in str(error):
+        return ": give package.module:function, as seen from the folder that holds the package"
+    if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+        return ": give a module of the current folder or an installed one, or file.py:function"
+    return ""
 
 
 def call(name: str, function: Callable, arguments: dict):
     """The function's result; what it raises becomes a UserError that says where."""
     try:
         return function(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)[1:]
         raise UserError(f"reward {name} raised {one_line(error)}{_place(frames)}") from error
 

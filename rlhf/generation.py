@@ -28,24 +28,30 @@ class Generated(NamedTuple):
 
 
 class Stopping:
-    """What ends a response: EOS, the stop tokens and the stop strings of a configuration."""
+    """What ends a response, EOS, the stop tokens and the stop strings of a configuration; and the
+    token ids that a response may hold, those that the tokenizer knows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig):
         tokens = [_token_id(tokenizer, token) for token in config.stop_token or ()]
         self.ids = torch.tensor([tokenizer.eos_token_id, *tokens], device=default_device())
         self.min_length = config.min_response_length
+        # Models often have more rows than their tokenizer has tokens.
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.strings = config.stop_strings or []
         self.tokenizer = tokenizer
         # A token that shows is a byte of text at least; those before set off the first one.
         self.window = 8 + max((len(text.encode()) for text in self.strings), default=0)
 
     def suppress_(self, logits: Tensor, first: int = 0) -> Tensor:
-        """Sets the logits (B, T, V) of EOS and of stop tokens to -inf at positions before
-        min_response_length, where they cannot be sampled; `first` is the position of logits[:, 0].
+        """Sets to -inf the logits (B, T, V) of what cannot be sampled: of EOS and stop tokens at
+        positions before min_response_length, and of ids that the tokenizer does not know. `first`
+        is the position of logits[:, 0].
 
         No gradient is recorded, because that of a -inf logit is 0.
         """
-        logits.detach()[:, : max(self.min_length - first, 0), self.ids] = -torch.inf
+        data = logits.detach()
+        data[:, : max(self.min_length - first, 0), self.ids] = -torch.inf
+        data[:, :, self.vocab_size :] = -torch.inf
         return logits
 
     def reached(self, tokens: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tenso
     """Tokens (B,) of the distribution softmax(logits / temperature), logits (B, V).
 
     Each is where the cumulative distribution passes the row's number of `uniforms` (B,), fp64 in
-    [0, 1). A token of probability 0 is never taken.
+    [0, 1). A token of probability 0 is never taken; V is returned where there is no distribution.
     """
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
@@ -131,7 +137,12 @@ def generate(
         lengths[rows] = torch.where(ends, step + 1, lengths[rows])
         ended[rows] |= ends
         alive = step + 1 < lengths[rows]
-        num_alive = int(alive.sum())
+        num_alive, highest = torch.stack([alive.sum(), tokens[rows, step].max()]).tolist()
+        if highest == logits.shape[-1]:
+            raise UserError(
+                "the policy's logits are not finite, so that no token can be sampled: the model is "
+                "damaged, or learning_rate too high"
+            )
         if num_alive == 0:
             break
         if num_alive <= len(rows) // 2:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ppo_kernels import masked_mean
-from rlhf.rewards import Scores
 from rlhf.rollout import Experience, Responses
+from rlhf.scores import Scores
 
 SHOWN = (
     "objective/scores",

@@ -22,6 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rlhf.checkpoint import METRICS_FILE
 from rlhf.distributed import is_main
+from rlhf.errors import UserError
+from rlhf.files import GO_ON, disk_errors
 
 
 class MetricsLog:
@@ -43,6 +45,7 @@ class MetricsLog:
     ):
         """A run that goes on after `step` steps adds to the metrics.jsonl that `open_run`
         has put back; at 0 the file is begun anew."""
+        self.output_dir = output_dir
         self.title = title
         self.total_steps = total_steps
         self.shown = shown
@@ -63,10 +66,12 @@ class MetricsLog:
             if self.console.is_terminal:
                 self.live = Live(self.progress, console=self.console, refresh_per_second=4)
             mode = "a" if step else "w"
-            self.file = (output_dir / METRICS_FILE).open(mode, encoding="utf-8")
-            if report_to == "tensorboard":
-                # What an unfinished run reported of later steps is hidden.
-                self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
+            with disk_errors(f"write metrics to {output_dir}", GO_ON):
+                self.file = (output_dir / METRICS_FILE).open(mode, encoding="utf-8")
+                if report_to == "tensorboard":
+                    # What an unfinished run reported of later steps is hidden.
+                    folder = str(output_dir / "tensorboard")
+                    self.writer = SummaryWriter(folder, purge_step=step + 1)
         self.start = time.perf_counter()
 
     def __enter__(self) -> "MetricsLog":
@@ -78,7 +83,10 @@ class MetricsLog:
         if self.live is not None:
             self.live.stop()
         # On a full disk closing fails too; the error that ends the run is the one to tell.
-        with suppress(OSError) if error is not None else nullcontext():
+        with (
+            suppress(UserError) if error is not None else nullcontext(),
+            disk_errors(f"write metrics to {self.output_dir}", GO_ON),
+        ):
             for output in (self.file, self.writer):
                 if output is not None:
                     output.close()
@@ -94,11 +102,12 @@ class MetricsLog:
         if self.file is None:
             return
         values = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-        self.file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self.file.flush()
-        if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
+        with disk_errors(f"write metrics to {self.output_dir}", GO_ON):
+            self.file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            self.file.flush()
+            if self.writer is not None:
+                for name, value in metrics.items():
+                    self.writer.add_scalar(name, value, step)
         shown = {name: metrics[name] for name in self.shown if name in metrics}
         if self.live is not None:
             table = Table("metric", "value")
@@ -135,4 +144,5 @@ def plot_metrics(output_dir: Path, plots: dict[str, tuple[str, ...]]) -> None:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "")
             axes.set(title=name, xlabel="step")
             axes.grid(alpha=0.3)
-        figure.savefig(output_dir / f"{plot}.png", dpi=120)
+        with disk_errors(f"draw {output_dir / f'{plot}.png'}", GO_ON):
+            figure.savefig(output_dir / f"{plot}.png", dpi=120)

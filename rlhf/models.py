@@ -109,6 +109,13 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
+def scalar_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The scorer's head on hidden states (..., D), in fp32 also within autocast: a score in bf16
+    would have three digits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.score(hidden.float()).squeeze(-1)
+
+
 def token_values(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The scalar head's fp32 output at every token, [B, L]."""
     hidden = model.base_model(
@@ -117,7 +124,7 @@ def token_values(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         position_ids=positions(attention_mask),
         use_cache=False,
     ).last_hidden_state
-    return model.score(hidden).squeeze(-1).float()
+    return scalar_head(model, hidden)
 
 
 class ActorCritic(nn.Module):
@@ -153,7 +160,7 @@ class ActorCritic(nn.Module):
             output_hidden_states=self.shares_trunk,
         )
         if self.shares_trunk:
-            values = self.critic.score(outputs.hidden_states[-1]).squeeze(-1).float()
+            values = scalar_head(self.critic, outputs.hidden_states[-1])
         else:
             values = token_values(self.critic, input_ids, attention_mask)
         return outputs.logits, values[:, -num_tokens:]
@@ -186,20 +193,32 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     """Within it, layers with gradient checkpointing enabled do checkpoint.
 
     transformers' layers do so in training mode only, but dropout, which would go with it, must stay
-    off: so the layers alone, without what they hold, are put into it.
+    off: so the layers alone, without what they hold, are put into it, and the probabilities by
+    which some layers themselves drop out, their own or their configuration's, are 0 meanwhile.
     """
     layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     ]
-    for layer in layers:
-        layer.training = True
-        # Those of the older models that call dropout from the layer itself.
-        for name, value in list(vars(layer).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(layer, name, 0.0)
-    yield
-    for layer in layers:
-        layer.training = False
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    dropouts = [
+        (owner, name, value)
+        for owner in {id(owner): owner for owner in (*layers, *configs)}.values()
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name)
+    ]
+    try:
+        for owner, name, _ in dropouts:
+            setattr(owner, name, 0.0)
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        for owner, name, value in dropouts:
+            setattr(owner, name, value)
 
 
 def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

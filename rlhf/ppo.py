@@ -22,9 +22,9 @@ from rlhf.iteration import (
     write_completions,
 )
 from rlhf.metrics import MetricsLog, plot_metrics
-from rlhf.rewards import score_samples
 from rlhf.rollout import Draws, sample_responses
 from rlhf.saving import Checkpoints, is_due
+from rlhf.scores import score_samples
 from rlhf.trainer import PPOTrainer
 
 NUM_SHOWN_COMPLETIONS = 16
@@ -37,7 +37,7 @@ def train_ppo(
     metrics. `reward_funcs` may hold modules and functions, and replaces the configuration's."""
     start_time = time.perf_counter()
     set_seed(config.seed)
-    trainer = PPOTrainer(config, reward_funcs)
+    trainer = distributed.together(lambda: PPOTrainer(config, reward_funcs))
     models = {"critic": trainer.model.critic, "": trainer.policy}
     checkpoints = Checkpoints(config, "ppo", trainer, models, trainer.tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_iterations
@@ -78,9 +78,11 @@ def train_ppo(
             if config.save_steps and is_due(config.save_steps, step, total):
                 checkpoints.save(step, metrics)
 
-    if config.load_best_model_at_end:
-        checkpoints.load_best()
-    distributed.from_main(lambda: finish(trainer, checkpoints))
+    try:
+        if config.load_best_model_at_end:
+            checkpoints.load_best()
+    finally:  # with the last model, if the best one is damaged
+        distributed.from_main(lambda: finish(trainer, checkpoints))
     return metrics | {"iterations": total, "seconds": time.perf_counter() - start_time}
 
 

@@ -115,7 +115,7 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
 
     The mean and the standard deviation of its scores over the training data are stored in its
     configuration as `reward_mean` and `reward_std`. They are measured at the end: the model in a
-    checkpoint has none of its own.
+    checkpoint has none.
     """
     start_time = time.perf_counter()
     set_seed(config.seed)
@@ -127,13 +127,15 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
             config, config.eval_dataset_name, config.eval_dataset_split, tokenizer
         )
     model = load_scorer(config.model_name_or_path, tokenizer)
+    for name in ("reward_mean", "reward_std"):  # of the reward model that it may have been
+        model.config.__dict__.pop(name, None)
     longest = max(len(answer) for ranking in rankings + eval_rankings for answer in ranking)
     check_fits(model, tokenizer, longest, "lower max_length")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
 
     lengths = [max(len(answer) for answer in ranking) for ranking in rankings]
-    trainer = SupervisedTrainer(config, Scorer(model), rankings, lengths)
+    trainer = SupervisedTrainer(config, Scorer(model), rankings, lengths, eval_rankings)
     checkpoints = Checkpoints(config, "reward", trainer, {"": model}, tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()
@@ -161,14 +163,15 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
             if config.save_steps and is_due(config.save_steps, trainer.step, total):
                 checkpoints.save(trainer.step, metrics)
 
-    if config.load_best_model_at_end:
-        checkpoints.load_best()
-    _, scores = evaluate(model, tokenizer, rankings, config)
-    set_score_normalisation(model, scores)
-
     def finish() -> None:
         checkpoints.save_models(output_dir)
         plot_metrics(output_dir, {"reward": ("loss", "accuracy", "margin")})
 
-    distributed.from_main(finish)
+    try:
+        if config.load_best_model_at_end:
+            checkpoints.load_best()
+    finally:  # with the last model, if the best one is damaged
+        _, scores = evaluate(model, tokenizer, rankings, config)
+        set_score_normalisation(model, scores)
+        distributed.from_main(finish)
     return metrics | {"steps": total, "seconds": time.perf_counter() - start_time}

@@ -15,13 +15,10 @@ a list with a number for each token of the completion, or None: the reward says 
 import copy
 import inspect
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
-from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.batches import pad
 from rlhf.config import PPOConfig
-from rlhf.data import tokenize_prompts
+from rlhf.data import Prompts, tokenize_prompts, with_eos
 from rlhf.errors import UserError, one_line
 from rlhf.functions import call, load_function
 from rlhf.models import (
@@ -42,74 +39,51 @@ from rlhf.models import (
     sequence_scores,
 )
 from rlhf.rollout import Responses
+from rlhf.scores import Reward, Samples, shorten
 
-
-class Samples(NamedTuple):
-    """What rewards see; each list has one entry for each of the B responses."""
-
-    prompts: list[str | list[dict]]
-    completions: list[str]
-    columns: dict[str, list]
-    responses: Responses
-
-    def describe(self, row: int) -> str:
-        """One short line by which the user finds the sample."""
-        prompt = self.prompts[row]
-        text = prompt if isinstance(prompt, str) else prompt[-1].get("content")
-        return f"prompt {_shorten(text)!r}, completion {_shorten(self.completions[row])!r}"
-
-
-class Scores(NamedTuple):
-    """The weighted sums of the sequence-level rewards, `scores` (B,), and of the token-level ones,
-    `token_scores` (B, T), 0 beyond a response; and in `parts` each reward by name, unweighted and
-    summed over tokens, (B,), NaN where it says nothing. All fp32."""
-
-    scores: Tensor
-    token_scores: Tensor
-    parts: dict[str, Tensor]
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> "Scores":
-        """The function's results on every tensor."""
-        parts = {name: function(part) for name, part in self.parts.items()}
-        return Scores(function(self.scores), function(self.token_scores), parts)
-
-
-@dataclass
-class Reward(ABC):
-    name: str
-    weight: float
-
-    @abstractmethod
-    def __call__(self, samples: Samples):
-        """One score for each sample: a number, None, or a list with a number for each token."""
+# What functions are given beside the columns of the data.
+ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
 @dataclass
 class ModelReward(Reward):
-    """A reward model's normalised score, on the policy's token ids if it shares its vocabulary.
+    """A reward model's normalised score, on the policy's token ids if its tokenizer has the same
+    vocabulary, EOS and BOS and, where prompts are conversational, no other chat template.
 
-    Otherwise on the text, tokenized anew: prompt and completion, or the conversation in the chat
-    template of the reward model's tokenizer; then EOS, if the response ended by itself and there is
-    none yet; of all that the last tokens for which the model has positions. A chat template closes
-    the assistant's turn even if the response was cut.
+    Otherwise on the text, tokenized anew as `load_rankings` does: prompt and completion, or the
+    conversation in the chat template of the reward model's tokenizer, up to EOS, which is appended
+    if the response ended by itself and there is none; of all that the last tokens for which the
+    model has positions. A chat template closes the assistant's turn even if the response was cut.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    shares_vocabulary: bool
+    policy_tokenizer: PreTrainedTokenizerBase
     path: str | None
     config: PPOConfig
 
     def __post_init__(self):
+        self.shares_vocabulary = self.tokenizer.get_vocab() == self.policy_tokenizer.get_vocab()
         if not hasattr(self.model, "score"):
             raise UserError(
                 f"reward {self.name} is a {type(self.model).__name__}, whose score is not read at "
                 "the last token: use a decoder's reward model, or call it in a function of yours"
             )
 
+    def check(self, prompts: Prompts, longest: int) -> None:
+        conversational = isinstance(prompts.prompts[0], list)
+        shared = self._shares_tokens(conversational)
+        if conversational and not shared and self.tokenizer.chat_template is None:
+            raise UserError(
+                f"reward {self.name} has no chat template for a conversational data set: set its "
+                "tokenizer's chat_template, or use plain prompts"
+            )
+        remedy = f"lower max_prompt_length or response_length (reward {self.name})"
+        check_fits(self.model, self.tokenizer, longest if shared else 1, remedy)
+
     def __call__(self, samples: Samples) -> list[float]:
         responses = samples.responses
-        if not self.shares_vocabulary:
+        if not self._shares_tokens(isinstance(samples.prompts[0], list)):
             responses = self._tokenize(samples)
 
         def score(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -122,12 +96,15 @@ class ModelReward(Reward):
         """The samples in this model's tokens, as responses to empty prompts."""
         tokenizer, ended = self.tokenizer, samples.responses.ended
         if isinstance(samples.prompts[0], str):
-            prompts = tokenize_prompts(tokenizer, samples.prompts, sys.maxsize)
-            completions = tokenizer(samples.completions, add_special_tokens=False).input_ids
-            ends = [[tokenizer.eos_token_id] if end else [] for end in ended.tolist()]
-            rows = [[*a, *b, *c] for a, b, c in zip(prompts, completions, ends, strict=True)]
+            starts = tokenize_prompts(tokenizer, samples.prompts, sys.maxsize)
+            texts = samples.completions
         else:
-            rows = tokenizer(self._render(samples), add_special_tokens=False).input_ids
+            starts, texts = [[] for _ in samples.prompts], self._render(samples)
+        answers = tokenizer(texts, add_special_tokens=False).input_ids
+        rows = [
+            start + with_eos(tokenizer, answer)[: None if end else len(answer)]
+            for start, answer, end in zip(starts, answers, ended.tolist(), strict=True)
+        ]
         longest = getattr(self.model.config, "max_position_embeddings", sys.maxsize)
         ids, mask = pad([row[-longest:] for row in rows], tokenizer.pad_token_id)
         ids, mask = ids.to(ended.device), mask.to(ended.device)
@@ -135,28 +112,29 @@ class ModelReward(Reward):
 
     def _render(self, samples: Samples) -> list[str]:
         """The conversations as texts."""
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                f"reward {self.name} has no chat template for a conversational data set: set its "
-                "tokenizer's chat_template, or use plain prompts"
-            )
-        conversations = [
-            [*prompt, {"role": "assistant", "content": completion}]
-            for prompt, completion in zip(samples.prompts, samples.completions, strict=True)
-        ]
-        eos, ended, texts = self.tokenizer.eos_token, samples.responses.ended.tolist(), []
-        for row, messages in enumerate(conversations):
+        texts = []
+        for row, (prompt, text) in enumerate(
+            zip(samples.prompts, samples.completions, strict=True)
+        ):
+            messages = [*prompt, {"role": "assistant", "content": text}]
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+                texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False))
             except Exception as error:  # a template raises what it likes
                 raise UserError(
                     f"the chat template of reward {self.name} cannot take {samples.describe(row)}: "
                     f"{one_line(error)}"
                 ) from error
-            if ended[row] and not text.rstrip().endswith(eos):
-                text += eos
-            texts.append(text)
         return texts
+
+    def _shares_tokens(self, conversational: bool) -> bool:
+        """Whether the policy's token ids are those that the model's own tokenizer would give."""
+        own, policy = self.tokenizer, self.policy_tokenizer
+        return (
+            self.shares_vocabulary
+            and own.eos_token_id == policy.eos_token_id
+            and own.bos_token_id == policy.bos_token_id
+            and not (conversational and own.chat_template not in (None, policy.chat_template))
+        )
 
 
 @dataclass
@@ -168,6 +146,9 @@ class ModuleReward(Reward):
 
     module: nn.Module
     config: PPOConfig
+
+    def check(self, prompts: Prompts, longest: int) -> None:
+        """Nothing is known of a module before it is called."""
 
     def __call__(self, samples: Samples) -> list[float]:
         def score(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -191,6 +172,23 @@ class FunctionReward(Reward):
 
     function: Callable
 
+    def check(self, prompts: Prompts, longest: int) -> None:
+        for name in ARGUMENTS:
+            if name in prompts.columns:
+                raise UserError(
+                    f"the data has a column {name!r}, but reward functions such as {self.name} get "
+                    "something else by this name: rename it"
+                )
+        given = [*prompts.columns, *ARGUMENTS]
+        for parameter in self._parameters().values():
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            required = parameter.default is parameter.empty and not variadic
+            if required and parameter.name not in given:
+                raise UserError(
+                    f"reward {self.name} needs the argument {parameter.name!r}, but it can be "
+                    f"given only {', '.join(given)}: name one of them, or add such a column"
+                )
+
     def __call__(self, samples: Samples):
         tokens, lengths = samples.responses.tokens.tolist(), samples.responses.mask.sum(1).tolist()
         completions = [
@@ -203,24 +201,14 @@ class FunctionReward(Reward):
             "completions": completions,
             "completion_ids": [ids[:length] for ids, length in zip(tokens, lengths, strict=True)],
         }
+        parameters = self._parameters()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            arguments = {name: arguments[name] for name in arguments if name in parameters}
         # Copies, for the function may change what it is given.
-        return call(self.name, self.function, copy.deepcopy(self._accepted(arguments)))
+        return call(self.name, self.function, copy.deepcopy(arguments))
 
-    def _accepted(self, arguments: dict) -> dict:
-        """Those of the arguments that the function's signature names."""
-        signature = call(self.name, inspect.signature, {"obj": self.function})
-        parameters = signature.parameters.values()
-        for parameter in parameters:
-            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            required = parameter.default is parameter.empty and not variadic
-            if required and parameter.name not in arguments:
-                raise UserError(
-                    f"reward {self.name} needs the argument {parameter.name!r}, but it can be "
-                    f"given only {', '.join(arguments)}: name one of them, or add such a column"
-                )
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return arguments
-        return {name: arguments[name] for name in arguments if name in signature.parameters}
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return call(self.name, inspect.signature, {"obj": self.function}).parameters
 
 
 def load_rewards(
@@ -259,84 +247,12 @@ def critic_path(rewards: list[Reward]) -> str | None:
     return next((model.path for model in models if model.shares_vocabulary and model.path), None)
 
 
-def check_rewards_fit(rewards: list[Reward], longest: int) -> None:
-    """Raises UserError if a reward model cannot score prompt + response of `longest` tokens."""
+def check_rewards(rewards: list[Reward], prompts: Prompts, longest: int) -> None:
+    """Raises UserError if a reward cannot score responses to `prompts`: a function that needs an
+    argument which the data lacks, a reward model without chat template or with fewer positions than
+    `longest`, the most tokens of prompt and response."""
     for reward in rewards:
-        if isinstance(reward, ModelReward):
-            length = longest if reward.shares_vocabulary else 1
-            remedy = f"lower max_prompt_length or response_length (reward {reward.name})"
-            check_fits(reward.model, reward.tokenizer, length, remedy)
-
-
-@torch.no_grad()
-def score_samples(rewards: list[Reward], samples: Samples) -> Scores:
-    """All rewards of the samples. Raises UserError, which names the sample, where a score is not
-    finite or every reward says nothing."""
-    shape, device = samples.responses.tokens.shape, samples.responses.tokens.device
-    scores, token_scores = torch.zeros(shape[0]), torch.zeros(shape)
-    parts = {}
-    for reward in rewards:
-        sequence_part, token_part, silent = _checked(reward, samples)
-        scores += reward.weight * sequence_part
-        token_scores += reward.weight * token_part
-        total = sequence_part + token_part.sum(1)
-        parts[reward.name] = total.masked_fill(silent, torch.nan)
-    unscored = torch.stack(list(parts.values())).isnan().all(0).nonzero().flatten().tolist()
-    if unscored:
-        raise UserError(
-            f"every reward returned None for {samples.describe(unscored[0])}: one must score it"
-        )
-    return Scores(scores, token_scores, parts).apply(lambda x: x.to(device))
-
-
-def _checked(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
-    """The reward's scores of sequences (B,) and of tokens (B, T), and where it is silent (B,)."""
-    lengths = samples.responses.mask.sum(1).tolist()
-    scores = _plain(reward(samples))
-    if not isinstance(scores, list | tuple):
-        raise UserError(
-            f"reward {reward.name} must return a list with one score for each completion, got "
-            f"{type(scores).__name__}"
-        )
-    if len(scores) != len(lengths):
-        raise UserError(
-            f"reward {reward.name} returned {len(scores)} scores for {len(lengths)} completions: "
-            "it must return one for each (None where it has none)"
-        )
-    scores = [_plain(score) for score in scores]
-    sequence_part = torch.zeros(len(lengths))
-    token_part = torch.zeros(samples.responses.tokens.shape)
-    for row, (score, length) in enumerate(zip(scores, lengths, strict=True)):
-        if score is None:
-            continue
-        if isinstance(score, list | tuple):
-            if len(score) != length:
-                raise UserError(
-                    f"reward {reward.name} returned {len(score)} token scores for {length} tokens "
-                    f"({samples.describe(row)}): it must return one for each of completion_ids"
-                )
-            values = [_number(reward, value, samples, row) for value in map(_plain, score)]
-            token_part[row, :length] = torch.tensor(values)
-        else:
-            sequence_part[row] = _number(reward, score, samples, row)
-    return sequence_part, token_part, torch.tensor([score is None for score in scores])
-
-
-def _number(reward: Reward, value, samples: Samples, row: int) -> float:
-    if not isinstance(value, Real):
-        rule = "a score must be a number, None, or a list with a number for each token"
-    elif not abs(value) <= torch.finfo(torch.float32).max:  # so NaN too is refused
-        rule = "a score must be finite (or None, to say nothing of the sample)"
-    else:
-        return float(value)
-    raise UserError(
-        f"reward {reward.name} gave {_shorten(repr(value))} for {samples.describe(row)}: {rule}"
-    )
-
-
-def _plain(value):
-    """Arrays and tensors as the lists and numbers that they hold."""
-    return value.tolist() if hasattr(value, "tolist") else value
+        reward.check(prompts, longest)
 
 
 def _score_in_parts(
@@ -351,11 +267,6 @@ def _score_in_parts(
     return scores.tolist()
 
 
-def _shorten(text: str, length: int = 60) -> str:
-    text = " ".join(str(text).split())
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
 def _find(source: str | nn.Module | Callable) -> str | nn.Module | Callable:
     """The function that the string names; a reward model's path, or an object, is left as is."""
     if isinstance(source, str) and ":" in source and not Path(source).is_dir():
@@ -364,10 +275,17 @@ def _find(source: str | nn.Module | Callable) -> str | nn.Module | Callable:
         raise UserError(
             f"reward {source} is a file: give a reward model's folder, or file.py:function"
         )
-    if not isinstance(source, str) and (not callable(source) or isinstance(source, type)):
+    if isinstance(source, str):
+        return source
+    if not callable(source) or isinstance(source, type):
         raise UserError(
             f"a reward must be a function, an nn.Module or a reward model, got "
-            f"{_shorten(repr(source))}"
+            f"{shorten(repr(source))}"
+        )
+    if any(map(inspect.iscoroutinefunction, (source, source.__call__))):
+        raise UserError(
+            f"reward {_name(source)} must be an ordinary function, not an async one: call "
+            "asyncio.run inside it"
         )
     return source
 
@@ -397,12 +315,11 @@ def _make_reward(
     if isinstance(source, str):
         own = load_tokenizer(source)
         model = load_reward_model(source, own).eval()
-        same = own.get_vocab() == tokenizer.get_vocab()
-        return ModelReward(name, weight, model, own, same, source, config)
+        return ModelReward(name, weight, model, own, tokenizer, source, config)
     if not isinstance(source, nn.Module):
         return FunctionReward(name, weight, source)
     module = source.to(default_device()).eval()
     is_scorer = isinstance(module, PreTrainedModel) and hasattr(module, "score")
     if is_scorer and module.config.num_labels == 1:
-        return ModelReward(name, weight, module, tokenizer, True, None, config)
+        return ModelReward(name, weight, module, tokenizer, tokenizer, None, config)
     return ModuleReward(name, weight, module, config)

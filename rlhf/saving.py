@@ -8,7 +8,13 @@ from typing import NamedTuple, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import distributed
-from rlhf.checkpoint import open_run, rotate_checkpoints, save_checkpoint
+from rlhf.checkpoint import (
+    checkpoint_damage,
+    open_run,
+    read_manifest,
+    rotate_checkpoints,
+    save_checkpoint,
+)
 from rlhf.config import TrainConfig
 from rlhf.errors import UserError
 from rlhf.state import (
@@ -31,19 +37,21 @@ def is_due(every: int, step: int, num_steps: int) -> bool:
 class Trainer(Protocol):
     """What changes in a stage during a run, besides the weights."""
 
-    def data_hash(self) -> str:
-        """By which a resumed run knows its data."""
+    def inputs(self) -> dict[str, str]:
+        """A hash of what each of these options names, by which a resumed run knows it: the data,
+        and models that are used but not saved. The source code of functions is not watched."""
 
-    def state_dict(self) -> dict:
-        """The state; its entry `data` is the data_hash."""
+    def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None: ...
 
 
 class Best(NamedTuple):
-    """The best checkpoint so far and its value of metric_for_best_model. The checkpoint is a name
-    in output_dir, or a path where the run was resumed from another folder."""
+    """The name of the best checkpoint so far, the metric it is the best by, whether more of this is
+    better, and its value (None if that is not finite)."""
 
+    metric: str | None
+    greater_is_better: bool | None
     checkpoint: str | None = None
     value: float | None = None
 
@@ -71,8 +79,9 @@ class Checkpoints:
         self.trainer = trainer
         self.models = models
         self.tokenizer = tokenizer
-        self.best = Best()
+        self.best = Best(config.metric_for_best_model, config.greater_is_better)
         self.run = distributed.from_main(lambda: open_run(config, stage))
+        self.inputs = trainer.inputs()
 
     def resume(self) -> dict[str, float]:
         """Puts everything back as it was at the checkpoint that the run goes on from, if there is
@@ -87,29 +96,29 @@ class Checkpoints:
                 f"{checkpoint} was written by {processes} processes, and here are "
                 f"{distributed.world_size()}: start as many"
             )
-        if state["data"] != self.trainer.data_hash():
-            raise UserError(
-                f"{self.config.dataset_name} does not hold the data from which {checkpoint} was "
-                "trained: restore it, or start anew in another output_dir"
-            )
+        for name, value in self.inputs.items():
+            if value != state["inputs"].get(name):
+                raise UserError(
+                    f"{name} {getattr(self.config, name)} holds something else than when "
+                    f"{checkpoint} was saved: restore it, or start anew in another output_dir"
+                )
         self._load_models(checkpoint)
         self.trainer.load_state_dict(state)
-        self.best = Best(*state["best"])
-        if checkpoint.resolve().parent != self.run.output_dir.resolve() and self.best.checkpoint:
-            self.best = self.best._replace(
-                checkpoint=str(checkpoint.resolve().parent / self.best.checkpoint)
-            )
+        best = Best(**read_manifest(checkpoint)["best"])
+        if best[:2] == self.best[:2]:
+            self.best = best
         # Last, because loading a model may draw numbers.
         set_random_state(state["random"][distributed.rank()])
         return state["metrics"]
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
         """Saves the run after `step` steps with the last value of each of its metrics, and deletes
-        the checkpoints beyond save_total_limit."""
+        the checkpoints beyond save_total_limit. Raises UserError, when all is saved, if
+        metric_for_best_model is not among the metrics."""
         self.best = distributed.from_main(lambda: self._best_with(f"checkpoint-{step}", metrics))
         state = self.trainer.state_dict() | {
+            "inputs": self.inputs,
             "metrics": metrics,
-            "best": tuple(self.best),
             "random": distributed.gather_objects(random_state()),
         }
 
@@ -118,31 +127,48 @@ class Checkpoints:
             save_state(folder / STATE_FILE, state)
 
         def write_and_rotate() -> None:
-            newest = save_checkpoint(self.run, step, write)
+            newest = save_checkpoint(self.run, step, write, self.best._asdict())
             keep = self.best.checkpoint and self.run.output_dir / self.best.checkpoint
             rotate_checkpoints(newest, self.config.save_total_limit, keep)
+            metric = self.config.metric_for_best_model
+            if metric is not None and metric not in metrics:
+                raise UserError(
+                    f"metric_for_best_model {metric} is not measured: give one of "
+                    f"{', '.join(sorted(metrics))}, and go on with --resume_from_checkpoint auto"
+                )
 
         distributed.from_main(write_and_rotate)
 
     def _best_with(self, checkpoint: str, metrics: dict[str, float]) -> Best:
         """The best checkpoint when this one, with these metrics, is among them."""
-        metric = self.config.metric_for_best_model
-        if metric is None:
-            return self.best
-        if metric not in metrics:
-            raise UserError(
-                f"metric_for_best_model {metric} was not measured before {checkpoint}: give one of "
-                f"{', '.join(sorted(metrics))}, or measure it no later (eval_steps)"
-            )
-        value, best = metrics[metric], self.best.value
-        sign = 1 if self.config.greater_is_better else -1
-        if best is None or math.isnan(best) or sign * value > sign * best:
-            return Best(checkpoint, value)
-        return self.best
+        best = self.best
+        if best.metric not in metrics:
+            return best
+        value = metrics[best.metric] if math.isfinite(metrics[best.metric]) else None
+        sign = 1 if best.greater_is_better else -1
+        is_first = best.checkpoint is None or best.value is None
+        if is_first or (value is not None and sign * value > sign * best.value):
+            return best._replace(checkpoint=checkpoint, value=value)
+        return best
 
     def load_best(self) -> None:
-        """Puts the best checkpoint's weights into the models."""
+        """Puts the best checkpoint's weights into the models. Raises UserError if that is damaged
+        or gone, and leaves the models as they are."""
+        distributed.from_main(self._check_best)
         self._load_models(self.run.output_dir / self.best.checkpoint)
+
+    def _check_best(self) -> None:
+        output_dir, name = self.run.output_dir, self.best.checkpoint
+        last = f"output_dir {output_dir} holds the last model instead"
+        if name is None:
+            raise UserError(
+                f"no checkpoint was saved with metric_for_best_model {self.best.metric}: {last}"
+            )
+        damage = checkpoint_damage(output_dir / name)
+        if damage is not None:
+            raise UserError(
+                f"cannot load the best checkpoint, {output_dir / name}: {damage}: {last}"
+            )
 
     def _load_models(self, checkpoint: Path) -> None:
         for name, model in self.models.items():

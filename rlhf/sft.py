@@ -80,7 +80,8 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
 
-    trainer = SupervisedTrainer(config, model, texts, [len(text.ids) for text in texts])
+    lengths = [len(text.ids) for text in texts]
+    trainer = SupervisedTrainer(config, model, texts, lengths, eval_texts)
     checkpoints = Checkpoints(config, "sft", trainer, {"": model}, tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()
@@ -110,12 +111,13 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
             if config.save_steps and is_due(config.save_steps, trainer.step, total):
                 checkpoints.save(trainer.step, metrics)
 
-    if config.load_best_model_at_end:
-        checkpoints.load_best()
-
     def finish() -> None:
         checkpoints.save_models(output_dir)
         plot_metrics(output_dir, {"loss": ("loss", "eval/loss")})
 
-    distributed.from_main(finish)
+    try:
+        if config.load_best_model_at_end:
+            checkpoints.load_best()
+    finally:  # with the last model, if the best one is damaged
+        distributed.from_main(finish)
     return metrics | {"steps": total, "seconds": time.perf_counter() - start_time}

@@ -1,16 +1,24 @@
 """What a checkpoint is made of: models, the state of a run, and that of the random generators."""
 
+import hashlib
+import json
 import os
 import random
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, one_line
 from rlhf.files import GO_ON, disk_errors, remove, sync, sync_tree
+
+# Integers as wide as an element, by its bytes.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def save_state(path: Path, state: dict) -> None:
@@ -23,6 +31,34 @@ def save_state(path: Path, state: dict) -> None:
 def load_state(path: Path) -> dict:
     """What `save_state` saved, its tensors on the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def hash_data(rows: Iterable) -> str:
+    """SHA-256 of rows of token ids, text, or what else JSON can hold; of what it cannot, Python's
+    representation counts."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=_represent).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _represent(value: object) -> str:
+    """Without the address that some objects have in it, which every process gives anew."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def hash_weights(models: Iterable[nn.Module]) -> str:
+    """SHA-256 of the models' parameters and buffers: the name and shape of each, and the sum of its
+    elements' bits as integers, which is exact, fast and the same on every device."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            if isinstance(tensor, torch.Tensor):
+                bits = tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])
+                # In parts, for a sum as int64 takes a copy as int64.
+                total = sum(part.sum(dtype=torch.int64).item() for part in bits.split(1 << 24))
+                digest.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
+    return digest.hexdigest()
 
 
 def random_state() -> dict:

@@ -4,7 +4,6 @@ over the processes, and the optimizer step."""
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from hashlib import sha256
 from itertools import islice
 from statistics import fmean
 
@@ -16,6 +15,7 @@ from rlhf import distributed
 from rlhf.batches import count_steps, micro_batches
 from rlhf.config import SupervisedConfig
 from rlhf.optim import clip_gradients, make_optimizer
+from rlhf.state import hash_data
 
 
 class SupervisedTrainer:
@@ -26,12 +26,20 @@ class SupervisedTrainer:
         model: what is trained; `parallel`, which the passes go through, does so in all processes.
         rows: the training data.
         lengths: the number of tokens of each row, by which batches are sorted.
+        eval_rows: the held-out data.
     """
 
     def __init__(
-        self, config: SupervisedConfig, model: nn.Module, rows: Sequence, lengths: list[int]
+        self,
+        config: SupervisedConfig,
+        model: nn.Module,
+        rows: Sequence,
+        lengths: list[int],
+        eval_rows: Sequence = (),
     ):
         self.config = config
+        self.rows = rows
+        self.eval_rows = eval_rows
         self.lengths = lengths
         self.num_steps = count_steps(len(rows), config)
         self.parameters = list(model.parameters())
@@ -43,7 +51,6 @@ class SupervisedTrainer:
             self.parallel = DistributedDataParallel(model)
             # Each process drops out other activations.
             torch.manual_seed(config.seed + distributed.rank())
-        self._data_hash = sha256(repr(rows).encode()).hexdigest()
         self.step = 0
         self.sums = defaultdict(float)
         self.unlogged: list[dict[str, float]] = []
@@ -93,13 +100,16 @@ class SupervisedTrainer:
         means = {name: fmean(step[name] for step in steps) for name in steps[0]}
         return means | {"lr": steps[-1]["lr"]}
 
-    def data_hash(self) -> str:
-        return self._data_hash
+    def inputs(self) -> dict[str, str]:
+        """The model that is trained is not among them: a checkpoint has its own."""
+        return {
+            "dataset_name": hash_data(self.rows),
+            "eval_dataset_name": hash_data(self.eval_rows),
+        }
 
     def state_dict(self) -> dict:
         return {
             "step": self.step,
-            "data": self.data_hash(),
             "unlogged": self.unlogged,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

@@ -8,7 +8,8 @@ passes through the models are divided. So what is a mean over an iteration is on
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from hashlib import sha256
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from rlhf.adaptive import KLController, ScoreScaler
 from rlhf.batches import pad
 from rlhf.config import PPOConfig
 from rlhf.data import Prompts, load_prompts
+from rlhf.errors import UserError
 from rlhf.generation import Stopping
 from rlhf.iteration import Batch
 from rlhf.models import (
@@ -36,14 +38,7 @@ from rlhf.models import (
     value_head,
 )
 from rlhf.optim import clip_gradients, make_optimizer
-from rlhf.rewards import (
-    Samples,
-    Scores,
-    check_rewards_fit,
-    critic_path,
-    load_rewards,
-    score_samples,
-)
+from rlhf.rewards import check_rewards, critic_path, load_rewards
 from rlhf.rollout import (
     Draws,
     Experience,
@@ -55,6 +50,8 @@ from rlhf.rollout import (
     shaped_scores,
     token_rewards,
 )
+from rlhf.scores import Samples, Scores, score_samples
+from rlhf.state import hash_data, hash_weights
 
 
 class PPOTrainer:
@@ -74,6 +71,11 @@ class PPOTrainer:
         self.batch_size = config.responses_per_iteration(distributed.world_size())
         self.num_iterations = -(-config.total_episodes // self.batch_size)
         self.steps_per_iteration = config.num_ppo_epochs * config.num_mini_batches
+        if config.adaptive_kl != "none" and self.batch_size >= 5 * config.kl_horizon:
+            raise UserError(
+                f"kl_horizon {config.kl_horizon} must be more than a fifth of the "
+                f"{self.batch_size} responses of an iteration: kl_coef could become negative"
+            )
 
         self.tokenizer = load_tokenizer(config.model_name_or_path)
         self.stopping = Stopping(self.tokenizer, config)
@@ -95,9 +97,6 @@ class PPOTrainer:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.policy)
             enable_gradient_checkpointing(self.model.critic)
-        self.parallel = self.model
-        if distributed.world_size() > 1:
-            self.parallel = DistributedDataParallel(self.model)
 
         self.policy_parameters = list(self.policy.parameters())
         self.critic_parameters = self.model.critic_parameters()
@@ -115,6 +114,11 @@ class PPOTrainer:
         self.queue: list[int] = []
         self.iteration = 0
 
+    @cached_property
+    def parallel(self) -> nn.Module:
+        """The model as passes with gradient go through it, all processes together."""
+        return DistributedDataParallel(self.model) if distributed.world_size() > 1 else self.model
+
     def _load_critic(self) -> PreTrainedModel:
         if self.config.share_trunk:
             return value_head(self.policy)
@@ -122,12 +126,14 @@ class PPOTrainer:
         return load_scorer(path or self.config.model_name_or_path, self.tokenizer)
 
     def _check_lengths(self) -> None:
-        prompts = self.prompts.ids + (self.eval_prompts.ids if self.eval_prompts else [])
-        longest = max(map(len, prompts)) + self.config.response_length
+        data = [self.prompts, self.eval_prompts] if self.eval_prompts else [self.prompts]
+        longest = max(len(ids) for prompts in data for ids in prompts.ids)
+        longest += self.config.response_length
         for model in (self.policy, self.model.critic):
             remedy = "lower max_prompt_length or response_length"
             check_fits(model, self.tokenizer, longest, remedy)
-        check_rewards_fit(self.rewards, longest)
+        for prompts in data:
+            check_rewards(self.rewards, prompts, longest)
 
     def next_rows(self) -> list[int]:
         """The prompts of the next iteration: all are used before any is used again."""
@@ -262,19 +268,22 @@ class PPOTrainer:
         old_logprobs = batch.experience.logprobs[index, columns]
         with autocast(config.bf16):
             logits, values = response_logits_and_values(self.parallel, part, self.stopping)
-        policy_loss = ppo_loss_(
-            logits,
-            part.tokens,
-            old_logprobs,
-            batch.advantages[index, columns],
-            part.mask,
-            clip_low=config.cliprange,
-            clip_high=config.cliprange_high,
-            dual_clip=config.dual_clip,
-            entropy_coef=config.entropy_coef,
-            temperature=config.temperature,
-            denominator=denominator,
-        )
+        try:
+            policy_loss = ppo_loss_(
+                logits,
+                part.tokens,
+                old_logprobs,
+                batch.advantages[index, columns],
+                part.mask,
+                clip_low=config.cliprange,
+                clip_high=config.cliprange_high,
+                dual_clip=config.dual_clip,
+                entropy_coef=config.entropy_coef,
+                temperature=config.temperature,
+                denominator=denominator,
+            )
+        except ValueError as error:  # of the logits, that is of the weights
+            raise UserError(f"training diverged, {error}: lower learning_rate") from error
         critic_loss = value_loss(
             values,
             batch.experience.values[index, columns],
@@ -312,15 +321,28 @@ class PPOTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def data_hash(self) -> str:
-        """By which a resumed run knows its prompts."""
-        return sha256(repr(self.prompts.ids).encode()).hexdigest()
+    def inputs(self) -> dict[str, str]:
+        """Hashes of the data with all its columns, and of the models that no checkpoint holds; the
+        source code of reward functions is not watched."""
+        data = {"dataset_name": self.prompts, "eval_dataset_name": self.eval_prompts}
+        hashes = {
+            name: hash_data(
+                chain(prompts.ids, prompts.prompts, prompts.columns, *prompts.columns.values())
+            )
+            for name, prompts in data.items()
+            if prompts is not None
+        }
+        hashes["model_name_or_path"] = hash_weights([self.reference])
+        models = (
+            getattr(reward, "model", getattr(reward, "module", None)) for reward in self.rewards
+        )
+        hashes["reward_funcs"] = hash_weights(model for model in models if model is not None)
+        return hashes
 
     def state_dict(self) -> dict:
         """All that changes during a run, besides the weights."""
         return {
             "iteration": self.iteration,
-            "data": self.data_hash(),
             "queue": self.queue,
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict(),

@@ -8,9 +8,8 @@ bit. Exit code 1 if one is not.
 
 import argparse
 import json
-import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,6 +117,8 @@ class Runs:
         }
         file = self.root / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config))
+        # What an earlier run of this name did last is not what this one does.
+        self.phase(name).path.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tests.rlhf.crash", "--run", str(file)]
         with (self.root / f"{name}.log").open("a") as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -148,9 +149,9 @@ class Runs:
         return {"metrics": metrics, "weights": [file.read_bytes() for file in weights]}
 
 
-def kill(runs: Runs, name: str, target: str, rng: random.Random, seconds: float) -> str:
+def kill(runs: Runs, name: str, target: str, rng: random.Random, seconds: float) -> str | None:
     """Starts a run and kills it: in phase `target` of a random iteration, or at a random moment of
-    its `seconds`. Returns where it died."""
+    its `seconds`. Returns where it died; None if it ended before."""
     process = runs.start(name)
     phase = runs.phase(name)
     deadline = time.monotonic() + rng.uniform(0, seconds)
@@ -166,8 +167,11 @@ def kill(runs: Runs, name: str, target: str, rng: random.Random, seconds: float)
                 time.sleep(delay)
                 break
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
+    ended = process.poll() is not None
+    process.kill()
     process.wait()
+    if ended:
+        return None
     now, at = phase.read()
     return f"{now} of iteration {at}" + "".join(f", leaving {x}" for x in runs.half_saved(name))
 
@@ -199,9 +203,14 @@ def crash(root: Path, targets: list[str], rng: random.Random) -> tuple[int, int]
     different = half_saves = 0
     for number, target in enumerate(targets, 1):
         name = f"killed-{number}"
-        where = kill(runs, name, target, rng, seconds)
-        while target == "save" and not runs.half_saved(name):
+        for _ in range(20):  # A save is over in a moment, and a run may end before its kill.
             where = kill(runs, name, target, rng, seconds)
+            if where is None:
+                shutil.rmtree(root / name)
+            elif target != "save" or runs.half_saved(name):
+                break
+        else:
+            raise SystemExit(f"no kill out of 20 hit the {target} of {name}")
         half_saves += len(runs.half_saved(name)) > 0
         runs.finish(name)
         same = runs.result(name) == expected

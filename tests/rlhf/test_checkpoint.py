@@ -1,5 +1,6 @@
 """A checkpoint is complete or absent, and a run goes on only as what it was."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,10 +29,20 @@ from transformers import (
 )
 
 from rlhf import checkpoint as module
-from rlhf.checkpoint import Run, checkpoint_damage, open_run, rotate_checkpoints, save_checkpoint
+from rlhf import files
+from rlhf.checkpoint import (
+    Run,
+    checkpoint_damage,
+    open_run,
+    read_manifest,
+    rotate_checkpoints,
+    save_checkpoint,
+)
 from rlhf.config import PPOConfig, SFTConfig
 from rlhf.errors import UserError
 from rlhf.state import (
+    hash_data,
+    hash_weights,
     load_state,
     load_weights,
     random_state,
@@ -76,11 +88,23 @@ def write_parts(folder: Path) -> None:
     (folder / "critic" / "weights").write_bytes(b"critic")
 
 
-def save(run: Run, step: int, write=write_parts) -> Path:
+def save(run: Run, step: int, write=write_parts, best: int | None = None) -> Path:
     """A checkpoint as a run saves it: with a line of metrics for every step so far."""
     lines = [json.dumps({"step": s}) + "\n" for s in range(1, step + 1)]
     (run.output_dir / "metrics.jsonl").write_text("".join(lines))
-    return save_checkpoint(run, step, write)
+    name = None if best is None else f"checkpoint-{best}"
+    return save_checkpoint(run, step, write, {"checkpoint": name, "metric": "loss"})
+
+
+def step_of(run: Run) -> int:
+    """Steps that the checkpoint has behind it from which the run goes on."""
+    return read_manifest(run.checkpoint)["step"]
+
+
+def unlock() -> None:
+    """As the end of the process does it."""
+    while files._locks:
+        os.close(files._locks.popitem()[1])
 
 
 def names(folder: Path) -> set[str]:
@@ -235,9 +259,9 @@ def test_a_kill_anywhere_in_a_save_leaves_whole_checkpoints(make_config, tmp_pat
         for path in run.output_dir.glob("checkpoint-*"):
             assert checkpoint_damage(path) is None
         run = open_run(resumed, "ppo")
-        assert run.step in (2, 4)
+        assert step_of(run) in (2, 4)
         lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [*range(1, run.step + 1)]
+        assert [json.loads(line)["step"] for line in lines] == [*range(1, step_of(run) + 1)]
         assert names(run.output_dir) <= {
             *("ppo.yaml", "metrics.jsonl", "checkpoint-2", "checkpoint-4")
         }
@@ -254,6 +278,7 @@ def test_a_kill_anywhere_at_the_start_leaves_a_folder_that_can_be_used(make_conf
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
             if overwrite:
                 save(open_run(make_config(), "ppo"), 1)
+            unlock()
             config = make_config(overwrite_output_dir=overwrite)
             was_killed = killed(lambda config=config: open_run(config, "ppo"), call)
             if (tmp_path / "run" / "ppo.yaml").exists():
@@ -363,13 +388,46 @@ def test_a_full_disk_ends_the_save_and_the_run_can_go_on(small_disk, make_config
     assert one_line(error).startswith("cannot save checkpoint-4: No space left on device: ")
     assert one_line(error).endswith("(checkpoint-2 is whole)")
     run = open_run(make_config(resume_from_checkpoint="auto"), "ppo")
-    assert run.step == 2
+    assert step_of(run) == 2
     assert checkpoint_damage(save(run, 4)) is None
 
 
 def test_a_full_disk_before_the_first_checkpoint(run, monkeypatch):
     with pytest.raises(UserError, match=r"\(there is no earlier one\)$"):
         save(run, 4, lambda folder: Path("/dev/full").write_bytes(b"x"))
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(run, monkeypatch):
+    """Not even its own successor's failure to take its name removes it."""
+    path, replace = save(run, 4), os.replace
+
+    def fail(source, target):
+        if Path(source).name == ".saving-checkpoint-4":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match=r"Input/output error: .* \(checkpoint-4 is whole\)"):
+        save(run, 4)
+    assert checkpoint_damage(path) is None
+    assert names(run.output_dir) == {"ppo.yaml", "metrics.jsonl", "checkpoint-4"}
+
+
+def test_a_save_that_may_not_be_on_the_disk_says_so(run, monkeypatch):
+    sync = module.sync
+
+    def fail(path):
+        if path == run.output_dir:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(path)
+
+    monkeypatch.setattr(module, "sync", fail)
+    with pytest.raises(UserError) as error:
+        save(run, 4)
+    assert one_line(error).startswith(
+        "cannot be sure that checkpoint-4, which is whole, is on the disk: Input/output error: "
+    )
+    assert checkpoint_damage(run.output_dir / "checkpoint-4") is None
 
 
 # Rotation
@@ -418,10 +476,10 @@ def test_a_damaged_checkpoint_of_more_steps_does_not_crowd_out_the_newest(run):
 def test_a_new_run_writes_its_configuration(make_config):
     config = make_config(learning_rate=1e-5, stop_strings=["é", "\n"])
     run = open_run(config, "ppo")
-    assert (run.checkpoint, run.step) == (None, 0)
+    assert run.checkpoint is None
     stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text(encoding="utf-8"))
     assert stored == asdict(config)
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match=r"not empty: go on .*--resume_from_checkpoint auto"):
         open_run(config, "ppo")
     overwriting = make_config(overwrite_output_dir=True)
     save(run, 1)
@@ -472,7 +530,7 @@ def test_auto_takes_the_newest_whole_checkpoint_and_names_the_others(run, make_c
         file.write('{"step": 11}\n{"st')
     run = open_run(make_config(resume_from_checkpoint="auto"), "ppo")
     assert run.checkpoint == run.output_dir / "checkpoint-9"
-    assert run.step == 9
+    assert step_of(run) == 9
     assert capsys.readouterr().out.splitlines() == [
         f"skipping {run.output_dir}/checkpoint-12: manifest.json is missing",
         f"skipping {run.output_dir}/checkpoint-10: weights has 0 bytes, it was saved with 256",
@@ -486,26 +544,183 @@ def test_auto_takes_the_newest_whole_checkpoint_and_names_the_others(run, make_c
 def test_auto_without_a_whole_checkpoint_starts_from_the_beginning(run, make_config, capsys):
     os.truncate(save(run, 2) / "manifest.json", 0)
     run = open_run(make_config(resume_from_checkpoint="auto"), "ppo")
-    assert (run.checkpoint, run.step) == (None, 0)
+    assert run.checkpoint is None
     assert "starting from the beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_auto_does_not_begin_a_finished_run_again(run, make_config, damaged):
+    (run.output_dir / "config.json").write_text("{}")
+    if damaged:
+        (save(run, 2) / "weights").unlink()
+    before = names(run.output_dir)
+    with pytest.raises(UserError, match=r"a finished run, and no whole .*overwrite") as e:
+        open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+    one_line(e)
+    assert names(run.output_dir) == before
 
 
 def test_a_path_resumes_in_the_run_s_folder_or_in_a_new_one(run, make_config, tmp_path):
     for step in (2, 4):
         path = save(run, step)
+    shutil.copytree(path, tmp_path / "copy")
+    path = tmp_path / "copy"
     first = run.output_dir / "checkpoint-2"
     resumed = open_run(make_config(resume_from_checkpoint=str(first)), "ppo")
-    assert (resumed.checkpoint, resumed.step, resumed.output_dir) == (first, 2, run.output_dir)
+    assert resumed == Run(run.output_dir, "ppo.yaml", first)
     assert (run.output_dir / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
     new = tmp_path / "new"
     config = make_config(resume_from_checkpoint=str(path), output_dir=str(new))
     resumed = open_run(config, "ppo")
-    assert (resumed.step, resumed.output_dir) == (4, new)
-    assert names(new) == {"ppo.yaml", "metrics.jsonl"}
+    assert resumed == Run(new, "ppo.yaml", new / "checkpoint-4")
+    assert names(new) == {"ppo.yaml", "metrics.jsonl", "checkpoint-4"}
+    assert checkpoint_damage(new / "checkpoint-4") is None
     assert len((new / "metrics.jsonl").read_text().splitlines()) == 4
     with pytest.raises(UserError, match="not empty"):
         open_run(config, "ppo")
+
+
+def test_later_checkpoints_are_set_aside_when_an_earlier_one_is_resumed(run, make_config, capsys):
+    """'auto' goes on from what the earlier one has led to."""
+    for step in (2, 4, 6):
+        save(run, step)
+    out = run.output_dir
+    (out / "stale-checkpoint-6").mkdir()
+    config = make_config(resume_from_checkpoint=str(out / "checkpoint-2"))
+    assert open_run(config, "ppo").checkpoint == out / "checkpoint-2"
+    kept = {"ppo.yaml", "metrics.jsonl", "checkpoint-2"}
+    assert names(out) == kept | {"stale-checkpoint-4", "stale-checkpoint-6"}
+    assert checkpoint_damage(out / "stale-checkpoint-6") is None
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out}/checkpoint-{step} is no longer of this run: it is renamed stale-checkpoint-{step}"
+        for step in (6, 4)
+    ]
+    auto = make_config(resume_from_checkpoint="auto")
+    assert open_run(auto, "ppo").checkpoint == out / "checkpoint-2"
+    rotate_checkpoints(save(run, 3), 1)
+    assert names(out) >= {"checkpoint-3", "stale-checkpoint-4", "stale-checkpoint-6"}
+    # And back.
+    save(run, 4)
+    back = make_config(resume_from_checkpoint=str(out / "stale-checkpoint-4"))
+    assert open_run(back, "ppo").checkpoint == out / "checkpoint-4"
+    assert open_run(auto, "ppo").checkpoint == out / "checkpoint-4"
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_in_a_new_folder_takes_the_best_checkpoint_along(run, make_config, tmp_path, capsys):
+    for step in (2, 4, 6):
+        path = save(run, step, best=2)
+    changes = {"resume_from_checkpoint": str(path)}
+    for metric, found in (
+        ("loss", {"checkpoint-2", "checkpoint-6"}),
+        ("entropy", {"checkpoint-6"}),
+        (None, {"checkpoint-6"}),
+    ):
+        config = make_config(
+            output_dir=str(tmp_path / str(metric)), metric_for_best_model=metric, **changes
+        )
+        new = open_run(config, "ppo").output_dir
+        assert names(new) == {"ppo.yaml", "metrics.jsonl"} | found
+        for name in found:
+            assert checkpoint_damage(new / name) is None
+    (run.output_dir / "checkpoint-2" / "weights").unlink()
+    capsys.readouterr()
+    config = make_config(output_dir=str(tmp_path / "new"), metric_for_best_model="loss", **changes)
+    assert open_run(config, "ppo").checkpoint == tmp_path / "new" / "checkpoint-6"
+    assert "checkpoint-2, cannot be kept: weights is missing" in capsys.readouterr().out
+
+
+def test_a_link_to_a_checkpoint_is_the_run_s_own(run, make_config, tmp_path):
+    path, latest = save(run, 2), tmp_path / "latest"
+    latest.symlink_to(path)
+    config = make_config(resume_from_checkpoint=str(latest))
+    assert open_run(config, "ppo").checkpoint == path
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    config = make_config(resume_from_checkpoint=str(path))
+    assert open_run(config, "ppo").checkpoint == path
+    assert path.is_symlink()
+    (tmp_path / "link").symlink_to(run.output_dir)
+    config = make_config(output_dir=str(tmp_path / "link"), resume_from_checkpoint=str(path))
+    assert open_run(config, "ppo").checkpoint == tmp_path / "link" / "checkpoint-2"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_kill_anywhere_while_a_checkpoint_is_taken_over(run, make_config, tmp_path):
+    """The new folder can be used again or is refused; a run never starts anew in it unasked."""
+    path, out = save(run, 2), tmp_path / "new"
+    config = make_config(output_dir=str(out), resume_from_checkpoint=str(path))
+    for call in range(1, 200):
+        shutil.rmtree(out, ignore_errors=True)
+        was_killed = killed(lambda: open_run(config, "ppo"), call)
+        if (out / "ppo.yaml").exists():
+            auto = make_config(output_dir=str(out), resume_from_checkpoint="auto")
+            assert step_of(open_run(auto, "ppo")) == 2
+        elif out.exists() and "checkpoint-2" in names(out):
+            with pytest.raises(UserError, match="not empty"):
+                open_run(config, "ppo")
+        else:
+            assert step_of(open_run(config, "ppo")) == 2
+        unlock()
+        if not was_killed:
+            break
+    assert 10 < call < 199
+
+
+# One run in a folder
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+from rlhf.checkpoint import open_run
+from rlhf.config import PPOConfig
+
+config = PPOConfig(
+    model_name_or_path="model",
+    dataset_name="data.jsonl",
+    reward_funcs=["reward"],
+    output_dir=sys.argv[1],
+    resume_from_checkpoint="auto",
+)
+open_run(config, "ppo")
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_cannot_run_in_one_folder(make_config, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "open\n"
+    (out / ".saving-checkpoint-2").mkdir()
+    before = {path: path.stat() for path in out.iterdir()}
+    for changes in ({}, {"resume_from_checkpoint": "auto"}, {"overwrite_output_dir": True}):
+        with pytest.raises(UserError, match="is in use by another run: wait until") as error:
+            open_run(make_config(**changes), "ppo")
+        one_line(error)
+    assert {path: path.stat() for path in out.iterdir()} == before
+    process.communicate()
+    assert open_run(make_config(resume_from_checkpoint="auto"), "ppo").output_dir == out
+
+
+def test_a_process_may_open_its_run_again(make_config):
+    for changes in ({}, {"resume_from_checkpoint": "auto"}, {"overwrite_output_dir": True}):
+        open_run(make_config(**changes), "ppo")
+    assert len(files._locks) == len(set(files._locks.values()))
+
+
+def test_a_folder_that_cannot_be_locked_is_used_without(make_config, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(files.fcntl, "flock", fail)
+    open_run(make_config(), "ppo")
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(run, make_config, tmp_path):
@@ -546,7 +761,13 @@ def test_a_checkpoint_of_another_configuration_is_refused(run, make_config, tmp_
 def test_options_that_change_no_number_may_change(run, make_config):
     path = save(run, 2)
     config = make_config(
-        resume_from_checkpoint="auto", save_steps=7, save_total_limit=9, report_to="none"
+        resume_from_checkpoint="auto",
+        save_steps=7,
+        save_total_limit=9,
+        report_to="none",
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        load_best_model_at_end=True,
     )
     assert open_run(config, "ppo").checkpoint == path
 
@@ -556,12 +777,42 @@ def test_options_that_this_version_added_count_as_their_default(run, make_config
     stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text())
     del stored["kl_coef"], stored["cliprange_high"]  # the latter's default is cliprange's value
     (run.output_dir / "ppo.yaml").write_text(yaml.safe_dump(stored))
-    assert open_run(make_config(resume_from_checkpoint="auto"), "ppo").step == 2
+    assert step_of(open_run(make_config(resume_from_checkpoint="auto"), "ppo")) == 2
     with pytest.raises(UserError, match=r"cliprange_high is 0\.2 there and 0.3 here"):
         open_run(make_config(resume_from_checkpoint="auto", cliprange_high=0.3), "ppo")
     (run.output_dir / "ppo.yaml").write_text(yaml.safe_dump(stored | {"magic": 2}))
-    with pytest.raises(UserError, match="magic is 2 there and None here"):
+    another = "written by another version, which had the option magic: go on with that version"
+    with pytest.raises(UserError, match=another):
         open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+
+
+@pytest.mark.parametrize(
+    "text", ["é", "\x85", "\ud800", "\x00", "\u2028", "🙂", "no", "1e3", "null", "~", "", "a: b #c"]
+)
+def test_every_text_comes_back_from_the_configuration(make_config, text):
+    changes = {"dataset_name": text, "metric_for_best_model": text}
+    run = open_run(make_config(**changes), "ppo")
+    assert (
+        save(run, 1)
+        == open_run(make_config(**changes, resume_from_checkpoint="auto"), "ppo").checkpoint
+    )
+    stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text())
+    assert stored["dataset_name"] == text
+
+
+def test_a_path_object_is_as_good_as_its_text(make_config, tmp_path):
+    config = make_config(
+        output_dir=tmp_path / "run", dataset_name=Path("data.jsonl"), reward_funcs=[Path("reward")]
+    )
+    assert config == make_config()
+    open_run(config, "ppo")
+
+
+def test_options_that_cannot_be_written_touch_nothing(make_config, tmp_path):
+    with pytest.raises(UserError, match="cannot be written as YAML") as error:
+        open_run(make_config(dataset_name=object()), "ppo")
+    one_line(error)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("content", ["", "a: [", "3", "seed: 1"])
@@ -646,6 +897,38 @@ def test_state_that_could_run_code_is_not_loaded(tmp_path):
     torch.save({"config": Path("x")}, tmp_path / "state.pt")
     with pytest.raises(Exception, match="weights_only"):
         load_state(tmp_path / "state.pt")
+
+
+def test_the_hash_of_data_sees_every_row():
+    rows = [[1, 2], "film", {"answer": [1.5, None]}]
+    assert hash_data(rows) == hash_data(iter(rows))
+    for other in (
+        [[1, 3], *rows[1:]],
+        [[1], [2], *rows[1:]],
+        rows[::-1],
+        rows[:2],
+        [*rows[:2], {"answer": [1.5, 0]}],
+    ):
+        assert hash_data(other) != hash_data(rows)
+    first, second = ([{"image": {1, 2}, "object": object()}] for _ in range(2))
+    assert hash_data(first) == hash_data(second)  # though at another address
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_hash_of_weights_sees_every_bit(dtype):
+    models = [torch.nn.Linear(3, 2).to(dtype), torch.nn.BatchNorm1d(2)]
+    before = hash_weights(models)
+    assert hash_weights(copy.deepcopy(models)) == before
+    assert hash_weights(models[::-1]) != before
+    weight = models[0].weight.data
+    bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    for bit in range(8 * dtype.itemsize - 1):
+        bits[1, 2] ^= 1 << bit
+        assert hash_weights(models) != before
+        bits[1, 2] ^= 1 << bit
+    assert hash_weights(models) == before
+    models[1].running_mean += 1
+    assert hash_weights(models) != before
 
 
 # Models
@@ -806,3 +1089,23 @@ def test_a_folder_that_cannot_be_made(tmp_path, make_config):
         open_run(make_config(output_dir=str(tmp_path / "file" / "run")), "ppo")
     with pytest.raises(UserError, match="is a file"):
         open_run(make_config(output_dir=str(tmp_path / "file")), "ppo")
+    with pytest.raises(UserError, match=r"cannot write to output_dir .* too long: choose"):
+        open_run(make_config(output_dir=str(tmp_path / ("a" * 300))), "ppo")
+    with pytest.raises(UserError, match="it cannot be read: File name too long: give a whole"):
+        open_run(make_config(resume_from_checkpoint="a" * 300), "ppo")
+
+
+def test_a_full_disk_names_the_remedy(run, make_config, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = save(run, 2)
+    monkeypatch.setattr(module, "write_file", full)
+    start = "cannot write to output_dir .*: No space left on device: "
+    with pytest.raises(UserError, match=f"{start}free some space .* go on with --resume"):
+        open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+    new = str(tmp_path / "new")
+    with pytest.raises(UserError, match=f"{start}choose another folder"):
+        open_run(make_config(output_dir=new), "ppo")
+    with pytest.raises(UserError, match=f"{start}choose another folder"):
+        open_run(make_config(output_dir=new + "er", resume_from_checkpoint=str(path)), "ppo")

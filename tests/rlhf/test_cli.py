@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 
 import pytest
 import yaml
@@ -133,7 +134,7 @@ def test_ppo_mixes_a_reward_model_and_a_function_from_a_file(world, tmp_path):
         ("reward_weights: 2", "reward_weights", [2.0]),
         ("stop_strings: ['-1', -x, --, --seed]", "stop_strings", ["-1", "-x", "--", "--seed"]),
         ("stop_strings: [no, 1.0, 2024-01-01]", "stop_strings", ["no", "1.0", "2024-01-01"]),
-        ("stop_strings: ['null', '', \"\\n\"]", "stop_strings", ["null", "", "\n"]),
+        ("stop_strings: ['null', ' ', \"\\n\"]", "stop_strings", ["null", " ", "\n"]),
         ("stop_token: </s>", "stop_token", ["</s>"]),
         ("stop_token:\n- é\n- b c", "stop_token", ["é", "b c"]),
         ("text_prompt_length: [3, 4]", "text_prompt_length", [3, 4]),
@@ -357,12 +358,32 @@ def test_a_full_disk_is_one_line_wherever_it_happens(options, capsys, monkeypatc
     fails(capsys, options("sft"), "No space left on device", "metrics.jsonl", "free some space")
 
 
-def test_an_error_of_ours_keeps_its_traceback(options, monkeypatch):
+def test_any_error_of_the_file_system_is_one_line(options, capsys, monkeypatch):
     def fail(*_):
-        raise FileNotFoundError("ours")
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "completions.md")
 
     monkeypatch.setattr("rlhf.sft.train_sft", fail)
-    with pytest.raises(FileNotFoundError, match="ours"):
+    fails(capsys, options("sft"), "Permission denied: 'completions.md': mend that and run it again")
+
+
+def test_a_full_disk_prints_nothing_of_tensorboard_s_thread(options, capsys, monkeypatch):
+    """Whose error is told once, by the main thread."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    argv = options("sft", report_to="tensorboard", max_steps=3, logging_steps=1)
+    fails(capsys, argv, "cannot write metrics to", "No space left on device", "free some space")
+
+
+def test_an_error_of_ours_keeps_its_traceback(options, monkeypatch):
+    def fail(*_):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("rlhf.sft.train_sft", fail)
+    with pytest.raises(KeyError, match="ours"):
         main(options("sft"))
 
 
@@ -610,7 +631,7 @@ def small_disk(tmp_path):
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     yield path
-    subprocess.run(["umount", str(path)], check=True)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(options, capsys, small_disk, tmp_path):

@@ -203,7 +203,7 @@ def test_parquet_and_saved_folders_hold_strings_and_messages(tmp_path, chatml):
     fails(lambda: load_columns(splits, split="dev"), "no split 'dev'", "['train', 'test']")
 
 
-def test_a_name_that_is_no_file_is_a_hub_id(monkeypatch):
+def test_a_name_that_is_no_file_is_a_hub_id(monkeypatch, capsys):
     import datasets
 
     asked = []
@@ -216,6 +216,8 @@ def test_a_name_that_is_no_file_is_a_hub_id(monkeypatch):
     columns = load_columns("someone/some-data.v2", split="test", config_name="small")
     assert list(columns["text"]) == ["a"]
     assert asked == [(("someone/some-data.v2", "small"), {"split": "test"})]
+    line = "asking the hub for someone/some-data.v2, which is no local path\n"
+    assert capsys.readouterr().out == line
     for path in (
         "missing.jsonl",
         "a/missing.csv",
@@ -309,6 +311,18 @@ def test_of_prompt_and_completion_the_completion_is_learnt(plain, save):
     ]
     # Of the first row nothing is left to learn.
     assert texts(path, plain, max_length=3) == [Text(ids("<s>d</s>"), [False, True, True])]
+
+
+def test_how_many_rows_hold_nothing_to_learn_is_told(plain, save, capsys, monkeypatch):
+    path = save({"prompt": "ab", "completion": "c"}, {"prompt": "", "completion": "d"})
+    texts(path, plain)
+    assert capsys.readouterr().out == ""
+    texts(path, plain, max_length=3)
+    line = f"{path}: 1 of 2 rows hold nothing to learn within max_length 3 and are left out\n"
+    assert capsys.readouterr().out == line
+    monkeypatch.setenv("RANK", "1")
+    texts(path, plain, max_length=3)
+    assert capsys.readouterr().out == ""
 
 
 def test_chatml_of_messages_all_that_the_assistant_says_is_learnt(chatml, save):
@@ -494,6 +508,16 @@ def test_prompts_are_drawn_from_the_beginnings_of_texts(plain, chatml, save):
     assert without_bos.ids == [ids(prompt) for prompt in found.prompts]
 
 
+def test_how_many_texts_are_too_short_for_a_prompt_is_told(plain, save, capsys):
+    path = save({"text": "a"}, {"text": "abc"}, {"text": ""})
+    assert len(prompts(path, plain, text_prompt_length=[2, 4]).ids) == 1
+    line = f"{path}: 2 of 3 texts have less than the 2 tokens of the shortest prompt and are left"
+    assert capsys.readouterr().out == line + " out\n"
+    prompts(path, plain, text_prompt_length=[1, 1], max_prompt_length=4)
+    prompts(save({"text": "ab"}), plain, text_prompt_length=[2, 4])
+    assert capsys.readouterr().out.count("\n") == 1
+
+
 def test_no_prompt_ends_inside_a_character(save):
     tokenizer = train_tokenizer([], 259)  # a token for each byte
     path = save({"text": "a漢字b"})
@@ -520,6 +544,7 @@ def test_tokenize_prompts_keeps_the_last_tokens(plain, tokenizer):
         (rankings, [{"prompt": "a", "chosen": "b"}], ("prompt and ranking", "it has ['prompt', ")),
         (prompts, [{"completion": "a"}], ("prompt, or messages, or text; it has ['completion']",)),
         (texts, [{"text": "a"}, {"text": 1}], ("row 2: text must be a string, got 1",)),
+        (texts, [{"text": [user("a")]}], ("row 1: text must be a string", "and never in text)")),
         (texts, [{"text": None}], ("row 1: text must be a string, got None",)),
         (prompts, [{"prompt": "a"}, {"n": 1}], ("row 2: prompt must be a string, got None",)),
         (texts, [{"messages": [user("a")]}], ("data.jsonl", "within max_length 1024: raise it")),
@@ -572,6 +597,21 @@ def test_tokenize_prompts_keeps_the_last_tokens(plain, tokenizer):
 def test_a_wrong_row_is_named(llama2, save, load, rows, parts):
     path = save(*rows)
     fails(lambda: load(path, llama2), path, *parts)
+
+
+@pytest.mark.parametrize(
+    ("load", "row"),
+    [
+        (texts, {"text": 3}),
+        (texts, {"messages": []}),
+        (texts, {"prompt": "a", "completion": None}),
+        (prompts, {"prompt": 3}),
+    ],
+)
+def test_of_messages_nothing_is_said_where_there_are_none(plain, save, load, row):
+    path = save(row)
+    with pytest.raises(UserError, match=r"must be a .*, got (3|None|\[\])$"):
+        load(path, plain)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.batches import pad
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
 from rlhf.generation import Stopping, generate, sample_tokens
 from rlhf.models import load_causal_lm, positions
+from rlhf.tasks.base import train_tokenizer
 
 EOS, PAD = 2, 0
 PROMPTS = [[3], [4, 5], [3, 5, 7], [1, 4, 5, 8, 6]]
@@ -196,6 +198,56 @@ def test_stop_strings_end_a_response_where_they_are_complete(model, tokenizer):
     assert found > 0
 
 
+def test_stop_strings_wait_for_the_shortest_length(model, tokenizer):
+    text = tokenizer.decode([5, 7])
+    tokens, lengths, _ = sample(
+        model, tokenizer, [[5]] * 2000, max_length=6, stop_strings=[text], min_response_length=3
+    )
+    assert lengths.min() == 4
+    assert ((tokens[:, 0] == 5) & (tokens[:, 1] == 7)).any()
+
+
+def test_a_stop_string_of_many_tokens():
+    """Over bytes, each a token, in the middle of a text and with an emoji of four bytes."""
+    tokenizer = train_tokenizer([], 259)
+    config = PPOConfig(
+        **dict.fromkeys(("model_name_or_path", "dataset_name", "output_dir"), "-"),
+        stop_strings=["</answer>", "🙂"],
+    )
+    stopping = Stopping(tokenizer, config)
+    for text in ("a long text before it, and then </answer>", "some words 🙂"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        reached = [bool(stopping.reached(torch.tensor([ids[: n + 1]]))) for n in range(len(ids))]
+        assert reached == [False] * (len(ids) - 1) + [True]
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(tokenizer):
+    """Models have more rows than that, for the sake of their matrices."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    tokens, *_ = sample(LlamaForCausalLM(config).eval(), tokenizer, [[3]] * 200)
+    assert tokens.max() == len(tokenizer) - 1
+
+
 def test_an_unknown_stop_token_is_an_error(model, tokenizer):
     with pytest.raises(UserError, match="stop_token 'marvellous' is no token"):
         sample(model, tokenizer, [[3]], stop_token=["marvellous"])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error(model, tokenizer, value):
+    head = model.get_output_embeddings().weight
+    saved = head.detach().clone()
+    with torch.no_grad():
+        head[5] = value
+    try:
+        with pytest.raises(UserError, match="the policy's logits are not finite"):
+            sample(model, tokenizer, PROMPTS)
+    finally:
+        head.data.copy_(saved)

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf import metrics as module
+from rlhf.errors import UserError
 from rlhf.metrics import MetricsLog, plot_metrics
 
 
@@ -84,13 +85,25 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch, capsys):
 
 def test_the_error_that_ends_a_run_is_not_hidden_by_a_full_disk(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"), make_log(tmp_path) as log:
+    full = f"cannot write metrics to {tmp_path}: No space left on device: free some space"
+    with pytest.raises(UserError, match=full), make_log(tmp_path) as log:
         log.write(1, {"loss": 1.0})
     with pytest.raises(KeyError, match="first"), make_log(tmp_path) as log:
         log.file.write("{}")
         raise KeyError("first")
-    with pytest.raises(OSError, match="No space left"), make_log(tmp_path) as log:
+    with pytest.raises(UserError, match=full), make_log(tmp_path) as log:
         log.file.write("{}")
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write metrics to .*: Is a directory: "):
+        make_log(tmp_path)
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
+    (tmp_path / "loss.png").mkdir()
+    with pytest.raises(UserError, match=r"cannot draw .*loss\.png: Is a directory: "):
+        plot_metrics(tmp_path, {"loss": ("loss",)})
 
 
 @pytest.fixture

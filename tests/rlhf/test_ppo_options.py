@@ -5,7 +5,13 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from rlhf.adaptive import KLController, ScoreScaler
 from rlhf.errors import UserError
@@ -109,6 +115,78 @@ def test_equal_scores_are_scaled_to_zero(ppo_config):
     assert scaler(torch.full((5,), 0.3)).tolist() == pytest.approx([0.0] * 5, abs=0.02)
 
 
+@pytest.mark.parametrize("scaling", ["none", "running", "reference"])
+def test_rewards_and_advantages_from_scratch(make_trainer, scaling):
+    """Every knob on the way from scores to advantages, over three iterations, in fp64."""
+    trainer = make_trainer(
+        kl_coef=0.2,
+        kl_estimator="k3",
+        gamma=0.9,
+        lam=0.8,
+        score_scaling=scaling,
+        score_clip=0.7,
+        missing_eos_penalty=0.3,
+        whiten_rewards=True,
+        temperature=1.3,
+        response_length=4,
+    )
+    seen = []
+    for _ in range(3):
+        batch = collect(trainer)
+        mask, experience = batch.responses.mask, batch.experience
+        scores = batch.scores.scores.double()
+        seen.append(scores)
+        moments = torch.cat(seen) if scaling == "running" else seen[0]
+        if scaling != "none":
+            scores = (scores - moments.mean()) / moments.std(correction=0)
+        scores = scores.clamp(-0.7, 0.7) - 0.3 * ~batch.responses.ended
+        difference = (experience.ref_logprobs - experience.logprobs).double()
+        rewards = -0.2 * (torch.expm1(difference) - difference) * mask
+        rewards[torch.arange(len(mask)), mask.sum(1) - 1] += scores
+        torch.testing.assert_close(batch.rewards.double(), rewards, atol=1e-5, rtol=0)
+
+        whitened = (rewards - rewards[mask].mean()) / rewards[mask].std(correction=0)
+        values = experience.values.double()
+        advantages = torch.zeros_like(values)
+        for row, length in enumerate(mask.sum(1).tolist()):
+            following, advantage = 0.0, 0.0
+            for t in reversed(range(length)):
+                delta = whitened[row, t] + 0.9 * following - values[row, t]
+                advantage = delta + 0.9 * 0.8 * advantage
+                advantages[row, t], following = advantage, values[row, t]
+        returns = (advantages + values)[mask]
+        torch.testing.assert_close(batch.returns[mask].double(), returns, atol=1e-5, rtol=1e-5)
+        centred = advantages - advantages[mask].mean()
+        expected = (centred / advantages[mask].std(correction=0))[mask]
+        torch.testing.assert_close(batch.advantages[mask].double(), expected, atol=1e-4, rtol=1e-4)
+        trainer.update(batch)
+
+
+def test_policy_and_critic_have_their_own_learning_rates(make_trainer):
+    trainer = make_trainer(learning_rate=1e-3, critic_learning_rate=2e-3)
+    rates = {
+        id(parameter): group["lr"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert {rates[id(parameter)] for parameter in trainer.policy.parameters()} == {1e-3}
+    assert {rates[id(parameter)] for parameter in trainer.model.critic.parameters()} == {2e-3}
+
+
+def test_a_run_that_diverges_says_so(ppo_config, tmp_path):
+    config = ppo_config(
+        output_dir=str(tmp_path / "run"), learning_rate=1e12, max_grad_norm=1e9, total_episodes=640
+    )
+    with pytest.raises(UserError, match=r"learning_rate") as error:
+        train_ppo(config)
+    assert "\n" not in str(error.value)
+
+
+def test_kl_coef_cannot_become_negative(make_trainer):
+    with pytest.raises(UserError, match="kl_horizon 3 must be more than a fifth of the 16"):
+        make_trainer(adaptive_kl="sequence", kl_horizon=3)
+
+
 def test_scaled_and_clipped_scores_enter_the_reward(make_trainer):
     batch = collect(make_trainer(score_scaling="reference", score_clip=1.0, kl_coef=0.0))
     scores = batch.scores.scores
@@ -177,6 +255,40 @@ def test_training_on_a_shared_trunk(ppo_config, tmp_path):
     assert critic.score.weight.abs().max() > 0
 
 
+@pytest.fixture
+def layers_that_drop_out(tmp_path, tokenizer):
+    """Paths of models whose layers call dropout themselves, by name."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    models = {
+        "opt": OPTForCausalLM(
+            OPTConfig(dropout=0.3, ffn_dim=64, word_embed_proj_dim=32, **sizes, **special)
+        ),
+        "falcon": FalconForCausalLM(FalconConfig(hidden_dropout=0.3, **sizes, **special)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["opt", "falcon"])
+def test_dropout_of_the_layers_themselves_stays_off(
+    ppo_config, layers_that_drop_out, name, checkpointing
+):
+    path = str(layers_that_drop_out / name)
+    config = ppo_config(
+        model_name_or_path=path, output_dir="-", gradient_checkpointing=checkpointing
+    )
+    trainer = PPOTrainer(config, [lambda completions: [len(text) for text in completions]])
+    dropout = trainer.policy.config.to_dict()
+    steps = trainer.update(collect(trainer))
+    assert steps[0]["policy/ratio_error"] < 1e-5
+    assert trainer.policy.config.to_dict() == dropout
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer, world, name):
     """Not the ratio of the first minibatch either: dropout (of the GPT-2) stays off."""
@@ -232,9 +344,15 @@ def test_token_level_rewards_reach_their_tokens(ppo_config, tmp_path):
     assert expected.any()
 
 
-def test_bf16_keeps_fp32_weights(make_trainer):
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights_and_values(make_trainer):
     trainer = make_trainer(bf16=True)
-    steps = trainer.update(collect(trainer))
+    dtypes = set()
+    trainer.policy.lm_head.register_forward_hook(lambda *args: dtypes.add(args[-1].dtype))
+    batch = collect(trainer)
+    steps = trainer.update(batch)
+    assert dtypes == {torch.bfloat16}
+    for numbers in (batch.experience.values, batch.scores.scores):
+        assert not torch.equal(numbers, numbers.bfloat16().float())
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
     assert math.isfinite(steps[-1]["loss/policy"])
 
@@ -261,6 +379,9 @@ def test_the_learning_rate_follows_its_schedule(ppo_config, tmp_path):
         ({"missing_eos_penalty": 1.0, "missing_eos_score": -1.0}, "give one of them"),
         ({"adaptive_kl": "sequence", "kl_coef": 0.0}, "kl_coef must be > 0"),
         ({"adaptive_kl": "both"}, "adaptive_kl must be one of"),
+        ({"adaptive_kl": "token"}, "adaptive_kl token needs target_kl"),
+        ({"stop_strings": [".", ""]}, "stop_strings must not hold empty strings"),
+        ({"warmup_ratio": 0.1}, "constant has no warm-up"),
         ({"share_trunk": True, "critic_model_path": "x"}, "give one of them"),
         ({"rollout_batch_size": 16, "gradient_accumulation_steps": 2}, "give one of them"),
         ({"reward_weights": [math.inf]}, "reward_weights must be finite numbers"),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf import distributed, ppo, reward, sft
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainConfig
@@ -17,6 +18,7 @@ from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
 from rlhf.supervised import SupervisedTrainer
+from rlhf.tasks.base import write_jsonl
 from rlhf.trainer import PPOTrainer
 from tests.rlhf.test_ppo import records
 
@@ -159,7 +161,37 @@ def test_a_run_may_go_on_in_another_folder(stage, unbroken, tmp_path):
     stage.run(tmp_path, resume_from_checkpoint=str(unbroken / "checkpoint-8"))
     assert records(tmp_path) == records(unbroken)
     assert weights(tmp_path) == weights(unbroken)
-    assert checkpoints(tmp_path) == {"checkpoint-10"}
+    assert checkpoints(tmp_path) == {"checkpoint-8", "checkpoint-10"}
+
+
+def test_a_run_that_was_stopped_in_another_folder_goes_on_there(stages, tmp_path):
+    """Even before it saved anything there, and with an earlier checkpoint than the newest."""
+    stage, first, second = stages["sft"], tmp_path / "first", tmp_path / "second"
+    stage.run(first)
+    earlier = {"resume_from_checkpoint": str(first / "checkpoint-8")}
+    stage.run_until(1, second, **earlier)
+    shutil.rmtree(first / "checkpoint-8")
+    stage.run(second, resume_from_checkpoint="auto")
+    assert records(second) == records(first)
+    assert weights(second) == weights(first)
+
+
+def test_auto_goes_on_from_the_earlier_checkpoint_that_was_resumed(stages, tmp_path):
+    """And not from a later one, of what would have come of it before."""
+    stage = stages["sft"]
+    stage.run(tmp_path)
+    before = weights(tmp_path)
+    stage.run_until(1, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert checkpoints(tmp_path) == {"checkpoint-8"}
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        take_step = SupervisedTrainer.take_step
+        patch.setattr(
+            SupervisedTrainer, "take_step", lambda self: taken.append(self.step) or take_step(self)
+        )
+        stage.run(tmp_path, resume_from_checkpoint="auto")
+    assert taken == [8, 9]
+    assert weights(tmp_path) == before
 
 
 def test_a_finished_run_stays_as_it_is(stage, unbroken, tmp_path, monkeypatch):
@@ -245,10 +277,9 @@ BEST = {
 def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(stage, script, tmp_path):
     """Kept beyond save_total_limit, across a stop too; what is not a number is never the best."""
     script(math.nan, 1, 5, 2, 4)
-    changes = BEST | {"greater_is_better": False}
-    stage.run_until(9, tmp_path, **changes)
+    stage.run_until(9, tmp_path, **BEST)
     assert checkpoints(tmp_path) == {"checkpoint-4", "checkpoint-8"}
-    stage.run(tmp_path, resume_from_checkpoint="auto", **changes)
+    stage.run(tmp_path, resume_from_checkpoint="auto", **BEST)
     assert checkpoints(tmp_path) == {"checkpoint-4", "checkpoint-10"}
     assert weights(tmp_path) == weights(tmp_path / "checkpoint-4")
     assert weights(tmp_path) != weights(tmp_path / "checkpoint-10")
@@ -256,36 +287,133 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(stage, script, tmp_pa
 
 def test_greater_is_better(stages, script, tmp_path):
     script(math.nan, 1, 5, 2, 4)
-    stages["sft"].run(tmp_path, **BEST)
+    stages["sft"].run(tmp_path, **BEST, greater_is_better=True)
     assert checkpoints(tmp_path) == {"checkpoint-6", "checkpoint-10"}
     assert weights(tmp_path) == weights(tmp_path / "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        *(("eval/loss", False), ("loss", False), ("eval/perplexity", False), ("eval/kl", False)),
+        *(("objective/kl", False), ("accuracy", True), ("objective/scores", True)),
+    ],
+)
+def test_whether_greater_is_better_follows_from_the_metric_s_name(stages, metric, greater):
+    def make(**changes) -> TrainConfig:
+        changes |= {"metric_for_best_model": metric, "eval_steps": 2, "logging_steps": 1}
+        return stages["sft"].change(**changes)
+
+    assert make().greater_is_better is greater
+    assert make(greater_is_better=not greater).greater_is_better is not greater
 
 
 def test_without_load_best_model_at_end_the_last_model_is_left(stages, script, tmp_path):
     script(3, 1, 5, 2, 4)
     stages["sft"].run(tmp_path, **BEST | {"load_best_model_at_end": False})
-    assert checkpoints(tmp_path) == {"checkpoint-6", "checkpoint-10"}
+    assert checkpoints(tmp_path) == {"checkpoint-4", "checkpoint-10"}
     assert weights(tmp_path) == weights(tmp_path / "checkpoint-10")
 
 
-def test_the_best_checkpoint_may_lie_in_the_folder_that_was_resumed(stages, script, tmp_path):
+def test_the_best_checkpoint_goes_along_into_another_folder(stages, script, tmp_path):
     script(3, 1, 5, 2, 4)
     first, second, stage = tmp_path / "first", tmp_path / "second", stages["sft"]
-    changes = BEST | {"greater_is_better": False}
-    stage.run_until(7, first, **changes)
-    stage.run(second, resume_from_checkpoint=str(first / "checkpoint-6"), **changes)
-    assert checkpoints(second) == {"checkpoint-10"}
+    stage.run_until(7, first, **BEST)
+    stage.run(second, resume_from_checkpoint=str(first / "checkpoint-6"), **BEST)
+    assert checkpoints(second) == {"checkpoint-4", "checkpoint-10"}
     assert weights(second) == weights(first / "checkpoint-4")
 
 
-def test_a_metric_that_is_not_measured_in_time_is_named(stages, tmp_path):
-    changes = {"metric_for_best_model": "eval/loss", "eval_steps": 5}
+def test_another_metric_may_be_asked_for_on_resume(stages, script, tmp_path):
+    """The best checkpoint by the first one counts no more."""
+    script(3, 1, 5, 2, 4)
+    stage, other = stages["sft"], {"metric_for_best_model": "lr", "logging_steps": 2}
+    stage.run_until(7, tmp_path, **BEST, logging_steps=2)
+    assert checkpoints(tmp_path) == {"checkpoint-4", "checkpoint-6"}
+    stage.run(tmp_path, resume_from_checkpoint="auto", **BEST | other)
+    assert checkpoints(tmp_path) == {"checkpoint-8", "checkpoint-10"}
+    assert weights(tmp_path) == weights(tmp_path / "checkpoint-8")
+
+
+def test_the_other_direction_may_be_asked_for_on_resume(stages, script, tmp_path):
+    script(3, 1, 5, 0.5, 0.2)
+    stages["sft"].run_until(7, tmp_path, **BEST)
+    stages["sft"].run(tmp_path, resume_from_checkpoint="auto", **BEST, greater_is_better=True)
+    assert checkpoints(tmp_path) == {"checkpoint-8", "checkpoint-10"}
+    assert weights(tmp_path) == weights(tmp_path / "checkpoint-8")
+
+
+def test_a_best_checkpoint_that_was_never_measured_is_not_loaded(stages, tmp_path):
+    stages["sft"].run(tmp_path, logging_steps=2)
+    last = weights(tmp_path)
+    changes = BEST | {"eval_steps": 5, "metric_for_best_model": "loss", "logging_steps": 2}
+    with pytest.raises(UserError, match="no checkpoint was saved with metric_for_best_model loss"):
+        stages["sft"].run(tmp_path, resume_from_checkpoint="auto", **changes)
+    assert weights(tmp_path) == last
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("gone", [False, True], ids=["damaged", "gone"])
+def test_a_damaged_best_checkpoint_costs_nothing_but_itself(stages, script, tmp_path, name, gone):
+    """The last model is left, whole, and the error says why it is not the best one."""
+    script(3, 1, 5, 2, 4)
+    stage = stages[name]
+    stage.run_until(9, tmp_path, **BEST)
+    best = tmp_path / "checkpoint-4"
+    if gone:
+        shutil.rmtree(best)
+        reason = "there is no such folder"
+    else:
+        content = bytearray((best / "model.safetensors").read_bytes())
+        content[-5] ^= 0x40
+        (best / "model.safetensors").write_bytes(content)
+        reason = "model.safetensors is damaged, its hash is another than when it was saved"
+    with pytest.raises(UserError) as error:
+        stage.run(tmp_path, resume_from_checkpoint="auto", **BEST)
+    assert str(error.value) == (
+        f"cannot load the best checkpoint, {best}: {reason}: output_dir {tmp_path} holds the last "
+        "model instead"
+    )
+    assert weights(tmp_path) == weights(tmp_path / "checkpoint-10")
+    plot = {"sft": "loss.png", "reward": "reward.png", "ppo": "reward.png"}[name]
+    assert (tmp_path / plot).exists()
+    assert ("reward_mean" in (tmp_path / "config.json").read_text()) == (name == "reward")
+
+
+def test_a_metric_that_is_not_measured_costs_no_step(stages, tmp_path):
+    """The checkpoint is saved, and the run goes on with a metric that there is."""
+    changes = {"logging_steps": 2, "metric_for_best_model": "los"}
     with pytest.raises(UserError) as error:
         stages["sft"].run(tmp_path, **changes)
     assert str(error.value) == (
-        "metric_for_best_model eval/loss was not measured before checkpoint-4: give one of "
-        "grad_norm, loss, lr, tokens_per_second, or measure it no later (eval_steps)"
+        "metric_for_best_model los is not measured: give one of grad_norm, loss, lr, "
+        "tokens_per_second, and go on with --resume_from_checkpoint auto"
     )
+    assert checkpoints(tmp_path) == {"checkpoint-4"}
+    changes["metric_for_best_model"] = "loss"
+    stages["sft"].run(tmp_path, resume_from_checkpoint="auto", **changes)
+    assert len(checkpoints(tmp_path)) in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric_for_best_model": "eval/loss", "eval_steps": 3}, "save_steps 4 .* eval_steps 3,"),
+        ({"metric_for_best_model": "loss"}, "save_steps 4 must be a multiple of logging_steps 3,"),
+        (
+            {"metric_for_best_model": "eval/loss", "eval_steps": 0},
+            "metric_for_best_model eval/loss needs eval_dataset_name and eval_steps > 0",
+        ),
+        (
+            {"metric_for_best_model": "eval/loss", "eval_steps": 2, "eval_dataset_name": None},
+            "metric_for_best_model eval/loss needs eval_dataset_name and eval_steps > 0",
+        ),
+    ],
+)
+def test_a_checkpoint_is_judged_by_a_metric_of_its_own_step(stage, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        stage.change(**changes)
+    assert "\n" not in str(error.value)
 
 
 # What does not go on
@@ -304,8 +432,46 @@ def test_other_data_is_refused(stage, tmp_path):
     data.write_text("\n".join(rows))
     stage.run_until(4, run, dataset_name=str(data))
     data.write_text("\n".join(reversed(rows)))
-    with pytest.raises(UserError, match=r"data\.jsonl does not hold the data .* restore it"):
+    changed = rf"^dataset_name {data} holds something else than when .*checkpoint-4 was saved: rest"
+    with pytest.raises(UserError, match=changed):
         stage.run(run, dataset_name=str(data), resume_from_checkpoint="auto")
+
+
+def test_other_held_out_data_is_refused(stage, tmp_path):
+    data, changes = tmp_path / "data.jsonl", {"eval_dataset_name": str(tmp_path / "data.jsonl")}
+    rows = Path(stage.config.dataset_name).read_text().splitlines()
+    data.write_text("\n".join(rows))
+    stage.run_until(4, tmp_path / "run", **changes)
+    data.write_text("\n".join(rows[1:]))
+    with pytest.raises(UserError, match=r"^eval_dataset_name .*data\.jsonl holds something else"):
+        stage.run(tmp_path / "run", **changes, resume_from_checkpoint="auto")
+
+
+def test_other_columns_are_refused(stages, world, tmp_path):
+    """Rewards see them."""
+    data, changes = tmp_path / "data.jsonl", {"dataset_name": str(tmp_path / "data.jsonl")}
+    write_jsonl(data, [{"prompt": "film", "answer": "good"}, {"prompt": "plot", "answer": "bad"}])
+    stages["ppo"].run_until(4, tmp_path / "run", **changes)
+    write_jsonl(data, [{"prompt": "film", "answer": "good"}, {"prompt": "plot", "answer": "dull"}])
+    with pytest.raises(UserError, match=r"^dataset_name .* holds something else"):
+        stages["ppo"].run(tmp_path / "run", **changes, resume_from_checkpoint="auto")
+
+
+@pytest.mark.parametrize("option", ["model_name_or_path", "reward_funcs"])
+def test_another_reference_or_reward_model_is_refused(stages, world, tmp_path, option):
+    model, run = tmp_path / "model", tmp_path / "run"
+    name = {"model_name_or_path": "llama", "reward_funcs": "llama-reward"}[option]
+    shutil.copytree(world / name, model)
+    changes = {option: [str(model)] if option == "reward_funcs" else str(model)}
+    changes["reward_weights"] = None
+    if option == "model_name_or_path":
+        changes["critic_model_path"] = str(world / "llama-reward")
+    stages["ppo"].run_until(4, run, **changes)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][3, 0] += 1e-3
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"^{option} .*model.* holds something else than when"):
+        stages["ppo"].run(run, **changes, resume_from_checkpoint="auto")
 
 
 def test_another_number_of_processes_is_refused(stage, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Each kind of reward by its values, their weighted sum, and what is said of wrong ones."""
 
+import copy
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,17 +21,14 @@ from transformers import (
 )
 
 from rlhf.batches import pad
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, RewardConfig
+from rlhf.data import Prompts, load_rankings
 from rlhf.errors import UserError
-from rlhf.rewards import (
-    ModelReward,
-    Samples,
-    check_rewards_fit,
-    critic_path,
-    load_rewards,
-    score_samples,
-)
+from rlhf.rewards import ModelReward, check_rewards, critic_path, load_rewards
 from rlhf.rollout import Responses, decode_responses
+from rlhf.scores import Samples, score_samples
+from rlhf.tasks.base import train_tokenizer, write_jsonl
+from rlhf.trainer import PPOTrainer
 
 EOS = 2
 WORDS = ("film", "plot", "is", "good", "fine", "great", "bad")
@@ -271,6 +270,14 @@ def test_functions_are_found_by_module_in_the_current_folder(
         assert score_samples(rewards, samples).scores.tolist() == [5] * 4
 
 
+def test_a_function_s_file_may_import_its_neighbours(config, tokenizer, samples, tmp_path):
+    text = "from neighbour_of_rewards import five\n\ndef score(prompts): return [five] * 4"
+    path = write(tmp_path / "folder" / "rewards.py", text)
+    write(tmp_path / "folder" / "neighbour_of_rewards.py", "five = 5.0")
+    rewards = load_rewards(config(f"{path}:score"), tokenizer)
+    assert score_samples(rewards, samples).scores.tolist() == [5] * 4
+
+
 @pytest.mark.parametrize("name", ["llama-reward", "gpt2-reward"])
 def test_reward_model_scores_the_token_ids_and_normalises(
     config, tokenizer, samples, world, tmp_path, name
@@ -347,27 +354,177 @@ def test_reward_model_with_another_tokenizer_reads_conversations_in_its_template
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("template", [CLOSING.replace("<end>", "<eos>"), "{{ messages }}"])
+def test_tokenized_anew_an_ended_response_is_what_a_reward_model_is_trained_on(
+    config, tokenizer, samples, tmp_path, conversational, template
+):
+    torch.manual_seed(2)
+    own = train_tokenizer(PROMPTS, 280)
+    own.chat_template = template
+    path = tmp_path / "reward"
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(own),
+            num_attention_heads=2,
+            max_position_embeddings=512,
+            num_labels=1,
+            pad_token_id=0,
+            **size,
+        )
+    ).save_pretrained(path)
+    own.save_pretrained(path)
+
+    prompts, answers = list(PROMPTS), samples.completions
+    if conversational:
+        prompts = MESSAGES
+        answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+    rows = [
+        {"prompt": prompt, "ranking": [answer, answer]}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    settings = RewardConfig(model_name_or_path="", dataset_name="", output_dir="unused")
+    trained_on = load_rankings(settings, str(tmp_path / "data.jsonl"), "train", own)
+    assert {ranking[0][-1] for ranking in trained_on} == {own.eos_token_id}
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    expected = torch.tensor([alone(model, ranking[0]) for ranking in trained_on])
+
+    responses = samples.responses._replace(ended=torch.ones(4, dtype=torch.bool))
+    rewards = load_rewards(config(path), tokenizer)
+    scores = score_samples(rewards, samples._replace(prompts=prompts, responses=responses)).scores
+    torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture
+def same_words(world, tokenizer, tmp_path):
+    """A reward model with the policy's vocabulary, and these changes of its tokenizer."""
+
+    def make(**changes):
+        path = tmp_path / "reward"
+        model = AutoModelForSequenceClassification.from_pretrained(world / "llama-reward").eval()
+        own = copy.deepcopy(tokenizer)
+        for name, value in changes.items():
+            setattr(own, name, value)
+        model.save_pretrained(path)
+        own.save_pretrained(path)
+        return model, path
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("template", "pattern"),
+    ("changes", "prompt", "ids"),
     [
-        (
-            None,
-            "reward reward has no chat template for a conversational data set: set its "
-            "tokenizer's chat_template, or use plain prompts",
-        ),
-        (
-            "{{ raise_exception('no\nsuch role') }}",
-            "the chat template of reward reward cannot take prompt 'film is', completion 'good .': "
-            "TemplateError: no such role",
-        ),
+        ({}, "film", [3, *RESPONSES[0]]),
+        ({"eos_token": "weak"}, "film", [3, *RESPONSES[0][:-1], 12]),
+        ({"bos_token": "<pad>"}, "", [0, *RESPONSES[0]]),
     ],
 )
-def test_a_chat_template_that_is_missing_or_refuses_is_an_error(
-    config, tokenizer, samples, other_model, template, pattern
+def test_a_reward_model_with_the_policys_words_reads_its_own_eos_and_bos(
+    config, tokenizer, same_words, changes, prompt, ids
 ):
+    model, path = same_words(**changes)
+    prompt_ids = torch.tensor([tokenizer(prompt).input_ids or [1]])
+    tokens = torch.tensor([RESPONSES[0]])
+    masks = [torch.ones_like(x, dtype=torch.bool) for x in (prompt_ids, tokens)]
+    responses = Responses(prompt_ids, masks[0], tokens, masks[1], ended=torch.tensor([True]))
+    samples = Samples([prompt], decode_responses(tokenizer, responses), {}, responses)
+    rewards = load_rewards(config(path), tokenizer)
+    scores = score_samples(rewards, samples).scores
+    torch.testing.assert_close(scores, torch.tensor([alone(model, ids)]), atol=1e-6, rtol=1e-4)
+    assert critic_path(rewards) == str(path)
+
+
+@pytest.mark.parametrize(
+    ("template", "reads_anew"),
+    [(None, False), ("{{ 'film plot' }}", False), ("{{ 'weak weak' }}", True)],
+)
+def test_a_reward_model_with_another_chat_template_reads_conversations_in_it(
+    config, tokenizer, samples, same_words, template, reads_anew
+):
+    policys = copy.deepcopy(tokenizer)
+    policys.chat_template = "{{ 'film plot' }}"
+    model, path = same_words(chat_template=template)
+    rewards = load_rewards(config(path), policys)
+    given = [
+        prompt + ids
+        for prompt, ids in zip(tokenizer(list(PROMPTS)).input_ids, RESPONSES, strict=True)
+    ]
+    weak = [[12, 12, EOS], [12, 12], [12, 12, EOS], [12, 12]]
+    for prompts, rows in ((list(PROMPTS), given), (MESSAGES, weak if reads_anew else given)):
+        scores = score_samples(rewards, samples._replace(prompts=prompts)).scores
+        expected = torch.tensor([alone(model, row) for row in rows])
+        torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_chat_template_that_refuses_is_an_error(config, tokenizer, samples, other_model):
     [reward] = load_rewards(config(other_model), tokenizer)
-    reward.tokenizer.chat_template = template
-    assert_user_error(pattern, score_samples, [reward], samples._replace(prompts=MESSAGES))
+    reward.tokenizer.chat_template = "{{ raise_exception('no\nsuch role') }}"
+    assert_user_error(
+        "the chat template of reward reward cannot take prompt 'film is', completion 'good .': "
+        "TemplateError: no such role",
+        *(score_samples, [reward], samples._replace(prompts=MESSAGES)),
+    )
+
+
+def data(prompts=PROMPTS, /, **columns) -> Prompts:
+    return Prompts([[3]] * len(prompts), list(prompts), columns)
+
+
+def test_a_chat_template_that_is_missing_is_told_before_training(
+    config, tokenizer, other_model, world
+):
+    # The second reads the policy's token ids, and so needs none.
+    rewards = load_rewards(config(other_model, world / "llama-reward"), tokenizer)
+    check_rewards(rewards, data(), 64)
+    assert_user_error(
+        "reward reward has no chat template for a conversational data set: set its tokenizer's "
+        "chat_template, or use plain prompts",
+        *(check_rewards, rewards, data(MESSAGES), 64),
+    )
+    check_rewards(rewards[1:], data(MESSAGES), 64)
+    rewards[0].tokenizer.chat_template = CLOSING
+    check_rewards(rewards, data(MESSAGES), 64)
+
+
+def test_an_argument_that_the_data_lacks_is_told_before_training(config, tokenizer):
+    def graded(completions, label, threshold=3, *args, **columns):
+        return [0.0] * len(completions)
+
+    rewards = load_rewards(config(0, 1), tokenizer, [length, graded])
+    check_rewards(rewards, data(label=[1]), 64)
+    assert_user_error(
+        "reward graded needs the argument 'label', but it can be given only lable, prompts, "
+        "completions, completion_ids: name one of them, or add such a column",
+        *(check_rewards, rewards, data(lable=[1]), 64),
+    )
+
+
+def test_the_trainer_checks_rewards_against_training_and_evaluation_data(config, tmp_path):
+    def graded(completions, label):
+        return [0.0] * len(completions)
+
+    train, evaluation = str(tmp_path / "train.jsonl"), str(tmp_path / "eval.jsonl")
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "film", "label": 1}])
+    write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "film", "grade": 1}])
+    PPOTrainer(config(0, dataset_name=train, response_length=8), [graded])
+    pattern = "reward graded needs the argument 'label', but it can be given only grade, .*"
+    for names in ({"dataset_name": evaluation}, {"eval_dataset_name": evaluation}):
+        settings = config(0, **{"dataset_name": train, "response_length": 8} | names)
+        assert_user_error(pattern, PPOTrainer, settings, [graded])
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_a_column_may_not_have_the_name_of_what_functions_are_given(config, tokenizer, world, name):
+    rewards = load_rewards(config(0, 1), tokenizer, [str(world / "gpt2-reward"), length])
+    assert_user_error(
+        f"the data has a column '{name}', but reward functions such as length get something else "
+        "by this name: rename it",
+        *(check_rewards, rewards, data(**{name: [1]}), 64),
+    )
+    check_rewards(rewards[:1], data(**{name: [1]}), 64)
 
 
 def test_the_critic_starts_from_the_first_reward_model_with_the_policys_tokenizer(
@@ -388,12 +545,12 @@ def test_the_critic_starts_from_the_first_reward_model_with_the_policys_tokenize
 def test_a_reward_model_must_have_positions_for_the_longest_sequence(
     config, tokenizer, world, other_model
 ):
-    rewards = load_rewards(config("math:fsum", other_model, world / "llama-reward"), tokenizer)
-    check_rewards_fit(rewards, 64)
+    rewards = load_rewards(config(other_model, world / "llama-reward"), tokenizer)
+    check_rewards(rewards, data(), 64)
     assert_user_error(
         "sequences of up to 65 tokens do not fit the model's 64 positions: lower max_prompt_length "
         r"or response_length \(reward llama-reward\)",
-        *(check_rewards_fit, rewards, 65),
+        *(check_rewards, rewards, data(), 65),
     )
 
 
@@ -456,6 +613,10 @@ def divide(completions):
 
 SAMPLE = "prompt 'plot', completion 'bad'"
 FINITE = r"a score must be finite \(or None, to say nothing of the sample\)"
+COLUMN = (
+    r"reward <lambda> returned scores of shape \(4, 1\): return one number for each completion "
+    r"\(squeeze it\), or one number for each token"
+)
 NUMBER = "a score must be a number, None, or a list with a number for each token"
 
 
@@ -492,9 +653,15 @@ NUMBER = "a score must be a number, None, or a list with a number for each token
             "one for each of completion_ids",
         ),
         (
-            lambda completions, lable: [0] * 4,
-            "reward <lambda> needs the argument 'lable', but it can be given only label, prompts, "
-            "completions, completion_ids: name one of them, or add such a column",
+            lambda **_: [[1], [2], [3], [4]],
+            r"reward <lambda> returned 1 token scores for 3 tokens \(.*\): it must return one for "
+            r"each of completion_ids, or a number in place of the list \(squeeze it\)",
+        ),
+        (lambda **_: torch.ones(4, 1), COLUMN),
+        (lambda **_: np.ones((4, 1)), COLUMN),
+        (
+            lambda **_: sys.exit(3),
+            r"reward <lambda> raised SystemExit: 3 \(test_rewards.py, line \d+\)",
         ),
         (
             Module(lambda x: x[:-1]),
@@ -513,6 +680,14 @@ def test_a_wrong_reward_is_named_in_one_line(score, function, pattern):
     error = assert_user_error(pattern, score, function)
     if function is divide:
         assert isinstance(error.__cause__, ZeroDivisionError)
+
+
+def test_a_user_s_interrupt_is_no_error_of_the_reward(score):
+    def interrupted(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(interrupted)
 
 
 def test_a_reward_model_that_gives_nan_is_named_with_its_sample(score, world):
@@ -544,8 +719,35 @@ def test_long_samples_are_shortened_to_one_line(score, samples):
         (
             "no_such_module:score",
             "cannot import no_such_module for a reward: ModuleNotFoundError: "
-            "No module named 'no_such_module'",
+            "No module named 'no_such_module': give a module of the current folder or an installed "
+            "one, or file.py:function",
         ),
+        (
+            "math.nothing:score",
+            "cannot import math.nothing .*: give a module of the current folder .*",
+        ),
+        (":", "a reward must be module:function or file.py:function, got ':'"),
+        (":score", "a reward must be module:function or file.py:function, got ':score'"),
+        ("{path}/good.py:", "a reward must be module:function or .*, got '.*good.py:'"),
+        ("{path}/empty.py:score", ".*empty.py has no function 'score': it has none"),
+        ("{path}/exits.py:score", r"cannot import .*exits.py .*: SystemExit: 3 \(.*, line 2\)"),
+        (
+            "{path}/lonely.py:score",
+            r"cannot import .*lonely.py for a reward: ModuleNotFoundError: No module named "
+            r"'no_such_module' \(lonely.py, line 1\)",
+        ),
+        (
+            "{path}/relative.py:score",
+            r"cannot import .*relative.py for a reward: ImportError: attempted relative import .* "
+            r"\(relative.py, line 1\): give package.module:function, as seen from the folder that "
+            "holds the package",
+        ),
+        (
+            "{path}/waits.py:score",
+            "reward score must be an ordinary function, not an async one: call asyncio.run inside "
+            "it",
+        ),
+        ("{path}/waits.py:instance", "reward Waits must be an ordinary function, not an async .*"),
         ("{path}/good.py:scoer", r".*good.py has no function 'scoer': did you mean 'score'\?"),
         ("{path}/good.py:xyz", ".*good.py has no function 'xyz': it has score"),
         (
@@ -573,6 +775,12 @@ def test_a_reward_that_cannot_be_loaded_is_named_in_one_line(
     write(tmp_path / "good.py", "number = 3\n\ndef score(prompts): return [0] * len(prompts)")
     write(tmp_path / "broken.py", "\nundefined")
     write(tmp_path / "syntax.py", "def")
+    write(tmp_path / "empty.py", "")
+    write(tmp_path / "exits.py", "import sys\nsys.exit(3)")
+    write(tmp_path / "lonely.py", "import no_such_module")
+    write(tmp_path / "relative.py", "from . import good")
+    waits = "async def score(self): return [1.0]\nclass Waits: __call__ = score\n"
+    write(tmp_path / "waits.py", waits + "instance = Waits()")
     source = source.format(path=tmp_path, world=world)
     for _ in range(2):  # A module that failed is not known the second time.
         assert_user_error(pattern, load_rewards, config(source), tokenizer)

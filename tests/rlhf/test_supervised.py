@@ -124,6 +124,27 @@ def test_reward_model_learns_and_its_folder_scores(reward_config, tokenizer, wor
     assert model.config.reward_std == pytest.approx(scores.std(correction=0).item(), abs=1e-4)
 
 
+def test_a_checkpoint_has_no_score_normalisation_of_an_earlier_model(
+    reward_config, trained_reward, tmp_path
+):
+    config = reward_config(
+        model_name_or_path=str(trained_reward),
+        output_dir=str(tmp_path),
+        max_steps=1,
+        save_steps=1,
+        metric_for_best_model="loss",
+        logging_steps=1,
+    )
+    train_reward(config)
+    earlier, checkpoint, last = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (trained_reward, tmp_path / "checkpoint-1", tmp_path)
+    )
+    for name in ("reward_mean", "reward_std"):
+        assert name not in checkpoint
+        assert last[name] != earlier[name]
+
+
 def test_a_model_is_saved_whole_or_not_at_all(world, tokenizer, tmp_path, monkeypatch):
     model = load_causal_lm(str(world / "llama"))
 

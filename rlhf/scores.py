@@ -1,0 +1,144 @@
+"""What rewards see, what they give, and what is checked of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.data import Prompts
+from rlhf.errors import UserError
+from rlhf.rollout import Responses
+
+
+class Samples(NamedTuple):
+    """What rewards see; each list has one entry for each of the B responses."""
+
+    prompts: list[str | list[dict]]
+    completions: list[str]
+    columns: dict[str, list]
+    responses: Responses
+
+    def describe(self, row: int) -> str:
+        """One short line by which the user finds the sample."""
+        prompt = self.prompts[row]
+        text = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+        return f"prompt {shorten(text)!r}, completion {shorten(self.completions[row])!r}"
+
+
+class Scores(NamedTuple):
+    """The weighted sums of the sequence-level rewards, `scores` (B,), and of the token-level ones,
+    `token_scores` (B, T), 0 beyond a response; and in `parts` each reward by name, unweighted and
+    summed over tokens, (B,), NaN where it says nothing. All fp32."""
+
+    scores: Tensor
+    token_scores: Tensor
+    parts: dict[str, Tensor]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Scores":
+        """The function's results on every tensor."""
+        parts = {name: function(part) for name, part in self.parts.items()}
+        return Scores(function(self.scores), function(self.token_scores), parts)
+
+
+@dataclass
+class Reward(ABC):
+    name: str
+    weight: float
+
+    @abstractmethod
+    def check(self, prompts: Prompts, longest: int) -> None:
+        """Raises UserError if it cannot score responses to `prompts`, together up to `longest`
+        tokens."""
+
+    @abstractmethod
+    def __call__(self, samples: Samples):
+        """One score for each sample: a number, None, or a list with a number for each token."""
+
+
+@torch.no_grad()
+def score_samples(rewards: list[Reward], samples: Samples) -> Scores:
+    """All rewards of the samples. Raises UserError, which names the sample, where a score is not
+    finite or every reward says nothing."""
+    shape, device = samples.responses.tokens.shape, samples.responses.tokens.device
+    scores, token_scores = torch.zeros(shape[0]), torch.zeros(shape)
+    parts = {}
+    for reward in rewards:
+        sequence_part, token_part, silent = _checked(reward, samples)
+        scores += reward.weight * sequence_part
+        token_scores += reward.weight * token_part
+        total = sequence_part + token_part.sum(1)
+        parts[reward.name] = total.masked_fill(silent, torch.nan)
+    unscored = torch.stack(list(parts.values())).isnan().all(0).nonzero().flatten().tolist()
+    if unscored:
+        raise UserError(
+            f"every reward returned None for {samples.describe(unscored[0])}: one must score it"
+        )
+    return Scores(scores, token_scores, parts).apply(lambda x: x.to(device))
+
+
+def _checked(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
+    """The reward's scores of sequences (B,) and of tokens (B, T), and where it is silent (B,)."""
+    lengths = samples.responses.mask.sum(1).tolist()
+    scores = reward(samples)
+    shape = tuple(getattr(scores, "shape", ()))
+    if shape[1:] == (1,):
+        raise UserError(
+            f"reward {reward.name} returned scores of shape {shape}: return one number for each "
+            "completion (squeeze it), or one number for each token"
+        )
+    scores = _plain(scores)
+    if not isinstance(scores, list | tuple):
+        raise UserError(
+            f"reward {reward.name} must return a list with one score for each completion, got "
+            f"{type(scores).__name__}"
+        )
+    if len(scores) != len(lengths):
+        raise UserError(
+            f"reward {reward.name} returned {len(scores)} scores for {len(lengths)} completions: "
+            "it must return one for each (None where it has none)"
+        )
+    scores = [_plain(score) for score in scores]
+    sequence_part = torch.zeros(len(lengths))
+    token_part = torch.zeros(samples.responses.tokens.shape)
+    for row, (score, length) in enumerate(zip(scores, lengths, strict=True)):
+        if score is None:
+            continue
+        if isinstance(score, list | tuple):
+            if len(score) != length:
+                squeeze = ", or a number in place of the list (squeeze it)"
+                raise UserError(
+                    f"reward {reward.name} returned {len(score)} token scores for {length} tokens "
+                    f"({samples.describe(row)}): it must return one for each of completion_ids"
+                    f"{squeeze if len(score) == 1 else ''}"
+                )
+            values = [_number(reward, value, samples, row) for value in map(_plain, score)]
+            token_part[row, :length] = torch.tensor(values)
+        else:
+            sequence_part[row] = _number(reward, score, samples, row)
+    return sequence_part, token_part, torch.tensor([score is None for score in scores])
+
+
+def _number(reward: Reward, value, samples: Samples, row: int) -> float:
+    if not isinstance(value, Real):
+        rule = "a score must be a number, None, or a list with a number for each token"
+    elif not abs(value) <= torch.finfo(torch.float32).max:  # so NaN too is refused
+        rule = "a score must be finite (or None, to say nothing of the sample)"
+    else:
+        return float(value)
+    raise UserError(
+        f"reward {reward.name} gave {shorten(repr(value))} for {samples.describe(row)}: {rule}"
+    )
+
+
+def _plain(value):
+    """Arrays and tensors as the lists and numbers that they hold."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def shorten(text: str, length: int = 60) -> str:
+    text = " ".join(str(text).split())
+    return text if len(text) <= length else text[: length - 3] + "..."
