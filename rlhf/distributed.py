@@ -5,8 +5,9 @@ iteration, every rank holds; only the passes through the models are divided.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -81,6 +82,18 @@ def gather_objects(value: Result) -> list[Result]:
     if world_size() > 1:
         values = [None] * world_size()
         dist.all_gather_object(values, value)
+    return values
+
+
+def my_share(parts: Iterable[Result]) -> Iterator[Result]:
+    """Every world_size-th of the parts, from the rank's own number on."""
+    return islice(parts, rank(), None, world_size())
+
+
+def sum_of(values: Tensor) -> Tensor:
+    """The sum over the ranks, of which each has filled in its share of zeros."""
+    if world_size() > 1:
+        dist.all_reduce(values)
     return values
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kernels import kl_estimate, token_logprobs, token_logprobs_and_entropy
+from rlhf import distributed
 from rlhf.batches import pad
 from rlhf.config import PPOConfig
 from rlhf.generation import Stopping, generate
@@ -168,11 +169,16 @@ def evaluate_responses(
     stopping: Stopping,
     config: PPOConfig,
 ) -> Experience:
-    """One pass of each model over the responses."""
+    """One pass of each model over the responses, divided among the processes.
+
+    The micro-batches are those of training, the same for any number of processes, because the
+    rounding of a forward pass depends on what is in it.
+    """
     shape, device = responses.tokens.shape, responses.tokens.device
     experience = Experience(*torch.zeros(4, *shape, device=device).unbind())
     rows = torch.arange(shape[0], device=device)
-    for index, part in responses.by_length(rows, config.per_device_eval_batch_size):
+    parts = responses.by_length(rows, config.per_device_train_batch_size)
+    for index, part in distributed.my_share(parts):
         with autocast(config.bf16):
             logits, values = response_logits_and_values(model, part, stopping)
             logprobs, entropy = token_logprobs_and_entropy(
@@ -183,7 +189,7 @@ def evaluate_responses(
         results = Experience(logprobs, ref_logprobs, entropy, values)
         for whole, result in zip(experience, results, strict=True):
             whole[index, : part.tokens.shape[1]] = result.masked_fill(~part.mask, 0)
-    return experience
+    return Experience(*map(distributed.sum_of, experience))
 
 
 def shaped_scores(scores: Tensor, ended: Tensor, config: PPOConfig) -> Tensor:

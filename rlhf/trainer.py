@@ -162,15 +162,13 @@ class PPOTrainer:
         self, prompts: Prompts, rows: list[int], responses: Responses
     ) -> tuple[Experience, Scores]:
         """What the models and the reward functions say of the responses."""
-        mine = distributed.my_rows(len(rows))
-        part = responses.rows(mine)
         experience = evaluate_responses(
-            self.model, self.reference, part, self.stopping, self.config
+            self.model, self.reference, responses, self.stopping, self.config
         )
-        samples = self.samples(prompts, rows[mine], part)
+        mine = distributed.my_rows(len(rows))
+        samples = self.samples(prompts, rows[mine], responses.rows(mine))
         scores = distributed.together(lambda: score_samples(self.rewards, samples))
-        gather = distributed.gather_rows
-        return Experience(*map(gather, experience)), scores.apply(gather)
+        return experience, scores.apply(distributed.gather_rows)
 
     def samples(self, prompts: Prompts, rows: list[int], responses: Responses) -> Samples:
         """The responses to these rows of `prompts` as reward functions see them."""
@@ -240,11 +238,12 @@ class PPOTrainer:
             yield from order.to(self.policy.device).chunk(self.config.num_mini_batches)
 
     def _gradient(self, batch: Batch, minibatch: Tensor) -> dict[str, Tensor]:
-        """Computes the gradient of a minibatch, each rank from its rows; returns its metrics."""
-        mine = minibatch[distributed.my_rows(len(minibatch))]
+        """Computes the gradient of a minibatch, each rank that of its share of the micro-batches,
+        which are the same for any number of processes; returns the minibatch's metrics."""
         # DistributedDataParallel takes the mean over ranks: of sums over a W-th of the tokens.
         denominator = batch.responses.mask[minibatch].sum() / distributed.world_size()
-        parts = list(batch.responses.by_length(mine, self.config.per_device_train_batch_size))
+        size = self.config.per_device_train_batch_size
+        parts = list(distributed.my_share(batch.responses.by_length(minibatch, size)))
         means, maxima = defaultdict(float), {}
         for number, (index, part) in enumerate(parts, 1):
             last = number == len(parts) or self.parallel is self.model
