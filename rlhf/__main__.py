@@ -1,6 +1,14 @@
+import os
 import sys
 
 from rlhf.cli import main
+from rlhf.distributed import world_size
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if world_size() > 1:
+        # Threads of gloo that live on while the interpreter goes down can abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

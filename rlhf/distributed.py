@@ -4,6 +4,7 @@ Every rank takes the same steps. What is small, such as the tokens, log-probs an
 iteration, every rank holds; only the passes through the models are divided.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,10 @@ def session() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
     yield
-    # Not after an error: the others may be waiting in a collective, and torchrun ends them.
+    # Not after an error: the others may be waiting in a collective, and torchrun ends them. What
+    # still refers to the group, in cycles, goes first, and nobody leaves while others need him.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
