@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -19,25 +20,24 @@ def odd_one_out(completions):
 odd_one_out.calls = 0
 
 
-def main(config_file: str, folder: str) -> None:
+def observe(config_file: str, folder: str) -> None:
     from rlhf.cli import parse_config
     from rlhf.errors import UserError
     from rlhf.trainer import PPOTrainer
 
-    with distributed.session():
-        trainer = PPOTrainer(parse_config("ppo", ["--config", config_file]))
-        batch = collect(trainer)
-        mine = distributed.my_rows(trainer.batch_size)
-        result = {}
-        for name, rows in (("all", slice(None)), ("mine", mine)):
-            advantages = batch.advantages[rows][batch.responses.mask[rows]]
-            result[name] = [advantages.mean().item(), advantages.std(correction=0).item()]
-        trainer.update(batch)
-        try:
-            collect(trainer)
-        except UserError as error:
-            result["error"] = str(error)
-        Path(folder, f"rank-{distributed.rank()}.json").write_text(json.dumps(result))
+    trainer = PPOTrainer(parse_config("ppo", ["--config", config_file]))
+    batch = collect(trainer)
+    mine = distributed.my_rows(trainer.batch_size)
+    result = {}
+    for name, rows in (("all", slice(None)), ("mine", mine)):
+        advantages = batch.advantages[rows][batch.responses.mask[rows]]
+        result[name] = [advantages.mean().item(), advantages.std(correction=0).item()]
+    trainer.update(batch)
+    try:
+        collect(trainer)
+    except UserError as error:
+        result["error"] = str(error)
+    Path(folder, f"rank-{distributed.rank()}.json").write_text(json.dumps(result))
 
 
 def collect(trainer):
@@ -46,4 +46,6 @@ def collect(trainer):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with distributed.session():
+        observe(*sys.argv[1:])
+    os._exit(0)  # as `python -m rlhf` does
