@@ -2,10 +2,11 @@ import os
 import sys
 
 from rlhf.cli import main
-from rlhf.distributed import world_size
 
 if __name__ == "__main__":
     code = main()
+    from rlhf.distributed import world_size  # imports torch, which help need not wait for
+
     if world_size() > 1:
         # Threads of gloo that live on while the interpreter goes down can abort the process.
         sys.stdout.flush()

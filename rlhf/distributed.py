@@ -63,10 +63,7 @@ def together(function: Callable[[], Result]) -> Result:
         result = function()
     except UserError as raised:
         error = raised
-    if world_size() > 1:
-        errors = [None] * world_size()
-        dist.all_gather_object(errors, error)
-        error = next((found for found in errors if found is not None), None)
+    error = next((found for found in gather_objects(error) if found is not None), None)
     if error is not None:
         raise error
     return result

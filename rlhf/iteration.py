@@ -87,11 +87,6 @@ def iteration_metrics(batch: Batch, steps: list[dict[str, Tensor]]) -> dict[str,
     return metrics
 
 
-def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Waits for the device once."""
-    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-
-
 def write_completions(
     path: Path,
     prompts: list[str],

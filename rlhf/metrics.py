@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from rlhf.checkpoint import METRICS_FILE
@@ -123,6 +125,11 @@ class MetricsLog:
         """The time that the steps after `step` will take, at the pace of this session."""
         elapsed = time.perf_counter() - self.start
         return elapsed * (self.total_steps - step) / max(step - self.first_step, 1)
+
+
+def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as plain numbers; waits for the device once."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
 def plot_metrics(output_dir: Path, plots: dict[str, tuple[str, ...]]) -> None:

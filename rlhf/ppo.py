@@ -18,10 +18,9 @@ from rlhf.iteration import (
     SHOWN,
     iteration_metrics,
     response_metrics,
-    to_floats,
     write_completions,
 )
-from rlhf.metrics import MetricsLog, plot_metrics
+from rlhf.metrics import MetricsLog, plot_metrics, to_floats
 from rlhf.rollout import Draws, sample_responses
 from rlhf.saving import Checkpoints, is_due
 from rlhf.scores import score_samples

@@ -19,7 +19,7 @@ from rlhf import distributed
 from rlhf.batches import pad
 from rlhf.config import RewardConfig
 from rlhf.data import load_rankings
-from rlhf.metrics import MetricsLog, plot_metrics
+from rlhf.metrics import MetricsLog, plot_metrics, to_floats
 from rlhf.models import (
     autocast,
     check_fits,
@@ -99,7 +99,7 @@ def evaluate(
     size, num_processes = config.per_device_eval_batch_size, distributed.world_size()
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     scores = torch.zeros(len(answers), device=model.device)
-    for rows in batches[distributed.rank() :: num_processes]:
+    for rows in distributed.my_share(batches):
         batch = [answers[i] for i in rows]
         part = score_answers(Scorer(model), batch, tokenizer.pad_token_id, config.bf16)
         scores[rows] = num_processes * part
@@ -107,7 +107,7 @@ def evaluate(
     model.train()
     margins = pair_margins(scores, [len(ranking) for ranking in rankings])
     metrics = pair_metrics(margins, len(margins))
-    return {f"eval/{name}": value.item() for name, value in metrics.items()}, scores
+    return {f"eval/{name}": value for name, value in to_floats(metrics).items()}, scores
 
 
 def train_reward(config: RewardConfig) -> dict[str, float]:

@@ -55,7 +55,7 @@ def evaluate(
     batches = [texts[start : start + size] for start in range(0, len(texts), size)]
     num_processes = distributed.world_size()
     loss = torch.zeros((), device=model.device)
-    for batch in batches[distributed.rank() :: num_processes]:
+    for batch in distributed.my_share(batches):
         with autocast(config.bf16):
             loss += num_processes * token_loss(model, batch, tokenizer.pad_token_id, total)
     loss = distributed.mean_of({"loss": loss})["loss"]

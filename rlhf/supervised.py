@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rlhf import distributed
 from rlhf.batches import count_steps, micro_batches
 from rlhf.config import SupervisedConfig
+from rlhf.metrics import to_floats
 from rlhf.optim import clip_gradients, make_optimizer
 from rlhf.state import hash_data
 
@@ -69,7 +70,7 @@ class SupervisedTrainer:
         the last backward pass: one that is left without a micro-batch gets the first with weight 0.
         """
         num_processes = distributed.world_size()
-        mine = [(rows, float(num_processes)) for rows in batch[distributed.rank() :: num_processes]]
+        mine = [(rows, float(num_processes)) for rows in distributed.my_share(batch)]
         mine = mine or [(batch[0], 0.0)]
         for number, (rows, weight) in enumerate(mine, 1):
             last = number == len(mine) or num_processes == 1
@@ -86,8 +87,7 @@ class SupervisedTrainer:
         """An optimizer step along the gradient of the passes since the last."""
         metrics = distributed.mean_of(self.sums)
         metrics["grad_norm"] = clip_gradients(self.parameters, self.config.max_grad_norm)
-        metrics = {name: value.item() for name, value in metrics.items()}
-        self.unlogged.append(metrics | {"lr": self.scheduler.get_last_lr()[0]})
+        self.unlogged.append(to_floats(metrics) | {"lr": self.scheduler.get_last_lr()[0]})
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
