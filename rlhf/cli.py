@@ -1,4 +1,4 @@
-"""The command line: `rlhf sft | reward | ppo | demo | config`."""
+"""The command line: `rlhf sft | reward | ppo | generate | evaluate | report | demo | config`."""
 
 import argparse
 import difflib
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import MISSING, Field, fields
-from functools import partial
 from pathlib import Path
 
 # GNU OpenMP's threads spin while they wait. On a machine with another busy process that makes small
@@ -27,15 +26,21 @@ from transformers.utils import logging
 
 from rlhf import config
 from rlhf.errors import UserError
+from rlhf.options import SECTIONS, Options
 
 STAGES = {
     "sft": (config.SFTConfig, "Supervised fine-tuning of a causal language model."),
     "reward": (config.RewardConfig, "A reward model from preferences."),
     "ppo": (config.PPOConfig, "PPO of a policy against rewards."),
 }
+CONFIGURED = STAGES | {
+    "generate": (config.GenerateConfig, "Completions of prompts by a model, in a JSONL file."),
+    "evaluate": (config.EvaluateConfig, "Two policies on the same prompts, compared by judges."),
+}
 OTHERS = {
-    "demo": "All three stages on a small built-in task, or on a labelled text file.",
-    "config": "Print a commented YAML file with every option of a stage.",
+    "report": "One self-contained HTML page of a run's or a demo's folder.",
+    "demo": "All stages on a small built-in task or a labelled file; counting; CartPole-v1.",
+    "config": "Print a commented YAML file with every option of a command.",
 }
 COLUMNS = 96
 
@@ -76,18 +81,28 @@ class OptionFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class StageParser(HfArgumentParser):
-    """The options of a stage, under the headings of their sections; a wrong one raises UserError.
+class Collect(argparse.Action):
+    """Stores a value; a list option that is given again adds to what it was given before."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest)
+        if self.nargs == "+" and before is not self.default:
+            values = [*before, *values]
+        setattr(namespace, self.dest, values)
+
+
+class CommandParser(HfArgumentParser):
+    """The options of a command, under the headings of their sections; a wrong one raises UserError.
 
     Required ones may be given by a file instead, so that to argparse their default is None.
     """
 
-    def __init__(self, stage: str):
-        config_class, description = STAGES[stage]
+    def __init__(self, command: str):
+        config_class, description = CONFIGURED[command]
         super().__init__(
             config_class,
-            prog=f"rlhf {stage}",
-            usage=f"rlhf {stage} [--config FILE] [--key value ...]",
+            prog=f"rlhf {command}",
+            usage=f"rlhf {command} [--config FILE] [--key value ...]",
             description=description,
             epilog="A switch takes true or false; --no_NAME is --NAME false.",
             formatter_class=OptionFormatter,
@@ -97,7 +112,7 @@ class StageParser(HfArgumentParser):
         self.add_argument(
             "--config",
             help=f"YAML file with lines 'key: value' of these options, which the command line "
-            f"overrides; null is as good as nothing. rlhf config {stage} prints one.",
+            f"overrides; null is as good as nothing. rlhf config {command} prints one.",
         )
 
     def parse(self, argv: list[str]) -> dict[str, object]:
@@ -148,6 +163,7 @@ class StageParser(HfArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def _add_dataclass_arguments(self, config_class: type) -> None:
+        self.register("action", None, Collect)
         for title, section in sections(config_class).items():
             group = self.add_argument_group(title)
             for field in section:
@@ -166,10 +182,10 @@ class StageParser(HfArgumentParser):
 
 def sections(config_class: type) -> dict[str, list[Field]]:
     """The fields of a configuration by the heading they stand under."""
-    grouped = {}
+    grouped = {title: [] for title in SECTIONS}
     for field in fields(config_class):
-        grouped.setdefault(field.metadata["section"], []).append(field)
-    return grouped
+        grouped[field.metadata["section"]].append(field)
+    return {title: section for title, section in grouped.items() if section}
 
 
 def is_required(field: Field) -> bool:
@@ -190,7 +206,7 @@ def describe(field: Field) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for an error of the user, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {name: text for name, (_, text) in STAGES.items()} | OTHERS
+    commands = {name: text for name, (_, text) in CONFIGURED.items()} | OTHERS
     parser = argparse.ArgumentParser(
         prog="rlhf",
         description=__doc__,
@@ -203,10 +219,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
-    run = {"demo": run_demo, "config": run_config}.get(command, partial(run_stage, command))
+    if command in STAGES:
+        run = run_stage
+    elif command in CONFIGURED:
+        run = run_configured
+    else:
+        run = run_config if command == "config" else run_module
     try:
         with quiet_threads():
-            return run(argv[1:])
+            return run(command, argv[1:])
     except UserError as error:
         complain(f"rlhf {command}: error: {error}")
         return 2
@@ -242,20 +263,31 @@ def complain(message: str) -> None:
         print(" ".join(message.splitlines()), file=sys.stderr)
 
 
-def run_demo(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rlhf demo", description=OTHERS["demo"])
-    if importlib.import_module("rlhf.distributed").world_size() > 1:
-        raise UserError("the demo runs in one process: start it without torchrun")
-    demo = importlib.import_module("rlhf.demo")
-    demo.add_arguments(parser)
-    return demo.main(parser.parse_args(argv))
+def run_module(command: str, argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"rlhf {command}", description=OTHERS[command])
+    check_one_process(command)
+    module = importlib.import_module(f"rlhf.{command}")
+    module.add_arguments(parser)
+    return module.main(parser.parse_args(argv))
 
 
-def run_config(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rlhf config", description=OTHERS["config"])
-    parser.add_argument("stage", choices=STAGES)
-    print(config_yaml(parser.parse_args(argv).stage), end="")
+def run_config(command: str, argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"rlhf {command}", description=OTHERS[command])
+    parser.add_argument("command", choices=CONFIGURED)
+    print(config_yaml(parser.parse_args(argv).command), end="")
     return 0
+
+
+def run_configured(command: str, argv: list[str]) -> int:
+    check_one_process(command)
+    values = parse_config(command, argv)
+    importlib.import_module(f"rlhf.{command}").run(values)
+    return 0
+
+
+def check_one_process(command: str) -> None:
+    if importlib.import_module("rlhf.distributed").world_size() > 1:
+        raise UserError(f"{command} runs in one process: start it without torchrun")
 
 
 def run_stage(stage: str, argv: list[str]) -> int:
@@ -271,22 +303,22 @@ def run_stage(stage: str, argv: list[str]) -> int:
     return 0
 
 
-def parse_config(stage: str, argv: list[str]) -> config.TrainConfig:
-    """The stage's configuration from `[--config FILE] [--key value ...]`; the latter wins."""
-    parser = StageParser(stage)
+def parse_config(command: str, argv: list[str]) -> Options:
+    """The command's configuration from `[--config FILE] [--key value ...]`; the latter wins."""
+    parser = CommandParser(command)
     file = parser.parse(argv)["config"]
     if file is not None:
         parser.set_defaults(**parser.read(Path(file)))
     values = parser.parse(argv)
     del values["config"]
-    config_class, _ = STAGES[stage]
+    config_class, _ = CONFIGURED[command]
     missing = [f.name for f in fields(config_class) if is_required(f) and values[f.name] is None]
     if missing:
         raise UserError(
             f"missing {', '.join(f'--{name}' for name in missing)}: give them as options or in a "
-            f"file with --config (rlhf config {stage} prints one)"
+            f"file with --config (rlhf config {command} prints one)"
         )
-    if values["resume_from_checkpoint"] in ("true", "True"):  # as transformers' trainer has it
+    if values.get("resume_from_checkpoint") in ("true", "True"):  # as transformers' trainer has it
         values["resume_from_checkpoint"] = "auto"
     return config_class(**values)
 
@@ -304,10 +336,10 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
-def config_yaml(stage: str) -> str:
+def config_yaml(command: str) -> str:
     """A file for --config that gives every option its default, under its help as a comment."""
-    config_class, description = STAGES[stage]
-    text = f"# {description} Use: rlhf {stage} --config FILE\n# null is as good as nothing.\n"
+    config_class, description = CONFIGURED[command]
+    text = f"# {description} Use: rlhf {command} --config FILE\n# null is as good as nothing.\n"
     for title, section in sections(config_class).items():
         text += "\n\n" + f"# {title} ".ljust(COLUMNS, "-") + "\n"
         for field in section:

@@ -1,5 +1,7 @@
 """One iteration of PPO: the data that it learns from, and what it reports."""
 
+import json
+from math import isnan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,13 +9,18 @@ import torch
 from torch import Tensor
 
 from ppo_kernels import masked_mean
+from rlhf.files import write_file
 from rlhf.rollout import Experience, Responses
-from rlhf.scores import Scores
+from rlhf.scores import Samples, Scores
 
+NUM_COMPLETIONS = 128
+NUM_SHOWN_COMPLETIONS = 16
 SHOWN = (
     "objective/scores",
     "objective/kl",
     "objective/rlhf_reward",
+    "eval/scores",
+    "eval/kl",
     "policy/approxkl",
     "policy/entropy",
     "val/explained_variance",
@@ -87,17 +94,33 @@ def iteration_metrics(batch: Batch, steps: list[dict[str, Tensor]]) -> dict[str,
     return metrics
 
 
-def write_completions(
-    path: Path,
-    prompts: list[str],
-    before: list[tuple[float, str]],
-    after: list[tuple[float, str]],
-) -> None:
-    """Writes the scored completions of these prompts by the reference and by the policy."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write("# Completions before and after PPO\n\n")
-        file.write("In brackets the score, all rewards weighted and summed.\n")
-        for prompt, first, second in zip(prompts, before, after, strict=True):
-            file.write(f"\n## {prompt.strip() or '(empty prompt)'}\n\n")
-            for name, (score, text) in (("before", first), ("after", second)):
-                file.write(f"- {name} [{score:+.2f}]: {text.strip()}\n")
+def scored_answers(samples: Samples, scores: Scores) -> list[dict[str, object]]:
+    """`samples.answers()`, each with its `score`, all rewards weighted and summed, and, if there
+    are several, its `rewards` by name."""
+    totals = (scores.scores + scores.token_scores.sum(1)).tolist()
+    answers = [
+        answer | {"score": score} for answer, score in zip(samples.answers(), totals, strict=True)
+    ]
+    if len(scores.parts) > 1:
+        parts = {name: values.tolist() for name, values in scores.parts.items()}
+        for i, answer in enumerate(answers):
+            answer["rewards"] = {
+                name: None if isnan(values[i]) else values[i] for name, values in parts.items()
+            }
+    return answers
+
+
+def write_completions(output_dir: Path, records: list[dict]) -> None:
+    """Writes `completions.jsonl`, a line `prompt`, `before`, `after` for each prompt, where before
+    is how the reference answers it and after the policy, as `scored_answers` has it; and the
+    first of them to read, `completions.md`."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    text = "# Completions before and after PPO\n\n"
+    text += "In brackets the score, all rewards weighted and summed.\n"
+    for record in records[:NUM_SHOWN_COMPLETIONS]:
+        text += f"\n## {record['prompt'].strip() or '(empty prompt)'}\n\n"
+        for side in ("before", "after"):
+            answer = record[side]
+            text += f"- {side} [{answer['score']:+.2f}]: {answer['completion'].strip()}\n"
+    write_file(output_dir / "completions.jsonl", "".join(lines).encode())
+    write_file(output_dir / "completions.md", text.encode())

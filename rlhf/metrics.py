@@ -1,23 +1,16 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, the live display, and plots."""
+"""Metrics of a run: metrics.jsonl and .csv, TensorBoard, the live display, and plots."""
 
+import csv
+import io
 import json
 import math
 import time
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -25,15 +18,17 @@ from torch.utils.tensorboard import SummaryWriter
 from rlhf.checkpoint import METRICS_FILE
 from rlhf.distributed import is_main
 from rlhf.errors import UserError
-from rlhf.files import GO_ON, disk_errors
+from rlhf.files import GO_ON, disk_errors, write_file
+from rlhf.progress import Display
 
 
-class MetricsLog:
+class MetricsLog(Display):
     """Writes a run's metrics and shows its progress; use it as a context manager.
 
-    On a terminal: a progress bar with the time left, and a live table of the metrics named in
-    `shown`. Elsewhere: one plain line for each call of `write`. Of several processes only the main
-    one writes and shows anything.
+    On a terminal: bars with the time left, and a live table of the metrics named in `shown`, at
+    first and now. Elsewhere: one plain line for each call of `write`. Of several processes only the
+    main one writes and shows anything. When it ends, also by an error, all that metrics.jsonl holds
+    is in metrics.csv too.
     """
 
     def __init__(
@@ -47,26 +42,16 @@ class MetricsLog:
     ):
         """A run that goes on after `step` steps adds to the metrics.jsonl that `open_run`
         has put back; at 0 the file is begun anew."""
+        super().__init__(title, total_steps, completed=step)
         self.output_dir = output_dir
         self.title = title
         self.total_steps = total_steps
         self.shown = shown
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
         self.first_step = step
-        self.console = Console(highlight=False)
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self.task = self.progress.add_task(title, total=total_steps, completed=step)
-        self.live = self.file = self.writer = None
+        self.file = self.writer = None
         if is_main():
-            if self.console.is_terminal:
-                self.live = Live(self.progress, console=self.console, refresh_per_second=4)
             mode = "a" if step else "w"
             with disk_errors(f"write metrics to {output_dir}", GO_ON):
                 self.file = (output_dir / METRICS_FILE).open(mode, encoding="utf-8")
@@ -76,14 +61,10 @@ class MetricsLog:
                     self.writer = SummaryWriter(folder, purge_step=step + 1)
         self.start = time.perf_counter()
 
-    def __enter__(self) -> "MetricsLog":
-        if self.live is not None:
-            self.live.start()
-        return self
-
     def __exit__(self, error_type, error, traceback) -> None:
-        if self.live is not None:
-            self.live.stop()
+        super().__exit__(error_type, error, traceback)
+        if self.file is None:
+            return
         # On a full disk closing fails too; the error that ends the run is the one to tell.
         with (
             suppress(UserError) if error is not None else nullcontext(),
@@ -92,9 +73,7 @@ class MetricsLog:
             for output in (self.file, self.writer):
                 if output is not None:
                     output.close()
-
-    def advance(self) -> None:
-        self.progress.advance(self.task)
+            write_csv(self.output_dir)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records `metrics` (plain floats) as the state after `step` steps.
@@ -112,19 +91,46 @@ class MetricsLog:
                     self.writer.add_scalar(name, value, step)
         shown = {name: metrics[name] for name in self.shown if name in metrics}
         if self.live is not None:
-            table = Table("metric", "value")
-            for name, value in shown.items():
-                table.add_row(name, f"{value:.4g}")
-            self.live.update(Group(self.progress, table))
+            self.first = shown | self.first
+            self.last |= shown
+            self.show(self._table())
         else:
             left = self.seconds_left(step)
             values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             print(f"{self.title} {step}/{self.total_steps}  {values}  eta {left:.0f}s", flush=True)
 
+    def _table(self) -> Table:
+        table = Table("metric", header_style="dim", border_style="dim")
+        table.add_column("at first", justify="right", style="dim")
+        table.add_column("now", justify="right", min_width=9)
+        for name in filter(self.last.__contains__, self.shown):
+            table.add_row(name, f"{self.first[name]:.4g}", f"{self.last[name]:.4g}")
+        return table
+
     def seconds_left(self, step: int) -> float:
         """The time that the steps after `step` will take, at the pace of this session."""
         elapsed = time.perf_counter() - self.start
         return elapsed * (self.total_steps - step) / max(step - self.first_step, 1)
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, float | None]]:
+    """The lines of a folder's metrics.jsonl; one that a full disk cut off is left out."""
+    lines = (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_csv(output_dir: Path) -> None:
+    """Writes metrics.csv from the folder's metrics.jsonl: one row for each step, one column for
+    each metric, and nothing in a cell without a finite value."""
+    rows = {}
+    for record in read_metrics(output_dir):
+        rows.setdefault(record["step"], {}).update(record)
+    text = io.StringIO()
+    names = dict.fromkeys(["step", *chain.from_iterable(rows.values())])
+    table = csv.DictWriter(text, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows.values())
+    write_file((output_dir / METRICS_FILE).with_suffix(".csv"), text.getvalue().encode())
 
 
 def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -135,8 +141,7 @@ def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
 def plot_metrics(output_dir: Path, plots: dict[str, tuple[str, ...]]) -> None:
     """Draws `<name>.png` in `output_dir` for each entry `name: metrics` of `plots`, from the
     folder's metrics.jsonl. Metrics without a finite value are left out."""
-    lines = (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_metrics(output_dir)
     for plot, names in plots.items():
         curves = {}
         for name in names:

@@ -12,21 +12,24 @@ from torch import nn
 from transformers import set_seed
 
 from rlhf import distributed
+from rlhf.card import write_card
 from rlhf.config import PPOConfig
 from rlhf.iteration import (
+    NUM_COMPLETIONS,
     PLOTS,
     SHOWN,
     iteration_metrics,
     response_metrics,
+    scored_answers,
     write_completions,
 )
 from rlhf.metrics import MetricsLog, plot_metrics, to_floats
+from rlhf.progress import Display, hooked, num_passes
+from rlhf.report import write_report
 from rlhf.rollout import Draws, sample_responses
 from rlhf.saving import Checkpoints, is_due
 from rlhf.scores import score_samples
 from rlhf.trainer import PPOTrainer
-
-NUM_SHOWN_COMPLETIONS = 16
 
 
 def train_ppo(
@@ -41,6 +44,9 @@ def train_ppo(
     checkpoints = Checkpoints(config, "ppo", trainer, models, trainer.tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_iterations
     metrics = checkpoints.resume()
+    policy, reference = trainer.policy, trainer.reference
+    sampling = token_passes(trainer.batch_size, config)
+    micro_batches = num_passes(trainer.batch_size, config.per_device_train_batch_size)
 
     with MetricsLog(
         output_dir, "ppo", total, config.report_to, SHOWN, step=trainer.iteration
@@ -48,12 +54,16 @@ def train_ppo(
         while trainer.iteration < total:
             start = time.perf_counter()
             rows = trainer.next_rows()
-            responses = trainer.sample(trainer.prompts, rows, trainer.generator)
+            with log.phase("generate", sampling, policy.register_forward_hook):
+                responses = trainer.sample(trainer.prompts, rows, trainer.generator)
             sampled = time.perf_counter()
-            batch = trainer.evaluate(rows, responses)
+            with log.phase("score", micro_batches, reference.register_forward_hook):
+                batch = trainer.evaluate(rows, responses)
             evaluated = time.perf_counter()
             kl_coef, learning_rate = trainer.kl_controller.kl_coef, trainer.scheduler.get_last_lr()
-            steps = trainer.update(batch)
+            register = trainer.optimizer.register_step_post_hook
+            with log.phase("update", trainer.steps_per_iteration, register):
+                steps = trainer.update(batch)
             step = trainer.iteration
             log.advance()
             if is_due(config.logging_steps, step, total):
@@ -71,18 +81,21 @@ def train_ppo(
                 log.write(step, figures)
                 metrics |= figures
             if trainer.eval_prompts and is_due(config.eval_steps, step, total):
-                figures = evaluate_policy(trainer)
+                passes = token_passes(len(trainer.eval_prompts.ids), config)
+                with log.phase("eval", passes, policy.register_forward_hook):
+                    figures = evaluate_policy(trainer)
                 log.write(step, figures)
                 metrics |= figures
             if config.save_steps and is_due(config.save_steps, step, total):
                 checkpoints.save(step, metrics)
 
+    metrics["iterations"] = total
     try:
         if config.load_best_model_at_end:
             checkpoints.load_best()
     finally:  # with the last model, if the best one is damaged
-        distributed.from_main(lambda: finish(trainer, checkpoints))
-    return metrics | {"iterations": total, "seconds": time.perf_counter() - start_time}
+        distributed.from_main(lambda: finish(trainer, checkpoints, metrics))
+    return metrics | {"seconds": time.perf_counter() - start_time}
 
 
 def evaluate_policy(trainer: PPOTrainer) -> dict[str, float]:
@@ -104,24 +117,40 @@ def evaluate_policy(trainer: PPOTrainer) -> dict[str, float]:
     }
 
 
-def finish(trainer: PPOTrainer, checkpoints: Checkpoints) -> None:
-    """Leaves the models, completions and plots in the output folder."""
+def finish(trainer: PPOTrainer, checkpoints: Checkpoints, metrics: dict[str, float]) -> None:
+    """Leaves the models, plots, the completions of up to NUM_COMPLETIONS prompts (held-out ones if
+    there are any), card and, unless report_to is none, report in the output folder."""
     output_dir = checkpoints.run.output_dir
     checkpoints.save_models(output_dir)
-    config, prompts = trainer.config, trainer.prompts
-    rows = list(range(min(NUM_SHOWN_COMPLETIONS, len(prompts.ids))))
-    draws = Draws.of(len(rows), config, torch.Generator().manual_seed(config.seed))
-    columns = []
-    for model in (trainer.reference, trainer.policy):
-        responses = sample_responses(
-            model, trainer.tokenizer, trainer.stopping, prompts.ids[: len(rows)], draws, config
-        )
-        samples = trainer.samples(prompts, rows, responses)
-        scores = score_samples(trainer.rewards, samples)
-        totals = (scores.scores + scores.token_scores.sum(1)).tolist()
-        columns.append(list(zip(totals, samples.completions, strict=True)))
-    texts = [
-        trainer.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts.ids[: len(rows)]
-    ]
-    write_completions(output_dir / "completions.md", texts, *columns)
     plot_metrics(output_dir, PLOTS)
+    write_completions(output_dir, compare_completions(trainer))
+    write_card(output_dir, "ppo", trainer.config, metrics)
+    if trainer.config.report_to != "none":
+        write_report(output_dir)
+
+
+def compare_completions(trainer: PPOTrainer) -> list[dict]:
+    """What `write_completions` takes: how reference and policy answer, with the same draws."""
+    config, prompts = trainer.config, trainer.eval_prompts or trainer.prompts
+    rows = list(range(min(NUM_COMPLETIONS, len(prompts.ids))))
+    ids = prompts.ids[: len(rows)]
+    draws = Draws.of(len(rows), config, torch.Generator().manual_seed(config.seed))
+    answers = []
+    with Display("ppo completions", 2 * token_passes(len(rows), config)) as display:
+        for model in (trainer.reference, trainer.policy):
+            with hooked(model.register_forward_hook, display.advance):
+                responses = sample_responses(
+                    model, trainer.tokenizer, trainer.stopping, ids, draws, config
+                )
+            samples = trainer.samples(prompts, rows, responses)
+            answers.append(scored_answers(samples, score_samples(trainer.rewards, samples)))
+    texts = [trainer.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    return [
+        {"prompt": prompt, "before": before, "after": after}
+        for prompt, before, after in zip(texts, *answers, strict=True)
+    ]
+
+
+def token_passes(count: int, config: PPOConfig) -> int:
+    """Passes of the policy that `count` responses take at most."""
+    return num_passes(count, config.per_device_eval_batch_size) * config.response_length

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf import distributed
 from rlhf.batches import pad
+from rlhf.card import write_card
 from rlhf.config import RewardConfig
 from rlhf.data import load_rankings
 from rlhf.metrics import MetricsLog, plot_metrics, to_floats
@@ -30,6 +31,7 @@ from rlhf.models import (
     sequence_scores,
     set_score_normalisation,
 )
+from rlhf.progress import Display, hooked, num_passes
 from rlhf.saving import Checkpoints, is_due
 from rlhf.supervised import SupervisedTrainer
 
@@ -140,6 +142,9 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
     output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()
 
+    def passes(rankings: list[list[list[int]]]) -> int:
+        return num_passes(sum(map(len, rankings)), config.per_device_eval_batch_size)
+
     with MetricsLog(output_dir, "reward", total, config.report_to, SHOWN, step=trainer.step) as log:
         for batch in trainer.batches():
             num_pairs = sum(comb(len(rankings[i]), 2) for rows in batch for i in rows)
@@ -157,21 +162,29 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
                 log.write(trainer.step, figures)
                 metrics |= figures
             if eval_rankings and is_due(config.eval_steps, trainer.step, total):
-                figures, _ = evaluate(model, tokenizer, eval_rankings, config)
+                with log.phase("eval", passes(eval_rankings), model.score.register_forward_hook):
+                    figures, _ = evaluate(model, tokenizer, eval_rankings, config)
                 log.write(trainer.step, figures)
                 metrics |= figures
             if config.save_steps and is_due(config.save_steps, trainer.step, total):
                 checkpoints.save(trainer.step, metrics)
 
+    metrics["steps"] = total
+
     def finish() -> None:
         checkpoints.save_models(output_dir)
         plot_metrics(output_dir, {"reward": ("loss", "accuracy", "margin")})
+        write_card(output_dir, "reward", config, metrics)
 
     try:
         if config.load_best_model_at_end:
             checkpoints.load_best()
     finally:  # with the last model, if the best one is damaged
-        _, scores = evaluate(model, tokenizer, rankings, config)
+        with (
+            Display("reward scale", passes(rankings)) as display,
+            hooked(model.score.register_forward_hook, display.advance),
+        ):
+            _, scores = evaluate(model, tokenizer, rankings, config)
         set_score_normalisation(model, scores)
         distributed.from_main(finish)
-    return metrics | {"steps": total, "seconds": time.perf_counter() - start_time}
+    return metrics | {"seconds": time.perf_counter() - start_time}

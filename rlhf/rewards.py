@@ -16,7 +16,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -238,6 +238,14 @@ def load_rewards(
     names = _make_unique([_name(source) for source in found])
     return [
         _make_reward(*entry, tokenizer, config) for entry in zip(names, weights, found, strict=True)
+    ]
+
+
+def for_tokenizer(rewards: list[Reward], tokenizer: PreTrainedTokenizerBase) -> list[Reward]:
+    """The same rewards, for the responses of another policy, in its tokenizer's tokens."""
+    return [
+        replace(reward, policy_tokenizer=tokenizer) if isinstance(reward, ModelReward) else reward
+        for reward in rewards
     ]
 
 

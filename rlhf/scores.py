@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 from numbers import Real
 from typing import NamedTuple
 
@@ -27,6 +28,14 @@ class Samples(NamedTuple):
         prompt = self.prompts[row]
         text = prompt if isinstance(prompt, str) else prompt[-1].get("content")
         return f"prompt {shorten(text)!r}, completion {shorten(self.completions[row])!r}"
+
+    def answers(self) -> list[dict[str, object]]:
+        """Each completion, the number of its tokens, and whether it ended by itself, for a file."""
+        lengths, ended = self.responses.mask.sum(1).tolist(), self.responses.ended.tolist()
+        return [
+            {"completion": text, "tokens": tokens, "ended": end}
+            for text, tokens, end in zip(self.completions, lengths, ended, strict=True)
+        ]
 
 
 class Scores(NamedTuple):
@@ -67,11 +76,9 @@ def score_samples(rewards: list[Reward], samples: Samples) -> Scores:
     scores, token_scores = torch.zeros(shape[0]), torch.zeros(shape)
     parts = {}
     for reward in rewards:
-        sequence_part, token_part, silent = _checked(reward, samples)
+        sequence_part, token_part, parts[reward.name] = _checked(reward, samples)
         scores += reward.weight * sequence_part
         token_scores += reward.weight * token_part
-        total = sequence_part + token_part.sum(1)
-        parts[reward.name] = total.masked_fill(silent, torch.nan)
     unscored = torch.stack(list(parts.values())).isnan().all(0).nonzero().flatten().tolist()
     if unscored:
         raise UserError(
@@ -80,8 +87,15 @@ def score_samples(rewards: list[Reward], samples: Samples) -> Scores:
     return Scores(scores, token_scores, parts).apply(lambda x: x.to(device))
 
 
+@torch.no_grad()
+def score_apart(reward: Reward, samples: Samples) -> Tensor:
+    """The reward's scores by itself, summed over tokens and without its weight, (B,); NaN where it
+    says nothing."""
+    return _checked(reward, samples)[2]
+
+
 def _checked(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
-    """The reward's scores of sequences (B,) and of tokens (B, T), and where it is silent (B,)."""
+    """The reward's scores of sequences (B,) and of tokens (B, T), and their total as in `parts`."""
     lengths = samples.responses.mask.sum(1).tolist()
     scores = reward(samples)
     shape = tuple(getattr(scores, "shape", ()))
@@ -119,7 +133,8 @@ def _checked(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
             token_part[row, :length] = torch.tensor(values)
         else:
             sequence_part[row] = _number(reward, score, samples, row)
-    return sequence_part, token_part, torch.tensor([score is None for score in scores])
+    silent = torch.tensor([score is None for score in scores])
+    return sequence_part, token_part, (sequence_part + token_part.sum(1)).masked_fill(silent, nan)
 
 
 def _number(reward: Reward, value, samples: Samples, row: int) -> float:

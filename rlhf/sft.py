@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ppo_kernels import masked_mean, token_logprobs
 from rlhf import distributed
 from rlhf.batches import pad
+from rlhf.card import write_card
 from rlhf.config import SFTConfig
 from rlhf.data import Text, load_texts
 from rlhf.metrics import MetricsLog, plot_metrics
@@ -20,6 +21,7 @@ from rlhf.models import (
     load_causal_lm,
     load_tokenizer,
 )
+from rlhf.progress import num_passes
 from rlhf.saving import Checkpoints, is_due
 from rlhf.supervised import SupervisedTrainer
 
@@ -105,19 +107,24 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
                 log.write(trainer.step, figures)
                 metrics |= figures
             if eval_texts and is_due(config.eval_steps, trainer.step, total):
-                figures = evaluate(model, tokenizer, eval_texts, config)
+                passes = num_passes(len(eval_texts), config.per_device_eval_batch_size)
+                with log.phase("eval", passes, model.register_forward_hook):
+                    figures = evaluate(model, tokenizer, eval_texts, config)
                 log.write(trainer.step, figures)
                 metrics |= figures
             if config.save_steps and is_due(config.save_steps, trainer.step, total):
                 checkpoints.save(trainer.step, metrics)
 
+    metrics["steps"] = total
+
     def finish() -> None:
         checkpoints.save_models(output_dir)
         plot_metrics(output_dir, {"loss": ("loss", "eval/loss")})
+        write_card(output_dir, "sft", config, metrics)
 
     try:
         if config.load_best_model_at_end:
             checkpoints.load_best()
     finally:  # with the last model, if the best one is damaged
         distributed.from_main(finish)
-    return metrics | {"steps": total, "seconds": time.perf_counter() - start_time}
+    return metrics | {"seconds": time.perf_counter() - start_time}

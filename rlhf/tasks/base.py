@@ -1,7 +1,10 @@
-"""What every world starts from: files of examples, and a tokenizer and a model made on the spot."""
+"""What the worlds of text share: files of examples, a tokenizer and a model made on the spot, and
+the settings of PPO."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +15,31 @@ from rlhf.state import save_model
 
 MAX_LENGTH = 256
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+PPO_SETTINGS = {
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 256,
+    "num_mini_batches": 2,
+    "num_ppo_epochs": 2,
+    "learning_rate": 3e-4,
+    "critic_learning_rate": 1e-3,
+    "warmup_ratio": 0.05,
+    "kl_coef": 0.05,
+    "logging_steps": 2,
+    "save_steps": 0,
+}
+
+
+class Stopwatch:
+    """Seconds of each part of a run, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping]) -> None:

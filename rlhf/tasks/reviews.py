@@ -1,8 +1,8 @@
 """The built-in world: short movie reviews, their true quality, and people who rank them.
 
 A review is an opening without sentiment, which serves as the prompt, and two or three sentences of
-praise and blame. `gold_score` is the quality that the labellers perceive with noise; the final
-evaluation reads it too, no training does.
+praise and blame. `gold_score` is the quality that the labellers perceive with noise; evaluations
+read it too, and no model learns from it.
 """
 
 import math
@@ -190,6 +190,12 @@ def gold_score(text: str) -> float:
     weight = min(1.0, len(values) / OPINIONS_FOR_FULL_WEIGHT)
     sentiment = math.fsum(values.values()) / max(len(values), 1)
     return max(-1.0, min(1.0, weight * sentiment - 0.5 * flawed / len(sentences)))
+
+
+def gold(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """The gold score of each prompt with its completion: the reward function
+    `rlhf.tasks.reviews:gold`."""
+    return [gold_score(p + c) for p, c in zip(prompts, completions, strict=True)]
 
 
 def _clause(rng: random.Random, sign: int) -> str:

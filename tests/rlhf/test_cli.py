@@ -13,15 +13,18 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.checkpoint import checkpoint_damage
-from rlhf.cli import STAGES, main, parse_config
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf.cli import CONFIGURED, STAGES, main, parse_config, sections
+from rlhf.config import PPOConfig
 from rlhf.errors import UserError
+from rlhf.options import SECTIONS
 from rlhf.tasks.base import write_jsonl
 
 REQUIRED = {
     "sft": ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"],
     "reward": ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"],
     "ppo": ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o", "--reward_funcs=r"],
+    "generate": ["--model_name_or_path=m", "--output_file=o", "--prompt=p"],
+    "evaluate": ["--policies", "a", "b", "--dataset_name=d", "--output_file=o.json"],
 }
 
 
@@ -124,6 +127,25 @@ def test_ppo_mixes_a_reward_model_and_a_function_from_a_file(world, tmp_path):
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_list_option_given_twice_collects_what_it_was_given(tmp_path):
+    argv = [*REQUIRED["ppo"], "--reward_funcs=s", "--stop_token", "a", "b", "--stop_token=c"]
+    config = parse_config("ppo", [*argv, "--seed=1", "--seed=2"])
+    assert config.reward_funcs == ["r", "s"]
+    assert config.stop_token == ["a", "b", "c"]
+    assert config.seed == 2
+    (tmp_path / "a.yaml").write_text("stop_token: [x, y]")
+    argv = [*REQUIRED["ppo"], f"--config={tmp_path}/a.yaml"]
+    assert parse_config("ppo", argv).stop_token == ["x", "y"]
+    argv += ["--stop_token=a", "--stop_token=b"]
+    assert parse_config("ppo", argv).stop_token == ["a", "b"]
+
+
+def test_headings_stand_in_their_order():
+    titles = list(sections(PPOConfig))
+    assert titles == [*SECTIONS] and titles[0] == "Models and data" and titles[-1] == "Responses"
+    assert "Learning" not in sections(CONFIGURED["generate"][0])
+
+
 @pytest.mark.parametrize(
     ("text", "name", "expected"),
     [
@@ -210,13 +232,19 @@ def test_values_that_begin_with_a_minus():
     assert config.reward_weights == [-0.5]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", CONFIGURED)
 def test_config_prints_a_file_of_all_defaults(stage, tmp_path, capsys):
     assert main(["config", stage]) == 0
     text = capsys.readouterr().out
     (tmp_path / "all.yaml").write_text(text)
-    fails(capsys, [stage, f"--config={tmp_path}/all.yaml"], "missing --model_name_or_path")
-    config_class, _ = STAGES[stage]
+    config_class, _ = CONFIGURED[stage]
+    required = [
+        f"--{field.name}"
+        for field in dataclasses.fields(config_class)
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
+    missing = f"missing {', '.join(required)}: give them"
+    fails(capsys, [stage, f"--config={tmp_path}/all.yaml"], missing)
     read = parse_config(stage, [f"--config={tmp_path}/all.yaml", *REQUIRED[stage]])
     assert read == parse_config(stage, REQUIRED[stage])
     fields = dataclasses.fields(config_class)
@@ -225,7 +253,7 @@ def test_config_prints_a_file_of_all_defaults(stage, tmp_path, capsys):
     for field in fields:
         if field.default is not dataclasses.MISSING:
             assert values[field.name] == field.default
-    assert stage != "ppo" or values["text_prompt_length"] == [2, 8]
+    assert values.get("text_prompt_length", [2, 8]) == [2, 8]
     comments = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
     assert max(map(len, text.splitlines())) <= 96
     for field in fields:
@@ -241,13 +269,13 @@ def test_the_file_of_a_run_is_one_to_run(options, parse_yaml, tmp_path):
     assert parse_config("ppo", ["--config", str(tmp_path / "run.yaml")]) == config
 
 
-@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, PPOConfig])
-def test_every_option_is_documented(config):
+@pytest.mark.parametrize(("config", "_"), CONFIGURED.values())
+def test_every_option_is_documented(config, _):
     assert all(len(field.metadata["help"]) > 10 for field in dataclasses.fields(config))
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", CONFIGURED)
 def test_help(stage, width, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("NO_COLOR", "1")
@@ -257,14 +285,15 @@ def test_help(stage, width, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert width - 12 < max(map(len, lines)) <= width
     starts = [line.split()[0] for line in lines if line.startswith("  --")]
-    fields = dataclasses.fields(STAGES[stage][0])
+    fields = dataclasses.fields(CONFIGURED[stage][0])
     assert sorted(starts) == sorted(["--config", *(f"--{field.name}" for field in fields)])
     headings = [line.removesuffix(":") for line in lines if line and line[0].isupper()]
     for field in fields:
         assert headings.count(field.metadata["section"]) == 1
     text = " ".join(" ".join(lines).split())
-    assert "Folder or hub id of the model to start from. (required)" in text
-    assert "(default: 0.999)" in text
+    assert "(required)" in text
+    assert stage not in STAGES or "the model to start from. (required)" in text
+    assert "(default: 64)" in text
     assert "(default: None)" not in text
 
 
@@ -297,6 +326,7 @@ def test_a_switch_of_the_file_is_turned_round(parse_yaml):
         (["--max_grad_norm", "0"], ["max_grad_norm must be > 0", "0.0"]),
         (["--lr_scheduler_type", "square"], ["lr_scheduler_type", "cosine", "'square'"]),
         (["--lr_scheduler_type", "a\nb"], ["lr_scheduler_type"]),
+        (["--optim", "sgd"], ["optim must be one of", "adamw_tensorflow", "'sgd'"]),
         (["a\nb"], ["unexpected argument"]),
         (["--seed", str(2**70)], ["seed must be in [0, 2**32)"]),
         (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size must be >= 1"]),

@@ -1,7 +1,9 @@
 """`rlhf demo` end to end, in the smallest size that goes through every stage."""
 
 import json
-from argparse import ArgumentParser
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,9 +97,29 @@ def test_stages_and_evaluation_share_no_prompt(reviews_run):
     assert not any(row["text"].startswith(tuple(openings)) for row in texts)
 
 
-def test_same_seed_same_figures(reviews_run, tmp_path):
-    summary = demo.run_demo(tmp_path / "again", 3, REVIEWS)
-    assert (summary["ppo"], summary["reward"]) == (reviews_run[1]["ppo"], reviews_run[1]["reward"])
+def ppo_metrics(folder) -> list[dict]:
+    """Without what depends on the clock."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in line.items() if "time/" not in k and "second" not in k} for line in lines
+    ]
+
+
+def test_gold_rides_along_and_changes_no_number(reviews_run, tmp_path):
+    """The run goes through `ppo.yaml` once more, with the reward model alone."""
+    output_dir, _ = reviews_run
+    arguments = ["ppo", "--config", str(output_dir / "ppo" / "ppo.yaml")]
+    arguments += ["--reward_funcs", str(output_dir / "reward"), "--reward_weights", "1"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "alone")]) == 0
+    with_gold, alone = ppo_metrics(output_dir / "ppo"), ppo_metrics(tmp_path / "alone")
+    gold = [line.pop("rewards/gold") for line in with_gold]
+    assert all(-1 <= value <= 1 for value in gold) and any(gold)
+    assert with_gold == alone
+    weights = [
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (output_dir / "ppo", tmp_path / "alone")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_run_is_replaced_only_when_asked_and_only_by_its_kind(reviews_run, labelled_file):
@@ -119,6 +141,7 @@ def test_labelled_run(labelled_file, tmp_path):
     assert set(summary["ppo"]) == {"judge_before", "judge_after", "kl"}
     assert all(0 <= summary["ppo"][name] <= 1 for name in ("judge_before", "judge_after"))
     assert 0 < summary["ppo"]["kl"] < 20
+    assert all(0 <= line["rewards/gold"] <= 1 for line in ppo_metrics(output_dir / "ppo"))
     check_models(output_dir)
     parts = [
         {row[column] for row in map(json.loads, (output_dir / "data" / name).open())}
@@ -140,14 +163,69 @@ def test_wrong_data_file_costs_no_earlier_run(reviews_run, tmp_path, capsys):
     assert (output_dir / "summary.json").exists()
 
 
-def test_command_runs_the_reviews_by_default_and_shows_the_result(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "ReviewsSizes", lambda: REVIEWS)
-    parser = ArgumentParser()
-    demo.add_arguments(parser)
-    defaults = parser.parse_args([])
-    assert (defaults.seed, str(defaults.output_dir), defaults.data) == (0, "runs/demo", None)
-    assert main(["demo", "--output_dir", str(tmp_path / "run"), "--seed", "1"]) == 0
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--task", "reviews", "--data", "x.jsonl"], "data is for task labelled, got task reviews"),
+        (["--task", "counting", "--data", "x.jsonl"], "got task counting"),
+        (["--task", "labelled"], "with --data"),
+        (["--task", "cartpole", "--bf16"], "bf16 is for tasks reviews and labelled"),
+        (["--seeds", "3"], "seeds must be 1 for task reviews, got 3"),
+        (["--data", "x.jsonl", "--seeds", "2"], "seeds must be 1 for task labelled"),
+        (["--task", "counting", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--task", "counting", "--seed", "-1"], "seed must be in [0, 2**32)"),
+        (["--task", "counting", "--seed", str(2**32 - 1), "--seeds", "2"], "the 2 seeds"),
+    ],
+)
+def test_contradicting_options_are_one_line(options, named, tmp_path, capsys):
+    output_dir = tmp_path / "run"
+    assert main(["demo", *options, "--output_dir", str(output_dir)]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+    assert not output_dir.exists()
+
+
+def test_without_gymnasium_the_message_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    monkeypatch.delitem(sys.modules, "rlhf.tasks.cartpole", raising=False)
+    assert main(["demo", "--task", "cartpole", "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert 'pip install "ppo_kernels[gym]"' in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("worst", "code", "verdict"), [(475.0, 0, "3 of 3"), (474.9, 1, "2 of 3")])
+def test_every_seed_is_held_against_the_threshold(
+    worst, code, verdict, tmp_path, capsys, monkeypatch
+):
+    returns = {5: 490.0, 6: worst, 7: 500.0}
+    task = SimpleNamespace(
+        THRESHOLD=475.0, run_cartpole=lambda seed: {"return": returns[seed], "seconds": 1.5}
+    )
+    monkeypatch.setitem(sys.modules, "rlhf.tasks.cartpole", task)
+    arguments = ["demo", "--task", "cartpole", "--seed", "5", "--seeds", "3"]
+    arguments += ["--output_dir", str(tmp_path / "run")]
+    assert main(arguments) == code
     shown = capsys.readouterr().out
+    assert f"{verdict} seeds reach 475" in shown and "cartpole 2/3" in shown
+    assert shown.count("FAIL") == code
+    runs = [{"seed": seed, "return": value, "seconds": 1.5} for seed, value in returns.items()]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary == {"task": "cartpole", "threshold": 475.0, "runs": runs}
+    assert main(arguments) == 2 and "overwrite_output_dir" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite_output_dir"]) == code
+
+
+def test_command_runs_the_reviews_by_default_with_the_figures_of_the_seed(
+    reviews_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(demo, "ReviewsSizes", lambda: REVIEWS)
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--seed", "3"]) == 0
+    shown = capsys.readouterr().out
+    report = Path("runs", "demo", "report.html")
+    assert f"Report: {report}" in shown and report.exists()
     for figure in ("reward.accuracy", "ppo.gold_before", "ppo.gold_after", "ppo.kl"):
         assert figure in shown
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["seed"] == 1
+    summary = json.loads(Path("runs", "demo", "summary.json").read_text())
+    assert all(summary[key] == reviews_run[1][key] for key in ("seed", "reward", "ppo"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
+from rlhf.functions import load_function
 from rlhf.tasks import labelled, reviews
 from rlhf.tasks.base import BOS, EOS, train_tokenizer
 from rlhf.tasks.judge import Judge
@@ -119,6 +120,13 @@ def test_opinions_by_hand(sentence, expected):
 )
 def test_gold_score_by_hand(text, score):
     assert reviews.gold_score(text) == pytest.approx(score)
+
+
+def test_gold_is_a_reward_function_of_prompts_and_completions():
+    source = "rlhf.tasks.reviews:gold"
+    prompts = ["The plot is superb", "We watched this drama last week."]
+    completions = [" and charming, but the pace drags.", ""]
+    assert load_function(source)(prompts, completions) == pytest.approx([1 / 3, 0.0])
 
 
 def test_gold_score_cannot_be_won_by_repetition_or_broken_text():

@@ -1,0 +1,108 @@
+"""Saved policies and their answers to prompts: what `rlhf generate`, `rlhf evaluate` and the demo
+share, and the checks of the former two's output files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ppo_kernels import kl_divergence
+from rlhf.config import InferenceConfig, PPOConfig
+from rlhf.data import Prompts, load_prompts, tokenize_prompts
+from rlhf.errors import UserError
+from rlhf.files import disk_errors
+from rlhf.generation import Stopping
+from rlhf.models import autocast, check_fits, freeze, load_causal_lm, load_tokenizer
+from rlhf.progress import hooked, num_passes
+from rlhf.rollout import (
+    Draws,
+    Responses,
+    decode_responses,
+    response_logits,
+    sample_responses,
+)
+from rlhf.scores import Samples
+
+
+class Policy:
+    """A saved policy that answers prompts; the same seed gives every policy the same draws."""
+
+    def __init__(self, path: str, config: InferenceConfig | PPOConfig):
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.tokenizer = load_tokenizer(path)
+        self.model = freeze(load_causal_lm(path))
+        self.stopping = Stopping(self.tokenizer, config)
+
+    def check(self, prompts: Prompts) -> int:
+        """The most tokens of prompt and response. Raises UserError if the model has too few
+        positions for them."""
+        longest = max(map(len, prompts.ids)) + self.config.response_length
+        remedy = "lower max_prompt_length or response_length"
+        check_fits(self.model, self.tokenizer, longest, remedy)
+        return longest
+
+    def num_passes(self, prompts: Prompts) -> int:
+        """Passes of the model that the answers take at most."""
+        count = num_passes(len(prompts.ids), self.config.per_device_eval_batch_size)
+        return count * self.config.response_length
+
+    def answer(self, prompts: Prompts, advance: Callable[[], None]) -> Samples:
+        """A response to each prompt; `advance` is called after each pass of the model."""
+        draws = Draws.of(len(prompts.ids), self.config, self.generator)
+        with hooked(self.model.register_forward_hook, advance):
+            responses = sample_responses(
+                self.model, self.tokenizer, self.stopping, prompts.ids, draws, self.config
+            )
+        texts = decode_responses(self.tokenizer, responses)
+        return Samples(prompts.prompts, texts, prompts.columns, responses)
+
+
+@torch.no_grad()
+def exact_kl(policy: Policy, reference: Policy, responses: Responses) -> float | None:
+    """KL(policy || reference) in nats per response: the exact divergence of the next-token
+    distributions, summed over each of the policy's responses, mean over these. None for policies
+    with different vocabularies."""
+    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        return None
+    config, total = policy.config, 0.0
+    rows = torch.arange(len(responses.tokens), device=responses.tokens.device)
+    for _, part in responses.by_length(rows, config.per_device_eval_batch_size):
+        with autocast(config.bf16):
+            logits, ref_logits = (
+                # A model may have more rows than their tokenizer has tokens.
+                response_logits(side.model, part, policy.stopping)[
+                    ..., : policy.stopping.vocab_size
+                ]
+                for side in (policy, reference)
+            )
+            kl = kl_divergence(logits, ref_logits, temperature=config.temperature)
+        total += kl[part.mask].sum().item()
+    return total / len(rows)
+
+
+def read_prompts(config: InferenceConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """The first `config.num_prompts` prompts of the data set."""
+    prompts = load_prompts(config, config.dataset_name, config.dataset_split, tokenizer)
+    first = slice(config.num_prompts)
+    columns = {name: values[first] for name, values in prompts.columns.items()}
+    return Prompts(prompts.ids[first], prompts.prompts[first], columns)
+
+
+def text_prompts(
+    config: InferenceConfig | PPOConfig, texts: list[str], tokenizer: PreTrainedTokenizerBase
+) -> Prompts:
+    return Prompts(tokenize_prompts(tokenizer, texts, config.max_prompt_length), texts, {})
+
+
+def claim_file(path: Path, overwrite: bool) -> None:
+    """Raises UserError if a file cannot be written there, or is there and may not be replaced."""
+    with disk_errors(f"write output_file {path}", "choose another one"):
+        if path.is_dir():
+            raise UserError(f"output_file {path} is a folder: choose a file in it")
+        if path.exists() and not overwrite:
+            raise UserError(
+                f"output_file {path} exists: choose another one, or replace it with --overwrite"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)

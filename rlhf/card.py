@@ -1,0 +1,155 @@
+"""The model card of a stage's output folder: what the hub shows of a model, and what it is for."""
+
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import ModelCardData
+
+import ppo_kernels
+from rlhf.charts import CURVES
+from rlhf.config import TrainConfig
+from rlhf.files import GO_ON, disk_errors, write_file
+from rlhf.hub import may_be_hub_id
+
+CARD_FILE = "README.md"
+# What the model is, its tag and its pipeline on the hub.
+KINDS = {
+    "sft": ("causal language model, fine-tuned on examples", "sft", "text-generation"),
+    "reward": ("reward model, trained on preferences", "reward-model", "text-classification"),
+    "ppo": ("causal language model, trained with PPO against rewards", "ppo", "text-generation"),
+}
+SAMPLE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer("The film", return_tensors="pt")
+output = model.generate(
+    **inputs, do_sample=True, top_k=0, temperature={temperature}, max_new_tokens={length}
+)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+SCORE = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForSequenceClassification.from_pretrained(".")
+inputs = tokenizer("The film is good."{eos}, return_tensors="pt")
+score = model(**inputs).logits.item()
+print(score, (score - model.config.reward_mean) / model.config.reward_std)
+"""
+TEXT = """\
+---
+{front_matter}
+---
+
+# {title}
+
+A {kind}. It started from `{base}` and learnt from `{data}`{rewards}, with seed {seed}.
+
+## Training
+
+The stage `rlhf {stage}` made it, and `rlhf {stage} --config {stage}.yaml --output_dir ANOTHER` does
+so again: every option is in [`{stage}.yaml`]({stage}.yaml), every metric in
+[`metrics.jsonl`](metrics.jsonl).
+Versions: ppo_kernels {ppo_kernels}, torch {torch}, transformers {transformers}.
+
+## Results
+
+The last value of each figure.
+
+| figure | metric | value |
+|---|---|---|
+{results}
+
+{plots}
+
+## Use
+
+In this folder; elsewhere give its path, or its name on the hub, in place of the dot.
+
+```python
+{code}```
+
+{critic}## Limits
+
+{limits}
+"""
+CRITIC = """\
+The folder [`critic`](critic) holds PPO's critic, an `AutoModelForSequenceClassification` with one
+label: its head's output at a token is the value of the state after it. Sampling does not need it.
+
+"""
+POLICY_LIMITS = """\
+It says what resembles its data or scored well, true or not. Nothing here has measured its safety or
+its bias, nor how it does on other kinds of prompts."""
+REWARD_LIMITS = """\
+Its scores order answers to one prompt and mean nothing by themselves. A policy that is trained
+against it for long finds answers that it scores too high."""
+
+
+def write_card(folder: Path, stage: str, config: TrainConfig, metrics: dict[str, float]) -> None:
+    """Writes the model card `README.md` of a finished stage, sft, reward or ppo, into its output
+    folder.
+
+    `metrics` are the last ones, where None and what is not finite show as a dash. Of models and
+    data that are local files the card has the last part of the path only, and of plots and the
+    critic what lies in the folder.
+    """
+    kind, tag, pipeline = KINDS[stage]
+    on_hub = {
+        name: name if may_be_hub_id(name) and not Path(name).exists() else None
+        for name in (config.model_name_or_path, config.dataset_name)
+    }
+    front_matter = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["rlhf", tag, "ppo_kernels"],
+        base_model=on_hub[config.model_name_or_path],
+        datasets=on_hub[config.dataset_name],
+    )
+    rewards = [name.removeprefix("rewards/") for name in metrics if name.startswith("rewards/")]
+    if stage == "reward":
+        code = SCORE.format(eos=" + tokenizer.eos_token" if config.append_eos else "")
+    else:
+        code = SAMPLE.format(
+            temperature=getattr(config, "temperature", 1.0),
+            length=getattr(config, "response_length", 64),
+        )
+    text = TEXT.format(
+        front_matter=front_matter.to_yaml(),
+        title=folder.resolve().name,
+        kind=kind,
+        base=on_hub[config.model_name_or_path] or Path(config.model_name_or_path).resolve().name,
+        data=on_hub[config.dataset_name] or Path(config.dataset_name).resolve().name,
+        rewards=f" for {', '.join(f'`{name}`' for name in rewards)}" if rewards else "",
+        seed=config.seed,
+        stage=stage,
+        ppo_kernels=ppo_kernels.__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        results="\n".join(results(stage, metrics)),
+        plots="\n".join(f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob("*.png"))),
+        code=code,
+        critic=CRITIC if (folder / "critic").is_dir() else "",
+        limits=REWARD_LIMITS if stage == "reward" else POLICY_LIMITS,
+    )
+    with disk_errors(f"write {folder / CARD_FILE}", GO_ON):
+        write_file(folder / CARD_FILE, text.encode())
+
+
+def results(stage: str, metrics: dict[str, float | None]) -> list[str]:
+    """Rows of the table: the figures that the report shows first, then held-out ones."""
+    shown = [name for name in CURVES[stage] if name in metrics]
+    shown += [name for name in metrics if name.startswith("eval/") and name not in shown]
+    rows = []
+    for name in shown:
+        title, about = CURVES[stage].get(name, (name.removeprefix("eval/"), "on held-out data"))
+        value = metrics[name]
+        known = value is not None and math.isfinite(value)
+        rows.append(
+            f"| {title}{about and f', {about}'} | `{name}` | {f'{value:.4g}' if known else '–'} |"
+        )
+    return rows

@@ -1,0 +1,184 @@
+"""`rlhf evaluate`: two policies on the same prompts, compared by judges.
+
+Both policies answer with the same random numbers, so that equal policies give equal answers. Each
+judge scores all answers, and its verdict on a prompt is whether B's score is above A's.
+"""
+
+import json
+from dataclasses import asdict
+from math import isnan
+from pathlib import Path
+from statistics import correlation, fmean
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf.answers import Policy, claim_file, exact_kl, read_prompts, text_prompts
+from rlhf.config import EvaluateConfig
+from rlhf.errors import UserError
+from rlhf.files import disk_errors, write_file
+from rlhf.intervals import CONFIDENCE, mean_interval, win_rate_interval
+from rlhf.progress import Display
+from rlhf.rewards import check_rewards, for_tokenizer, load_rewards
+from rlhf.scores import Samples, score_apart
+
+SIDES = ("a", "b")
+NOTE = "with 95 % confidence intervals; with length: correlation of B - A in score and in length"
+
+
+def run(config: EvaluateConfig) -> dict:
+    """Writes all figures to `config.output_file`, and prompts, answers and scores beside it, as
+    .jsonl; prints a table and returns the figures."""
+    path = Path(config.output_file)
+    pairs_path = path.with_suffix(".jsonl")
+    for file in (path, pairs_path):
+        claim_file(file, config.overwrite)
+    policies = [Policy(name, config) for name in config.policies]
+    first, second = (read_prompts(config, policy.tokenizer) for policy in policies)
+    if first.prompts != second.prompts:  # beginnings of texts, cut at the tokens of each policy
+        own = text_prompts(config, first.prompts, policies[1].tokenizer)
+        second = own._replace(columns=first.columns)
+    judges = load_rewards(config, policies[0].tokenizer)
+    judges = [judges, for_tokenizer(judges, policies[1].tokenizer)]
+    for policy, prompts, own in zip(policies, (first, second), judges, strict=True):
+        check_rewards(own, prompts, policy.check(prompts))
+
+    total = policies[0].num_passes(first) + policies[1].num_passes(second)
+    with Display("evaluate", total) as display:
+        samples = [
+            policy.answer(prompts, display.advance)
+            for policy, prompts in zip(policies, (first, second), strict=True)
+        ]
+    scores = [
+        {judge.name: score_apart(judge, part).tolist() for judge in own}
+        for own, part in zip(judges, samples, strict=True)
+    ]
+    figures = {
+        "policies": dict(zip(SIDES, config.policies, strict=True)),
+        "prompts": len(first.prompts),
+        "confidence": CONFIDENCE,
+        "judges": {
+            judge.name: judge_figures(judge.name, *samples, *(side[judge.name] for side in scores))
+            for judge in judges[0]
+        },
+        "answers": {side: answer_figures(part) for side, part in zip(SIDES, samples, strict=True)},
+        "kl_b_a": exact_kl(policies[1], policies[0], samples[1].responses),
+        "config": asdict(config),
+    }
+    answers = [
+        [
+            answer | {"scores": {name: _or_none(values[i]) for name, values in side.items()}}
+            for i, answer in enumerate(part.answers())
+        ]
+        for part, side in zip(samples, scores, strict=True)
+    ]
+    lines = [
+        json.dumps({"prompt": prompt, "a": a, "b": b}, ensure_ascii=False) + "\n"
+        for prompt, a, b in zip(first.prompts, *answers, strict=True)
+    ]
+    with disk_errors(f"write output_file {path}", "choose another one"):
+        write_file(pairs_path, "".join(lines).encode())
+        write_file(
+            path,
+            (json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode(),
+        )
+    show(figures)
+    print(f"figures: {path}, answers: {pairs_path}")
+    return figures
+
+
+def judge_figures(
+    name: str, a: Samples, b: Samples, scores_a: list[float], scores_b: list[float]
+) -> dict[str, object]:
+    """What a judge's scores, NaN where it says nothing, say of B against A.
+
+    Pairs of which it does not score both answers are left out, and equal answers are a tie: their
+    scores may differ in rounding, which depends on what else is in a batch. `length_correlation`
+    is Pearson's, between what B's answer has more of, in characters, and how much higher it scores:
+    a judge that likes length, or a policy that has learnt so, shows in it.
+    """
+    rows = [
+        row
+        for row, pair in enumerate(zip(scores_a, scores_b, strict=True))
+        if not any(map(isnan, pair))
+    ]
+    if not rows:
+        raise UserError(
+            f"judge {name} scored no pair of answers, it returned None for one of each: give "
+            "another in reward_funcs, or other prompts"
+        )
+    kept_a, kept_b = [scores_a[row] for row in rows], [scores_b[row] for row in rows]
+    same_end = (a.responses.ended == b.responses.ended).tolist()
+    differences = [
+        0.0
+        if a.completions[row] == b.completions[row] and same_end[row]
+        else scores_b[row] - scores_a[row]
+        for row in rows
+    ]
+    longer = [len(b.completions[row]) - len(a.completions[row]) for row in rows]
+    results = [(1 + (d > 0) - (d < 0)) / 2 for d in differences]
+    varied = len(set(longer)) > 1 and len(set(differences)) > 1
+    return {
+        "pairs": len(rows),
+        "left_out": len(scores_a) - len(rows),
+        "mean_a": fmean(kept_a),
+        "mean_a_interval": mean_interval(kept_a),
+        "mean_b": fmean(kept_b),
+        "mean_b_interval": mean_interval(kept_b),
+        "difference": fmean(differences),
+        "difference_interval": mean_interval(differences),
+        "win_rate": fmean(results),
+        "win_rate_interval": win_rate_interval(results),
+        "wins": results.count(1),
+        "ties": results.count(0.5),
+        "losses": results.count(0),
+        "length_correlation": correlation(longer, differences) if varied else None,
+    }
+
+
+def answer_figures(samples: Samples) -> dict[str, float]:
+    """Mean lengths of a policy's answers, and the share of them that ended by themselves."""
+    return {
+        "tokens": samples.responses.mask.sum(1).float().mean().item(),
+        "characters": fmean(map(len, samples.completions)),
+        "ended": samples.responses.ended.float().mean().item(),
+    }
+
+
+def _or_none(score: float) -> float | None:
+    return None if isnan(score) else score
+
+
+def show(figures: dict) -> None:
+    """Prints a table on a terminal, elsewhere a line for each judge."""
+    console = Console(highlight=False)
+    rows = {name: _summary(judge) for name, judge in figures["judges"].items()}
+    if console.is_terminal:
+        table = Table("judge", *rows, caption=NOTE)
+        for key in next(iter(rows.values())):
+            table.add_row(key, *(row[key] for row in rows.values()))
+        console.print(table)
+    else:
+        for name, row in rows.items():
+            print("  ".join([f"judge {name}", *(f"{key} {cell}" for key, cell in row.items())]))
+    for side in SIDES:
+        answers = figures["answers"][side]
+        print(
+            f"{side.upper()} {figures['policies'][side]}: {answers['tokens']:.1f} tokens, "
+            f"{answers['characters']:.1f} characters, {answers['ended']:.0%} ended"
+        )
+    if figures["kl_b_a"] is not None:
+        print(f"KL(B || A) {figures['kl_b_a']:.2f} nats per answer")
+
+
+def _summary(judge: dict) -> dict[str, str]:
+    cells = {}
+    for key, name in (("mean_a", "A"), ("mean_b", "B"), ("difference", "B - A")):
+        interval = judge[f"{key}_interval"]
+        margin = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.3f}"
+        cells[name] = f"{judge[key]:.3f}{margin}"
+    low, high = judge["win_rate_interval"]
+    cells["B wins"] = f"{judge['win_rate']:.3f} [{low:.3f}, {high:.3f}]"
+    length = judge["length_correlation"]
+    cells["with length"] = "-" if length is None else f"{length:+.2f}"
+    return cells | {name: str(judge[name]) for name in ("pairs", "ties", "left_out")}

@@ -1,0 +1,62 @@
+"""`rlhf generate`: a model's completions of prompts, in a JSONL file."""
+
+import json
+from pathlib import Path
+
+from rlhf.answers import Policy, claim_file, read_prompts, text_prompts
+from rlhf.config import GenerateConfig
+from rlhf.data import Prompts
+from rlhf.errors import UserError
+from rlhf.files import disk_errors, write_file
+from rlhf.progress import Display
+
+NUM_SHOWN = 3
+KEYS = ("completion", "tokens", "ended")
+
+
+def run(config: GenerateConfig) -> list[dict]:
+    """Writes a line `prompt`, `completion`, `tokens`, `ended`, and the data's other columns, for
+    each completion to `config.output_file`; returns them.
+
+    A prompt's completions stand one after the other. `tokens` counts the one that ended the
+    completion, `ended` tells whether there is one; `completion` is without special tokens.
+    """
+    path = Path(config.output_file)
+    claim_file(path, config.overwrite)
+    policy = Policy(config.model_name_or_path, config)
+    if config.prompt is None:
+        prompts = read_prompts(config, policy.tokenizer)
+    else:
+        prompts = text_prompts(config, config.prompt[: config.num_prompts], policy.tokenizer)
+    if taken := sorted(prompts.columns.keys() & set(KEYS)):
+        raise UserError(
+            f"{config.dataset_name} has a column {taken[0]!r}, which in output_file is the model's "
+            "own: rename it"
+        )
+    policy.check(prompts)
+
+    prompts = repeated(prompts, config.num_completions)
+    with Display("generate", policy.num_passes(prompts)) as display:
+        samples = policy.answer(prompts, display.advance)
+    rows = [
+        {"prompt": prompt, **answer} | {name: prompts.columns[name][i] for name in prompts.columns}
+        for i, (prompt, answer) in enumerate(zip(prompts.prompts, samples.answers(), strict=True))
+    ]
+    # A column of another file format may hold dates and the like.
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    with disk_errors(f"write output_file {path}", "choose another one"):
+        write_file(path, "".join(lines).encode())
+    for row in range(min(NUM_SHOWN, len(rows))):
+        print(samples.describe(row))
+    print(f"{path}: {len(rows)} completions, {sum(row['ended'] for row in rows)} ended")
+    return rows
+
+
+def repeated(prompts: Prompts, times: int) -> Prompts:
+    """Every prompt so many times in a row."""
+    rows = [row for row in range(len(prompts.ids)) for _ in range(times)]
+    return Prompts(
+        [prompts.ids[row] for row in rows],
+        [prompts.prompts[row] for row in rows],
+        {name: [values[row] for row in rows] for name, values in prompts.columns.items()},
+    )

@@ -1,0 +1,142 @@
+"""What the configurations of all commands are made of: fields with a help text under a heading, and
+the options that several commands share."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from functools import partial
+
+from rlhf.errors import UserError
+
+# The headings, in the order of the help and of the YAML files.
+SECTIONS = (
+    "Models and data",
+    "Output and checkpoints",
+    "Learning",
+    "Batches and precision",
+    "Rewards",
+    "KL penalty",
+    "PPO",
+    "Responses",
+)
+
+
+def option(section: str, default, text: str):
+    metadata = {"help": text, "section": section}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(section: str, text: str):
+    return field(metadata={"help": text, "section": section})
+
+
+data = partial(option, SECTIONS[0])
+output = partial(option, SECTIONS[1])
+learning = partial(option, SECTIONS[2])
+hardware = partial(option, SECTIONS[3])
+rewards = partial(option, SECTIONS[4])
+kl = partial(option, SECTIONS[5])
+ppo = partial(option, SECTIONS[6])
+responses = partial(option, SECTIONS[7])
+
+
+def _path_as_text(value: object) -> object:
+    if isinstance(value, list):
+        return [_path_as_text(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What every command has that runs a model."""
+
+    seed: int = learning(0, "Seed of every random choice.")
+    per_device_eval_batch_size: int = hardware(64, "Sequences in one pass without gradient.")
+    bf16: bool = hardware(False, "Run the models in bfloat16 autocast (the weights stay fp32).")
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            setattr(self, name, _path_as_text(value))
+        self._check("must be in [0, 2**32)", lambda x: 0 <= x < 2**32, "seed")
+        self._check("must be >= 1", lambda x: x >= 1, "per_device_eval_batch_size")
+
+    def _check(self, rule: str, holds, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not holds(value):
+                raise UserError(f"{name} {rule}, got {value!r}")
+
+
+@dataclass(kw_only=True)
+class ModelOptions(Options):
+    model_name_or_path: str = required(SECTIONS[0], "Folder or hub id of the model to start from.")
+
+
+@dataclass(kw_only=True)
+class DataOptions(Options):
+    dataset_name: str = required(
+        SECTIONS[0],
+        "Training data: a .jsonl, .json, .csv or .parquet file, a folder that datasets saved, or a "
+        "hub id.",
+    )
+    dataset_config_name: str | None = data(None, "Configuration of a data set from the hub.")
+    dataset_split: str = data("train", "Split of a data set that has several.")
+
+
+@dataclass(kw_only=True)
+class RewardOptions(Options):
+    reward_funcs: list[str] = rewards(
+        [],
+        "What scores a response; several are weighted and summed. Each is the folder or hub id of "
+        "a reward model, module:function, or file.py:function, called as f(prompts, completions, "
+        "**columns) -> one score (or None, or a list with one for each token) per completion.",
+    )
+
+
+@dataclass(kw_only=True)
+class ResponseOptions(Options):
+    """How a policy answers prompts."""
+
+    temperature: float = responses(
+        1.0, "Divides the logits everywhere: sampling, update, reference."
+    )
+    response_length: int = responses(64, "Longest response, in tokens.")
+    min_response_length: int = responses(
+        0,
+        "Neither EOS nor a stop_token is sampled before this many tokens, and no stop_strings "
+        "end a response.",
+    )
+    sample_response_length: bool = responses(
+        False, "Draw each response's longest length from [min_response_length, response_length]."
+    )
+    stop_token: list[str] | None = responses(
+        None, "Tokens that end a response as EOS does (the last token is kept)."
+    )
+    stop_strings: list[str] | None = responses(
+        None, "Texts that end a response, with the token that completes one."
+    )
+    max_prompt_length: int = responses(512, "Of longer prompts the last tokens are kept.")
+    text_prompt_length: list[int] = responses(
+        [2, 8],
+        "Where the data has text rather than prompt: the first tokens of each text are a prompt, "
+        "so many at least and at most.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check("must be > 0", lambda x: 0 < x < math.inf, "temperature")
+        self._check("must be >= 1", lambda x: x >= 1, "response_length", "max_prompt_length")
+        for name in ("stop_token", "stop_strings"):
+            self._check("must not hold empty strings", lambda x: all(x or []), name)
+        self._check(
+            f"must be in [0, response_length = {self.response_length}]",
+            lambda x: 0 <= x <= self.response_length,
+            "min_response_length",
+        )
+        self._check(
+            "must be two numbers of tokens, the least (>= 1) and the most",
+            lambda x: len(x) == 2 and 1 <= x[0] <= x[1],
+            "text_prompt_length",
+        )

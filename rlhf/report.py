@@ -1,0 +1,226 @@
+"""`rlhf report`: what a run did, on one HTML page that needs no network and no other file.
+
+The page is made of what lies in the folder, so it can be had of a run that is still going or was
+cut off: metrics.jsonl of each stage, PPO's completions.jsonl, and the demo's summary.json. The same
+files give the same bytes.
+"""
+
+import json
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from rlhf.charts import compare, draw_curves, draw_frontier, finite, points
+from rlhf.checkpoint import METRICS_FILE
+from rlhf.errors import UserError, one_line
+from rlhf.files import disk_errors, write_file
+
+REPORT_FILE = "report.html"
+TEMPLATE = Path(__file__).with_name(REPORT_FILE)
+TITLES = {"ppo": "PPO", "reward": "Reward model", "sft": "Supervised fine-tuning"}
+# On top: title, metric, what it is of, and which of its values; of two with one title the first.
+KEY_FIGURES = {
+    "ppo": (
+        ("Score in training", "objective/scores", "mean, first → last iteration", (0, -1)),
+        ("KL to the reference", "objective/kl", "nats per response, last iteration", (-1,)),
+    ),
+    "reward": (
+        ("Reward model accuracy", "eval/accuracy", "of held-out pairs", (-1,)),
+        ("Reward model accuracy", "accuracy", "of training pairs", (-1,)),
+    ),
+    "sft": (("SFT loss", "loss", "nats per token, first → last", (0, -1)),),
+}
+COMPLETIONS_FILE = "completions.jsonl"
+MAX_COMPLETIONS = 128
+MAX_CHARACTERS = 2000  # of a text on the page
+
+
+class Stage(NamedTuple):
+    """A stage's run as it lies in its folder. `total` steps are None where nothing tells them."""
+
+    name: str
+    folder: Path
+    yaml: str
+    settings: dict
+    records: list[dict]
+    step: int
+    total: int | None
+    finished: bool
+
+
+def read_lines(path: Path, notes: list[str]) -> list[dict]:
+    """The objects of a JSONL file, of which there may be none; of lines that are not whole, as a
+    kill or a run at work leaves the last one, `notes` gets word."""
+    rows, torn = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            torn += 1
+    if torn:
+        lines = "1 line is" if torn == 1 else f"{torn} lines are"
+        notes.append(f"{path.parent.name}/{path.name}: {lines} not whole and left out.")
+    return rows
+
+
+def read_stage(name: str, folder: Path, notes: list[str]) -> Stage:
+    path = folder / f"{name}.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = dict(yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}: restore the file") from error
+    records = [row for row in read_lines(folder / METRICS_FILE, notes) if "step" in row]
+    step = max((row["step"] for row in records), default=0)
+    total = settings.get("max_steps", -1)
+    if counted := [row for row in records if row.get("episodes")]:
+        per_step = counted[-1]["episodes"] // counted[-1]["step"]
+        total = math.ceil(settings["total_episodes"] / per_step)
+    total = total if total > 0 else None
+    # The model is saved last of all, and lies there too when a finished run is taken up again.
+    finished = (folder / "config.json").exists() and (total is None or step >= total)
+    return Stage(name, folder, text, settings, records, step, total, finished)
+
+
+def read_completions(folder: Path, notes: list[str]) -> list[dict]:
+    """What the reference (`before`) and the policy (`after`) answered to the same prompts."""
+    rows = read_lines(folder / COMPLETIONS_FILE, notes)[:MAX_COMPLETIONS]
+    for row in rows:
+        for side in (row["before"], row["after"]):
+            side["score"] = finite(side["score"])
+        before, after = row["before"]["score"], row["after"]["score"]
+        row["gain"] = None if None in (before, after) else after - before
+    return rows
+
+
+def read_summary(path: Path, notes: list[str]) -> dict:
+    """The results of a demo; nothing before its end."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        notes.append(f"{path.name} is not whole and left out.")
+        return {}
+
+
+def make_tiles(stages: list[Stage], rows: list[dict], summary: dict) -> list[tuple]:
+    """The key figures: a title, a value or two (before and after), and what they are of."""
+    tiles = []
+    results = summary.get("ppo", {})
+    for name in [key.removesuffix("_before") for key in results if key.endswith("_before")]:
+        values = [results[f"{name}_before"], results[f"{name}_after"]]
+        tiles.append((f"{name.capitalize()} score", values, "on fresh prompts, before → after PPO"))
+    if rows:
+        about = f"mean of {len(rows)} answers, before → after PPO"
+        for title, name in (("Score", "score"), ("Response length", "tokens")):
+            sides = [points([row[side] for row in rows], name)[0] for side in ("before", "after")]
+            if all(sides):
+                tiles.append((title, [fmean(values) for values in sides], about))
+    for stage in stages:
+        titles = set()
+        for title, metric, about, ends in KEY_FIGURES[stage.name]:
+            (values,) = points(stage.records, metric)
+            if values and title not in titles:
+                tiles.append((title, [values[end] for end in ends], about))
+                titles.add(title)
+    if "seconds" in summary:
+        tiles.append(("Time", [summary["seconds"]], "seconds, all stages"))
+    return tiles
+
+
+def find_stages(folder: Path, notes: list[str]) -> list[Stage]:
+    """The stages of a demo's folder, or the one whose own folder this is, the last one first."""
+    stages = []
+    for name in TITLES:
+        for place in (folder, folder / name):
+            if (place / f"{name}.yaml").exists():
+                stages.append(read_stage(name, place, notes))
+    if not stages:
+        raise UserError(
+            f"folder {folder} must hold a run, and there is none of ppo.yaml, reward.yaml and "
+            "sft.yaml in it or in subfolders named ppo, reward and sft: give the output_dir of a "
+            "stage, or the folder of a demo"
+        )
+    return stages
+
+
+def last_change(folder: Path, stages: list[Stage]) -> str:
+    """When the youngest of the files that the page is made of was written."""
+    files = [folder / "summary.json"]
+    for stage in stages:
+        names = (f"{stage.name}.yaml", METRICS_FILE, COMPLETIONS_FILE)
+        files += [stage.folder / name for name in names]
+    seconds = max(file.stat().st_mtime for file in files if file.exists())
+    return f"{datetime.fromtimestamp(seconds, timezone.utc):%d %B %Y, %H:%M} UTC"
+
+
+def numbers(values: Sequence[float | None]) -> list[str]:
+    """Figures that belong together, with as many decimals each: three digits of the greatest."""
+    greatest = max((abs(value) for value in values if value), default=0)
+    form = ",.0f" if greatest >= 999.5 else ".2e"
+    if 1e-3 <= greatest < 999.5:
+        form = f".{2 - math.floor(math.log10(greatest))}f"
+    if greatest == 0:
+        form = ".0f"
+    return ["–" if x is None else format(x, form).replace("-", "−") for x in values]
+
+
+def clip(text: str) -> str:
+    text = text.strip() or "(empty)"
+    rest = len(text) - MAX_CHARACTERS
+    return text if rest <= 0 else f"{text[:MAX_CHARACTERS]} … ({rest:,} more characters)"
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` of a demo's folder, or of a stage's output folder, into it; returns its
+    path. Raises UserError where there is no run."""
+    notes = []
+    stages = find_stages(folder, notes)
+    summary = read_summary(folder / "summary.json", notes)
+    ppo = next((stage for stage in stages if stage.name == "ppo"), None)
+    rows = [] if ppo is None else read_completions(ppo.folder, notes)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"numbers": numbers, "clip": clip, "name": lambda path: Path(path).name}
+    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=folder.resolve().name,
+        date=last_change(folder, stages),
+        titles=TITLES,
+        stages=stages,
+        seconds=summary.get("stage_seconds", {}),
+        notes=notes,
+        tiles=make_tiles(stages, rows, summary),
+        frontier=[] if ppo is None else draw_frontier(ppo.records),
+        completions=rows,
+        comparison=compare(rows) if rows else None,
+        curves={stage.name: draw_curves(stage.name, stage.records) for stage in stages},
+    )
+    path = folder / REPORT_FILE
+    with disk_errors(f"write {path}", "free some space, or copy the run elsewhere"):
+        # A text may hold half a character, which UTF-8 has no bytes for.
+        write_file(path, html.encode("utf-8", "replace"))
+    return path
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, help="the demo's folder, or the output_dir of one stage"
+    )
+
+
+def main(args: Namespace) -> int:
+    print(write_report(args.folder))
+    return 0

@@ -1,0 +1,90 @@
+"""The model card: what it says is so, and the code in it runs."""
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from rlhf.card import write_card
+from rlhf.ppo import train_ppo
+
+
+@pytest.fixture(scope="module")
+def policy(ppo_config, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("ppo") / "policy"
+    config = ppo_config(output_dir=str(path), response_length=6, temperature=0.5)
+    write_card(path, "ppo", config, train_ppo(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scorer(trained_reward, reward_config, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cards") / "scorer"
+    shutil.copytree(trained_reward, path)
+    write_card(path, "reward", reward_config(output_dir=str(path)), {"accuracy": 0.75})
+    return path
+
+
+def run_code(folder: Path, prompt: str, monkeypatch) -> dict:
+    """Runs the code of a card in its folder, on words of the tests' world; returns its names."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert '"The film' in code
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(re.sub(r'"The film[^"]*"', repr(prompt), code), names)
+    return names
+
+
+def test_policys_card_has_its_front_matter_and_links_that_lead_somewhere(policy):
+    card = ModelCard.load(policy / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["rlhf", "ppo", "ppo_kernels"]
+    assert card.data.base_model is None and card.data.datasets is None
+    assert card.text.startswith("\n# policy\n")
+    assert "from `sft` and learnt from `prompts.jsonl` for `reward`" in card.text
+    links = re.findall(r"\]\(([^)]+)\)", card.text)
+    assert {"ppo.yaml", "metrics.jsonl", "critic", "reward.png", "policy.png"} <= set(links)
+    assert all((policy / link).exists() for link in links)
+
+
+def test_no_local_path_is_told(policy, scorer):
+    for folder in (policy, scorer):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert str(folder.parent) not in text and not re.search(r"(?<![\w.])/\w+/", text)
+
+
+def test_policys_code_samples_as_it_was_trained(policy, monkeypatch):
+    names = run_code(policy, "film is", monkeypatch)
+    text = (policy / "README.md").read_text()
+    assert "temperature=0.5, max_new_tokens=6" in text
+    prompt = names["inputs"]["input_ids"].shape[1]
+    assert prompt < names["output"].shape[1] <= prompt + 6
+
+
+def test_reward_models_code_prints_its_score_also_normalised(scorer, monkeypatch, capsys):
+    good = run_code(scorer, "film is good great .", monkeypatch)["score"]
+    bad = run_code(scorer, "film is bad weak .", monkeypatch)["score"]
+    assert good > bad
+    printed = [float(number) for number in capsys.readouterr().out.split()]
+    config = yaml.safe_load((scorer / "config.json").read_text())
+    expected = (good - config["reward_mean"]) / config["reward_std"]
+    assert printed[:2] == pytest.approx([good, expected], rel=1e-5)
+    assert "critic" not in (scorer / "README.md").read_text().split("## Limits")[0]
+
+
+def test_names_of_the_hub_are_given_and_a_figure_that_is_none_is_a_dash(sft_config, tmp_path):
+    config = sft_config(
+        model_name_or_path="openai-community/gpt2", dataset_name="stanfordnlp/imdb", output_dir="x"
+    )
+    metrics = {"loss": 1.23456, "lr": math.nan, "grad_norm": None, "eval/loss": 2.0}
+    write_card(tmp_path, "sft", config, metrics)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "openai-community/gpt2"
+    assert card.data.datasets == "stanfordnlp/imdb"
+    rows = dict(re.findall(r"\| `(\S+)` \| (\S+) \|", card.text))
+    assert rows == {"loss": "1.235", "lr": "–", "grad_norm": "–", "eval/loss": "2"}
+    assert "![" not in card.text

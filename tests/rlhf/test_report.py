@@ -1,0 +1,319 @@
+"""The report page: what it says is what the run's files hold, and a browser draws it by itself."""
+
+import html
+import json
+import re
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib import image
+
+from rlhf import charts
+from rlhf.cli import main
+from rlhf.errors import UserError
+from rlhf.ppo import train_ppo
+from rlhf.report import numbers, write_report
+from tests.rlhf.conftest import GOOD
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+WIDTH, HEIGHT = 1280, 9000
+PLANTED = "http://planted.invalid/x.png"
+MEASURE = """<script>
+for (const fold of document.querySelectorAll("details")) fold.open = true;
+const boxes = [...document.querySelectorAll("figure")].map((figure) => {
+  const {x, y, width, height} = figure.querySelector("svg").getBoundingClientRect();
+  return [figure.querySelector("h4").textContent, x, y, width, height];
+});
+const out = document.createElement("pre");
+out.id = "boxes";
+out.hidden = true;
+out.textContent = JSON.stringify([document.documentElement.scrollWidth, boxes]);
+document.body.append(out);
+</script>"""
+
+
+def gold(prompts, completions, **columns) -> list[float]:
+    return [float(sum(word in GOOD for word in text.split())) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def demo(ppo_config, trained_sft, trained_reward, world, tmp_path_factory) -> Path:
+    """The folder of a demo: three runs of the tests' world, with a gold score of weight 0."""
+    path = tmp_path_factory.mktemp("demo") / "demo"
+    shutil.copytree(trained_sft, path / "sft")
+    shutil.copytree(trained_reward, path / "reward")
+    config = ppo_config(
+        output_dir=str(path / "ppo"),
+        eval_dataset_name=str(world / "prompts.jsonl"),
+        reward_weights=[1.0, 0.0],
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        total_episodes=64,
+    )
+    train_ppo(config, reward_funcs=[str(trained_reward), gold])
+    results = {"gold_before": 0.01, "gold_after": 0.694, "kl": 5.1}
+    summary = {"seed": 0, "seconds": 603.2, "ppo": results, "stage_seconds": {"sft": 132.1}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def make_stage(folder: Path, name: str, records: list[dict], **settings) -> Path:
+    """A stage's folder as it is while the run goes on."""
+    folder.mkdir(exist_ok=True)
+    settings = {"model_name_or_path": "m", "dataset_name": "d", "seed": 7} | settings
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+    return folder
+
+
+def answer(text: str, score: float | None, tokens: int = 5, ended: bool = True) -> dict:
+    return {"completion": text, "score": score, "tokens": tokens, "ended": ended}
+
+
+def write_completions(folder: Path, rows: list[tuple[str, dict, dict]], end: str = "") -> None:
+    lines = [json.dumps(dict(zip(("prompt", "before", "after"), row, strict=True))) for row in rows]
+    (folder / "completions.jsonl").write_text("\n".join(lines) + "\n" + end)
+
+
+def words(page: str) -> str:
+    """The page as one reads it, charts aside."""
+    body = re.sub(r"<svg.*?</svg>", "", page.split("<body>")[1], flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def report(folder: Path) -> str:
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(demo) -> str:
+    return report(demo)
+
+
+def test_page_tells_what_the_files_of_a_demo_hold(demo, page):
+    text = words(page)
+    assert "Gold score 0.010 → 0.694 on fresh prompts" in text and "Time 603" in text
+    assert text.count("finished after") == 3 and "finished after 8 steps" in text
+    rows = [json.loads(line) for line in (demo / "ppo" / "completions.jsonl").open()]
+    means = [statistics.fmean(row[side]["score"] for row in rows) for side in ("before", "after")]
+    assert f"Score {' → '.join(numbers(means))} mean of {len(rows)} answers" in text
+    last = json.loads((demo / "ppo" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert f"KL to the reference {numbers([last['objective/kl']])[0]}" in text
+    assert "Gold score against KL" in text and "Score against KL" in text
+    for row in rows:
+        assert row["prompt"] in text and row["after"]["completion"].strip() in text
+    for stage in ("sft", "reward", "ppo"):
+        assert (demo / stage / f"{stage}.yaml").read_text() in html.unescape(page)
+        metrics = {
+            name for line in (demo / stage / "metrics.jsonl").open() for name in json.loads(line)
+        }
+        assert metrics
+        section = page.split(f'<section id="{stage}">')[1].split("</section>")[0]
+        drawn = {
+            name
+            for name in metrics
+            if f"<code>{name}</code>" in section or f"<h4>{name}" in section
+        }
+        assert {name for name in metrics - drawn if not name.startswith("eval/")} == {"step"} | (
+            {"episodes"} if stage == "ppo" else set()
+        )
+
+
+def test_same_files_same_bytes_and_one_stage_by_itself(demo, page):
+    assert report(demo) == page
+    text = words(report(demo / "reward"))
+    assert "Reward model accuracy" in text and "of held-out pairs" in text and "PPO" not in text
+
+
+def browse(page: Path, folder: Path) -> tuple[str, set[str]]:
+    """Opens a page in the browser, which leaves shot.png in `folder`; returns the document as it
+    stands then, and the addresses that the page, not the browser, asked for."""
+    log = folder / "net.json"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--dump-dom"]
+    command += [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={folder / 'shot.png'}"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, timeout=120, check=True)
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    asked = {
+        event["url"]
+        for event in events
+        if event.get("network_isolation_key", "").startswith("file:")
+        or event.get("initiator", "not an origin") != "not an origin"
+    }
+    return done.stdout.decode(), asked
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
+def test_browser_draws_every_chart_and_the_page_fetches_nothing(page, tmp_path):
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    assert policy[1].startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+    planted = page.replace("</footer>", f'</footer><img src="{PLANTED}">')
+    # With the policy not even what is planted is fetched; without it nothing else is.
+    guarded = tmp_path / "guarded.html"
+    guarded.write_text(planted, encoding="utf-8")
+    assert browse(guarded, tmp_path)[1] == set()
+    bare = tmp_path / "bare.html"
+    bare.write_text(planted.replace(policy[0], "").replace("</body>", MEASURE + "</body>"))
+    document, asked = browse(bare, tmp_path)
+    assert asked == {PLANTED}
+
+    width, boxes = json.loads(html.unescape(re.search(r'id="boxes"[^>]*>([^<]+)<', document)[1]))
+    assert width == WIDTH and len(boxes) == page.count("<figure>") > 40
+    shot = image.imread(tmp_path / "shot.png")[..., :3]
+    for title, *box in boxes:
+        x, y, w, h = map(round, box)
+        assert w > 250 and h > 140 and x >= 0 and x + w <= WIDTH and y + h <= HEIGHT, title
+        part = shot[y : y + h, x : x + w]
+        # Axes, grid and text are grey; only what is drawn of the run has a colour.
+        assert (np.ptp(part, axis=-1) > 0.25).sum() > 20, f"{title}: nothing is drawn"
+
+
+def test_run_that_was_cut_off_shows_what_there_is(tmp_path):
+    records = [
+        {
+            "step": i,
+            "objective/scores": i / 2,
+            "objective/kl": i,
+            "kl_coef": None,
+            "episodes": 8 * i,
+        }
+        for i in range(1, 5)
+    ]
+    folder = make_stage(tmp_path / "run", "ppo", records, total_episodes=77)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "objective/sc')
+    write_completions(
+        folder, [("p", answer("a", 1.0), answer("b", None))], end='{"prompt": "q", "bef'
+    )
+    text = words(report(folder))
+    assert "still going or cut off: step 4 of 10" in text
+    assert "run/metrics.jsonl: 1 line is not whole and left out." in text
+    assert "run/completions.jsonl: 1 line is not whole and left out." in text
+    assert "Score in training 0.50 → 2.00" in text and "KL to the reference 4.00" in text
+    assert "Without a finite value: kl_coef." in text and "after – 5 tokens" in text
+    (folder / "completions.jsonl").unlink()
+    (folder / "config.json").touch()  # of the model, when a finished run goes on again
+    assert "still going or cut off: step 4 of 10" in words(report(folder))
+    (folder / "ppo.yaml").write_text((folder / "ppo.yaml").read_text().replace("77", "32"))
+    assert "finished after 4 steps" in words(report(folder))
+    assert "Before and after" not in words(report(folder))
+
+
+def test_run_that_has_only_begun(tmp_path):
+    folder = make_stage(tmp_path / "run", "sft", [], max_steps=30)
+    page = report(folder)
+    assert "step 0 of 30" in page and "No metrics have been logged yet." in page
+    assert "<svg" not in page
+    (folder / "metrics.jsonl").unlink()
+    assert report(folder) == page
+    make_stage(folder, "sft", [{"step": 10, "loss": 2.5}], max_steps=-1)
+    page = report(folder)
+    assert "cut off: step 10<" in page and page.count("<svg") == 1
+    assert "<b>2.50</b>" in page and page.count("<use") > page.count("xtick")
+
+
+def test_texts_are_shown_and_never_run(tmp_path):
+    folder = make_stage(tmp_path / "<i>run", "ppo", [])
+    evil = "</p><script>alert('x')</script>{{ 7 * 6 }}"
+    exotic = "naïve 你好 🙂 \u202eabc\u2028 $x_1$"
+    write_completions(
+        folder,
+        [(evil, answer(evil, 0.0), answer(exotic, 1.0)), ("", answer(" ", 1), answer("\ud83d", 1))],
+    )
+    page = report(folder)
+    assert "<script" not in page and "<i>run" not in page
+    assert html.unescape(page).count(evil) == 2 and exotic in page
+    assert "(empty)" in page and page.count('<p class="text" dir="auto">?</p>') == 1
+
+
+def test_means_correlations_and_gains(tmp_path):
+    folder = make_stage(tmp_path / "run", "ppo", [])
+    before = [answer("a", 1.0, 2), answer("b", 2.0, 4), answer("c", 4.0, 3, ended=False)]
+    after = [answer("d", 3.0, 1), answer("e", 2.0, 1), answer("f", 4.0, 1)]
+    before[0]["rewards"], after[0]["rewards"] = {"gold": 0.25, "x": None}, {"gold": 0.75, "x": None}
+    write_completions(folder, list(zip("pqr", before, after, strict=True)))
+    text = words(report(folder))
+    assert "Score 2.33 3.00" in text and "Gold score 0.250 0.750" in text
+    assert "Length in tokens 3.00 1.00" in text and "Ended by itself 0.67 1.00" in text
+    expected = statistics.correlation([2, 4, 3], [1.0, 2.0, 4.0])
+    assert f"correlation of score and length {expected:.3f} –" in text
+    assert "after 3.00 +2.00" in text and "after 2.00 +0.00" in text
+    assert "before 4.00 3 tokens, cut off" in text
+
+
+def test_long_runs_and_texts_make_no_large_page(tmp_path):
+    rng = np.random.default_rng(0)
+    names = ("objective/scores", "objective/kl", "rewards/gold", "policy/clipfrac")
+    records = [{"step": i, **dict(zip(names, rng.random(4), strict=True))} for i in range(30_000)]
+    folder = make_stage(tmp_path / "run", "ppo", records)
+    long = "word " * 40_000
+    write_completions(folder, [(long, answer(long, 0.0), answer(long, 1.0))] * 200)
+    page = report(folder)
+    assert len(page) < 1.5e6 and "(197,999 more characters)" in page
+    assert "the same 128 prompts" in page and "116 more prompts" in page
+
+
+def test_frontier_is_over_the_root_of_kl_and_of_the_score_where_there_is_no_gold():
+    kl = [-0.01, 1.0, 4.0, 9.0]
+    records = [
+        {"step": i, "objective/kl": x, "objective/scores": 2.0 * i} for i, x in enumerate(kl)
+    ]
+    (chart,) = charts.draw_frontier([*records, {"step": 9, "eval/kl": 1.0}])
+    dots = re.findall(r'href="#C\w+" x="([\d.]+)" y="([\d.]+)"', chart.svg)
+    x, y = np.array(dots, dtype=float).T
+    np.testing.assert_allclose(np.diff(x), x[1] - x[0], atol=1e-3)  # √KL is 0, 1, 2, 3,
+    np.testing.assert_allclose(np.diff(y), y[1] - y[0], atol=1e-3)  # and the score 0, 2, 4, 6.
+    assert len(dots) == 4 and y[0] > y[-1] and chart.last == 6.0
+    for record in records:
+        record["rewards/gold"] = 1.0
+    gold, score = charts.draw_frontier(records * 500)
+    assert (gold.source, score.last) == ("rewards/gold", 6.0)
+    assert score.svg.count("<use") < charts.MAX_POINTS + 50
+
+
+def test_thin_keeps_spikes_and_smooth_is_a_mean_around():
+    steps, values = np.arange(10_000), np.sin(np.arange(10_000) / 500)
+    values[[1234, 8765]] = 9.0, -9.0
+    kept, heights = charts.thin(steps, values)
+    assert len(kept) <= charts.MAX_POINTS and {1234, 8765} <= set(kept)
+    assert (heights == values[kept]).all() and (np.diff(kept) > 0).all()
+    short = values[:90]
+    expected = [short[max(i - 3, 0) : i + 4].mean() for i in range(90)]
+    np.testing.assert_allclose(charts.smooth(short), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.00998, 0.694], ["0.010", "0.694"]),
+        ([-0.641, 5.88], ["−0.64", "5.88"]),
+        ([1234.5, 2], ["1,234", "2"]),
+        ([999.7], ["1,000"]),
+        ([1e-05], ["1.00e−05"]),
+        ([0.0, None], ["0", "–"]),
+    ],
+)
+def test_figures_that_belong_together_have_as_many_decimals(values, shown):
+    assert numbers(values) == shown
+
+
+def test_command_prints_the_path_and_refuses_what_is_no_run(tmp_path, capsys):
+    folder = make_stage(tmp_path / "run", "sft", [{"step": 1, "loss": 1.0}])
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    with pytest.raises(UserError, match="must hold a run"):
+        write_report(tmp_path)
+    for wrong in (tmp_path, tmp_path / "nowhere"):
+        assert main(["report", str(wrong)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    (folder / "sft.yaml").write_text("a: [")
+    assert main(["report", str(folder)]) == 2
+    assert "sft.yaml" in capsys.readouterr().err
