@@ -84,8 +84,9 @@ class TrainConfig(DataOptions, ModelOptions):
     warmup_ratio: float = learning(0.0, "Share of the steps over which the rate rises from 0.")
     optim: str = learning(
         "adamw",
-        "AdamW as PyTorch has it, or as TensorFlow's Adam, whose epsilon is not scaled with the "
-        f"bias correction: {', '.join(OPTIMIZERS)}.",
+        "AdamW as PyTorch has it, or with TensorFlow's epsilon, which the bias correction does not "
+        "scale: gradients below some 30 adam_epsilon then move their weights less in the first "
+        f"steps (so with 1e-5, hardly with 1e-8): {', '.join(OPTIMIZERS)}.",
     )
     weight_decay: float = learning(0.0, "Weight decay of AdamW, on matrices only.")
     adam_beta1: float = learning(0.9, "AdamW's decay of the mean of gradients.")

@@ -94,7 +94,7 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tenso
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     prompt_ids: Tensor,
@@ -114,6 +114,7 @@ def generate(
         max_lengths: (B,) most tokens of each response, from 1 to T.
 
     Rows that have ended leave the batch once half of it has, and sampling stops with the last one.
+    The results are inference tensors: no pass with a gradient takes them as they are.
     """
     longest = int(max_lengths.max())
     tokens = prompt_ids.new_full((len(prompt_ids), longest), pad_token_id)
@@ -121,7 +122,8 @@ def generate(
     ended = torch.zeros_like(lengths, dtype=torch.bool)
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
     cache = DynamicCache(config=model.config)
-    inputs, mask, position_ids = prompt_ids, prompt_mask, positions(prompt_mask)
+    inputs, position_ids = prompt_ids, positions(prompt_mask)
+    mask = None if prompt_mask.all() else prompt_mask
     for step in range(longest):
         logits = model(
             input_ids=inputs,
@@ -148,9 +150,11 @@ def generate(
         if num_alive <= len(rows) // 2:
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, mask, position_ids = rows[keep], mask[keep], position_ids[keep]
+            rows, position_ids = rows[keep], position_ids[keep]
+            mask = None if mask is None else mask[keep]
         inputs = tokens[rows, step : step + 1]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         position_ids = position_ids[:, -1:] + 1
     width = int(lengths.max())
     tokens = tokens[:, :width]

@@ -1,5 +1,5 @@
-"""A world's policies: what they answer, and how they compare before and after PPO on prompts that no
-stage has seen."""
+"""A world's policies: what they answer, and how they compare before and after PPO, on prompts that
+no stage has seen."""
 
 from rlhf.answers import Policy, exact_kl, text_prompts
 from rlhf.progress import Display
