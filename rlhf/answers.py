@@ -1,19 +1,22 @@
 """Saved policies and their answers to prompts: what `rlhf generate`, `rlhf evaluate` and the demo
-share, and the checks of the former two's output files."""
+share, and the output files of the former two."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kernels import kl_divergence
-from rlhf.config import InferenceConfig, PPOConfig
+from rlhf.config import InferenceConfig
 from rlhf.data import Prompts, load_prompts, tokenize_prompts
 from rlhf.errors import UserError
-from rlhf.files import disk_errors
+from rlhf.files import disk_errors, write_file
 from rlhf.generation import Stopping
 from rlhf.models import autocast, check_fits, freeze, load_causal_lm, load_tokenizer
+from rlhf.options import ResponseOptions
 from rlhf.progress import hooked, num_passes
 from rlhf.rollout import (
     Draws,
@@ -28,7 +31,7 @@ from rlhf.scores import Samples
 class Policy:
     """A saved policy that answers prompts; the same seed gives every policy the same draws."""
 
-    def __init__(self, path: str, config: InferenceConfig | PPOConfig):
+    def __init__(self, path: str, config: ResponseOptions):
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
         self.tokenizer = load_tokenizer(path)
@@ -45,8 +48,8 @@ class Policy:
 
     def num_passes(self, prompts: Prompts) -> int:
         """Passes of the model that the answers take at most."""
-        count = num_passes(len(prompts.ids), self.config.per_device_eval_batch_size)
-        return count * self.config.response_length
+        size = self.config.per_device_eval_batch_size
+        return num_passes(len(prompts.ids), size, 1) * self.config.response_length
 
     def answer(self, prompts: Prompts, advance: Callable[[], None]) -> Samples:
         """A response to each prompt; `advance` is called after each pass of the model."""
@@ -91,18 +94,33 @@ def read_prompts(config: InferenceConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def text_prompts(
-    config: InferenceConfig | PPOConfig, texts: list[str], tokenizer: PreTrainedTokenizerBase
+    config: ResponseOptions, texts: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Prompts:
     return Prompts(tokenize_prompts(tokenizer, texts, config.max_prompt_length), texts, {})
 
 
-def claim_file(path: Path, overwrite: bool) -> None:
-    """Raises UserError if a file cannot be written there, or is there and may not be replaced."""
+def check_output(path: Path, config: InferenceConfig) -> None:
+    """Raises UserError if a file cannot be written there, if it would be (in) the data set, or if
+    it is there and may not be replaced. Leaves nothing behind."""
+    data = config.dataset_name
     with disk_errors(f"write output_file {path}", "choose another one"):
+        if data is not None and path.resolve().is_relative_to(Path(data).resolve()):
+            raise UserError(
+                f"output_file {path} must not be dataset_name {data}, nor lie in it: choose "
+                "another one"
+            )
         if path.is_dir():
             raise UserError(f"output_file {path} is a folder: choose a file in it")
-        if path.exists() and not overwrite:
+        if path.exists() and not config.overwrite:
             raise UserError(
                 f"output_file {path} exists: choose another one, or replace it with --overwrite"
             )
+        # Folders that are not there yet are made with the file, in the last that is.
+        with TemporaryFile(dir=next(filter(os.path.lexists, path.absolute().parents))):
+            pass
+
+
+def write_output(path: Path, content: bytes) -> None:
+    with disk_errors(f"write output_file {path}", "choose another one"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)

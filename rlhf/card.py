@@ -1,6 +1,5 @@
 """The model card of a stage's output folder: what the hub shows of a model, and what it is for."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import transformers
 from huggingface_hub import ModelCardData
 
 import ppo_kernels
-from rlhf.charts import CURVES
+from rlhf.charts import MAIN_METRICS, describe, find_judges, finite
 from rlhf.config import TrainConfig
 from rlhf.files import GO_ON, disk_errors, write_file
 from rlhf.hub import may_be_hub_id
@@ -51,9 +50,8 @@ A {kind}. It started from `{base}` and learnt from `{data}`{rewards}, with seed 
 
 ## Training
 
-The stage `rlhf {stage}` made it, and `rlhf {stage} --config {stage}.yaml --output_dir ANOTHER` does
-so again: every option is in [`{stage}.yaml`]({stage}.yaml), every metric in
-[`metrics.jsonl`](metrics.jsonl).
+The stage `rlhf {stage}` made it: every option is in [`{stage}.yaml`]({stage}.yaml), every metric in
+[`metrics.jsonl`](metrics.jsonl). {again}
 Versions: ppo_kernels {ppo_kernels}, torch {torch}, transformers {transformers}.
 
 ## Results
@@ -77,6 +75,11 @@ In this folder; elsewhere give its path, or its name on the hub, in place of the
 
 {limits}
 """
+AGAIN = """\
+With this folder's path for FOLDER,
+`rlhf {stage} --config FOLDER/{stage}.yaml --output_dir ANOTHER` does so again, with as many
+processes and started where this run was: relative paths in the file begin there."""
+IN_PYTHON = "Rewards that were given in Python, not as options, are in no file."
 CRITIC = """\
 The folder [`critic`](critic) holds PPO's critic, an `AutoModelForSequenceClassification` with one
 label: its head's output at a token is the value of the state after it. Sampling does not need it.
@@ -110,7 +113,9 @@ def write_card(folder: Path, stage: str, config: TrainConfig, metrics: dict[str,
         base_model=on_hub[config.model_name_or_path],
         datasets=on_hub[config.dataset_name],
     )
-    rewards = [name.removeprefix("rewards/") for name in metrics if name.startswith("rewards/")]
+    rewards = [name for name in metrics if name.startswith("rewards/")]
+    judges = find_judges(rewards, getattr(config, "reward_weights", None))
+    is_repeatable = stage != "ppo" or named_alike(config.reward_funcs, rewards)
     if stage == "reward":
         code = SCORE.format(eos=" + tokenizer.eos_token" if config.append_eos else "")
     else:
@@ -124,13 +129,15 @@ def write_card(folder: Path, stage: str, config: TrainConfig, metrics: dict[str,
         kind=kind,
         base=on_hub[config.model_name_or_path] or Path(config.model_name_or_path).resolve().name,
         data=on_hub[config.dataset_name] or Path(config.dataset_name).resolve().name,
-        rewards=f" for {', '.join(f'`{name}`' for name in rewards)}" if rewards else "",
+        rewards=listed(" for ", [name for name in rewards if name not in judges])
+        + listed(", judged by ", judges),
         seed=config.seed,
         stage=stage,
+        again=AGAIN.format(stage=stage) if is_repeatable else IN_PYTHON,
         ppo_kernels=ppo_kernels.__version__,
         torch=torch.__version__,
         transformers=transformers.__version__,
-        results="\n".join(results(stage, metrics)),
+        results="\n".join(results(stage, metrics, judges)),
         plots="\n".join(f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob("*.png"))),
         code=code,
         critic=CRITIC if (folder / "critic").is_dir() else "",
@@ -140,16 +147,26 @@ def write_card(folder: Path, stage: str, config: TrainConfig, metrics: dict[str,
         write_file(folder / CARD_FILE, text.encode())
 
 
-def results(stage: str, metrics: dict[str, float | None]) -> list[str]:
+def named_alike(reward_funcs: list[str], rewards: list[str]) -> bool:
+    """Whether a run's rewards bear the names of the configuration's `reward_funcs`, and not of
+    others that `train_ppo` was given instead."""
+    names = [Path(source).resolve().name.rpartition(":")[2] for source in reward_funcs]
+    return [f"rewards/{name}" for name in names] == rewards
+
+
+def listed(start: str, rewards: list[str]) -> str:
+    names = ", ".join(f"`{name.removeprefix('rewards/')}`" for name in rewards)
+    return names and start + names
+
+
+def results(stage: str, metrics: dict[str, float | None], judges: list[str]) -> list[str]:
     """Rows of the table: the figures that the report shows first, then held-out ones."""
-    shown = [name for name in CURVES[stage] if name in metrics]
+    shown = [name for name in MAIN_METRICS[stage] if name in metrics]
     shown += [name for name in metrics if name.startswith("eval/") and name not in shown]
     rows = []
     for name in shown:
-        title, about = CURVES[stage].get(name, (name.removeprefix("eval/"), "on held-out data"))
-        value = metrics[name]
-        known = value is not None and math.isfinite(value)
-        rows.append(
-            f"| {title}{about and f', {about}'} | `{name}` | {f'{value:.4g}' if known else '–'} |"
-        )
+        title, about = describe(stage, name, judges)
+        value = finite(metrics[name])
+        shown_value = "–" if value is None else f"{value:.4g}"
+        rows.append(f"| {title}{about and f', {about}'} | `{name}` | {shown_value} |")
     return rows

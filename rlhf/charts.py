@@ -1,7 +1,6 @@
 """The charts of `rlhf report`: SVG that reads on light and on dark, the same bytes for the same
 figures."""
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from io import StringIO
@@ -9,17 +8,17 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# What the page shows first of each stage; the other metrics follow, folded.
-CURVES = {
+# What the page shows first of each stage, and the card: title, and what it says. On the page the
+# other metrics follow, folded.
+MAIN_METRICS = {
     "ppo": {
         "objective/scores": ("Score", "all rewards, weighted and summed"),
-        "rewards/gold": ("Gold score", "judges, but does not train"),
+        "rewards/gold": ("Gold score", "of the reward gold, unweighted"),
         "objective/kl": ("KL to the reference", "nats per response"),
         "objective/rlhf_reward": ("Reward with penalties", "score, KL and missing ends"),
         "policy/clipfrac": ("Clip fraction", "share of tokens whose ratio was clipped"),
@@ -55,12 +54,14 @@ MEANS = {
     "ended": "Ended by itself",
 }
 MAX_POINTS = 400  # of a curve
+MAX_FIGURE = float(np.finfo(np.float32).max)  # in fp64 sums and squares of such are finite
 MANY_POINTS = 50  # from here on a smoothed line helps, and markers do not
 BEFORE, AFTER, HELD_OUT, GREY = "#94a3b8", "#3b82f6", "#f59e0b", "#808894"
 STYLE = {
     **{"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25},
     **{"figure.facecolor": "none", "axes.facecolor": "none"},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
+    "text.parse_math": False,  # A reward's name may hold dollars.
     **{name: GREY for name in ("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color")},
     **{f"{axis}tick.{name}": GREY for axis in "xy" for name in ("color", "labelcolor")},
 }
@@ -72,20 +73,39 @@ class Chart(NamedTuple):
     title: str
     source: str
     about: str
-    svg: Markup
+    svg: str
     last: float | None = None
 
 
 def finite(value: object) -> float | None:
-    """A number as it is; None for what is not one, not finite, or null."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    """A number as it is; None for what is none, or is not finite in fp32, as figures of a run."""
+    return value if isinstance(value, int | float) and abs(value) <= MAX_FIGURE else None
 
 
 def points(records: Iterable[dict], *names: str) -> tuple[list[float], ...]:
     """The values of each of these figures, of the records where all have a finite one."""
     rows = [[finite(record.get(name)) for name in names] for record in records]
     rows = [row for row in rows if None not in row]
-    return tuple([row[i] for row in rows] for i in range(len(names)))
+    return tuple([float(row[i]) for row in rows] for i in range(len(names)))
+
+
+def find_judges(names: Iterable[str], weights: object) -> list[str]:
+    """Of a run's metrics those of rewards that weigh nothing: they judge, but do not train. Metrics
+    `rewards/<name>` come in the order of reward_weights."""
+    rewards = [name for name in dict.fromkeys(names) if name.startswith("rewards/")]
+    if not isinstance(weights, list) or len(weights) != len(rewards):
+        return []
+    return [name for name, weight in zip(rewards, weights, strict=True) if weight == 0]
+
+
+def describe(stage: str, name: str, judges: Sequence[str]) -> tuple[str, str]:
+    """A metric's title, and what it says."""
+    if name in MAIN_METRICS[stage]:
+        title, about = MAIN_METRICS[stage][name]
+    else:
+        title = name.removeprefix("eval/")
+        about = "" if title == name else "on held-out data"
+    return title, "judges, but does not train" if name in judges else about
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,24 +131,27 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def new_axes(xlabel: str, ylabel: str = "") -> Axes:
     axes = Figure(figsize=(4.4, 2.5)).add_axes((0.15, 0.19, 0.82, 0.72))
+    xlabel = xlabel.encode("utf-8", "replace").decode()  # A folder's name may hold any bytes.
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.ticklabel_format(useOffset=False, scilimits=(-3, 5))
     return axes
 
 
-def to_svg(axes: Axes, name: str) -> Markup:
+def to_svg(axes: Axes, name: str) -> str:
     """The figure as an SVG element; `name` keeps its ids apart from those of
     the page's other charts."""
     text = StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context({"svg.hashsalt": name}):
+    with rc_context({"svg.hashsalt": ascii(name)}):
         FigureCanvasSVG(axes.figure).print_svg(text, metadata=nothing)
     svg = text.getvalue()
-    return Markup(re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]))
+    return re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
 
 
 @rc_context(STYLE)
-def draw_curve(stage: str, name: str, curves: list[tuple[str, str, np.ndarray]]) -> Chart:
+def draw_curve(
+    stage: str, name: str, curves: list[tuple[str, str, np.ndarray]], judges: Sequence[str]
+) -> Chart:
     """A metric over the steps: curves with a label, a colour, and steps and values (2, points)."""
     axes = new_axes("step")
     for label, colour, (steps, values) in curves:
@@ -140,15 +163,15 @@ def draw_curve(stage: str, name: str, curves: list[tuple[str, str, np.ndarray]])
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(curves) > 1:
         axes.legend()
-    title, about = CURVES[stage].get(name, (name, ""))
+    title, about = describe(stage, name, judges)
     _, _, (_, values) = curves[0]
     return Chart(title, name, about, to_svg(axes, f"{stage} {name}"), values[-1])
 
 
-def draw_curves(stage: str, records: list[dict]) -> dict:
+def draw_curves(stage: str, records: list[dict], judges: Sequence[str]) -> dict:
     """The charts of a stage's metrics, each with the same on held-out data: `curves` has those of
-    CURVES, `more` the others, and `empty` the names of metrics without a finite value; `smoothed`
-    tells whether there are thick lines."""
+    MAIN_METRICS, `more` the others, and `empty` the names of metrics without a finite value;
+    `smoothed` tells whether there are thick lines. `judges` are those of `find_judges`."""
     names = {name for record in records for name in record} - {"step", "episodes"}
     curves = {name: np.array(points(records, "step", name)) for name in names}
     curves = {name: curve for name, curve in curves.items() if curve.size}
@@ -159,11 +182,11 @@ def draw_curves(stage: str, records: list[dict]) -> dict:
         if f"eval/{short}" in curves:
             pairs[name].append(("held-out", HELD_OUT, curves[f"eval/{short}"]))
             partners.add(f"eval/{short}")
-    first = [name for name in CURVES[stage] if name in curves]
+    first = [name for name in MAIN_METRICS[stage] if name in curves]
     more = sorted(curves.keys() - set(first) - partners)
     return {
-        "curves": [draw_curve(stage, name, pairs[name]) for name in first],
-        "more": [draw_curve(stage, name, pairs[name]) for name in more],
+        "curves": [draw_curve(stage, name, pairs[name], judges) for name in first],
+        "more": [draw_curve(stage, name, pairs[name], judges) for name in more],
         "empty": sorted(names - curves.keys()),
         "smoothed": any(curve.shape[1] >= MANY_POINTS for curve in curves.values()),
     }
@@ -187,10 +210,10 @@ def draw_frontier(records: list[dict]) -> list[Chart]:
         axes.scatter(root, values, c=colours, s=22, zorder=3)
         for i, offset in {0: 7, len(values) - 1: -14}.items():
             place = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"step {steps[i]}", (root[i], values[i]), **place)
+            axes.annotate(f"step {steps[i]:.0f}", (root[i], values[i]), **place)
         axes.margins(0.12)
-        title = CURVES["ppo"][name][0] + " against KL"
-        about = "each point is an iteration, from violet to orange"
+        title = MAIN_METRICS["ppo"][name][0] + " against KL"
+        about = "each point is a logged iteration, from violet to orange"
         charts.append(Chart(title, name, about, to_svg(axes, f"frontier {name}"), values[-1]))
     return charts
 
@@ -205,13 +228,13 @@ def flat_answers(rows: list[dict], side: str) -> list[dict]:
     """The answers of one side, their rewards as figures `rewards/<name>` beside the score."""
     answers = [row[side] for row in rows]
     return [
-        answer | {f"rewards/{name}": x for name, x in answer.get("rewards", {}).items()}
+        answer | {f"rewards/{name}": x for name, x in answer["rewards"].items()}
         for answer in answers
     ]
 
 
 @rc_context(STYLE)
-def compare(rows: list[dict]) -> dict:
+def draw_comparison(rows: list[dict]) -> dict:
     """Means (name, before, after) and charts of the answers before and after PPO."""
     sides = [flat_answers(rows, side) for side in ("before", "after")]
     colours = (("before", BEFORE), ("after", AFTER))
@@ -228,7 +251,10 @@ def compare(rows: list[dict]) -> dict:
         if name == "ended":
             continue
         axes = new_axes(name, "answers")
-        bins = np.histogram_bin_edges(np.concatenate(pair), bins=24)
+        least, greatest = min(map(min, pair)), max(map(max, pair))
+        # Of a constant 1e17 NumPy's own bins would have no width.
+        margin = max(0.5, abs(least) / 2) if least == greatest else 0
+        bins = np.linspace(least - margin, greatest + margin, 25)
         for values, (label, colour) in zip(pair, colours, strict=True):
             axes.hist(values, bins, color=colour, alpha=0.65, label=label)
         axes.legend()

@@ -33,6 +33,7 @@ from rlhf.files import (
 
 MANIFEST = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
 LEFTOVERS = (".saving-", ".deleting-")
 # Options that a resumed run may change, because no number of the training depends on them.
 FREE_OPTIONS = {

@@ -7,7 +7,6 @@ documentation, its section the heading it stands under.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from rlhf.errors import UserError
 from rlhf.options import (
@@ -18,6 +17,7 @@ from rlhf.options import (
     RewardOptions,
     data,
     hardware,
+    is_unicode,
     kl,
     learning,
     output,
@@ -371,8 +371,9 @@ class GenerateConfig(InferenceConfig, ModelOptions):
     def __post_init__(self):
         super().__post_init__()
         self._check("must be >= 1", lambda x: x >= 1, "num_completions")
-        if (self.prompt is None) == (self.dataset_name is None):
-            raise UserError("prompt and dataset_name both say what to answer: give one of them")
+        if bool(self.prompt) == (self.dataset_name is not None):
+            raise UserError("give one of prompt and dataset_name, which say what to answer")
+        self._check("must be valid Unicode", lambda x: all(map(is_unicode, x or [])), "prompt")
 
 
 @dataclass(kw_only=True)
@@ -382,8 +383,8 @@ class EvaluateConfig(InferenceConfig, RewardOptions):
     policies: list[str] = required(
         SECTIONS[0], "Folders or hub ids of two policies, A and B; B's win rate is that over A."
     )
-    reward_funcs: list[str] = rewards(
-        [],
+    reward_funcs: list[str] = required(
+        SECTIONS[4],
         "Judges, each by itself: the folder or hub id of a reward model, module:function, or "
         "file.py:function, called as f(prompts, completions, **columns) -> one score (or None) per "
         "completion.",
@@ -391,10 +392,9 @@ class EvaluateConfig(InferenceConfig, RewardOptions):
     output_file: str = required(
         SECTIONS[1], "JSON file for all figures; the answers go beside it, as .jsonl."
     )
-    # Judges are not summed.
-    reward_weights: ClassVar[None] = None
 
     def __post_init__(self):
         super().__post_init__()
         self._check("must name two policies", lambda x: len(x) == 2, "policies")
+        self._check("must name a judge", lambda x: len(x) > 0, "reward_funcs")
         self._check("must end in .json", lambda x: x.endswith(".json"), "output_file")

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import distributed
 from rlhf.columns import load_columns
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import InferenceConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.errors import UserError
+from rlhf.options import is_unicode
 
 Messages = list[dict[str, Any]]
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
@@ -162,7 +163,10 @@ def load_rankings(
 
 
 def load_prompts(
-    config: PPOConfig, name: str, split: str, tokenizer: PreTrainedTokenizerBase
+    config: PPOConfig | InferenceConfig,
+    name: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Prompts:
     """PPO data: `prompt`; or `messages`, without the assistant's last; or the beginnings of `text`.
 
@@ -203,7 +207,10 @@ def load_prompts(
 
 
 def _beginnings(
-    config: PPOConfig, columns: dict[str, Sequence], name: str, tokenizer: PreTrainedTokenizerBase
+    config: PPOConfig | InferenceConfig,
+    columns: dict[str, Sequence],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Prompts:
     least, most = config.text_prompt_length
     rng = random.Random(config.seed)
@@ -315,7 +322,10 @@ def _common_length(first: list[int], second: list[int]) -> int:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, row: str, **options) -> str:
-    return _apply_template(tokenizer, messages, row, tokenize=False, **options)
+    chat = _apply_template(tokenizer, messages, row, tokenize=False, **options)
+    if not is_unicode(chat):
+        raise UserError(f"{row}: the messages must be valid Unicode, got {chat!r:.60}")
+    return chat
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, row: str, **options):
@@ -356,6 +366,8 @@ def _reader(first: Any) -> Callable[[Any, str], Any]:
 def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{what} must be a string, got {value!r:.60}{_hint(value, list)}")
+    if not is_unicode(value):
+        raise UserError(f"{what} must be valid Unicode, got {value!r:.60}")
     return value
 
 

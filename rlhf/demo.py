@@ -13,13 +13,12 @@ from rich.table import Table
 
 from rlhf.checkpoint import claim_output_dir, write_run_file
 from rlhf.errors import UserError
-from rlhf.report import write_report
+from rlhf.report import SUMMARY_FILE, write_report
 from rlhf.tasks import labelled
 from rlhf.tasks.labelled_run import LabelledSizes, run_labelled
 from rlhf.tasks.reviews_run import ReviewsSizes, run_reviews
 
 RUN_FILE = "demo.yaml"
-SUMMARY_FILE = "summary.json"
 STAGED = ("reviews", "labelled")
 # Task -> that of its figures which must reach the task's THRESHOLD.
 CURVES = {"counting": "score", "cartpole": "return"}

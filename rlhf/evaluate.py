@@ -11,34 +11,49 @@ from pathlib import Path
 from statistics import correlation, fmean
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from rlhf.answers import Policy, claim_file, exact_kl, read_prompts, text_prompts
+from rlhf.answers import (
+    Policy,
+    check_output,
+    exact_kl,
+    read_prompts,
+    text_prompts,
+    write_output,
+)
 from rlhf.config import EvaluateConfig
 from rlhf.errors import UserError
-from rlhf.files import disk_errors, write_file
 from rlhf.intervals import CONFIDENCE, mean_interval, win_rate_interval
-from rlhf.progress import Display
-from rlhf.rewards import check_rewards, for_tokenizer, load_rewards
-from rlhf.scores import Samples, score_apart
+from rlhf.progress import Display, is_live
+from rlhf.rewards import check_rewards, for_tokenizer, make_rewards
+from rlhf.scores import Samples, score_apart, to_jsonl
 
 SIDES = ("a", "b")
-NOTE = "with 95 % confidence intervals; with length: correlation of B - A in score and in length"
+NOTE = (
+    f"with {100 * CONFIDENCE:g} % confidence intervals; with length: correlation of B - A in score "
+    "and in length"
+)
 
 
 def run(config: EvaluateConfig) -> dict:
     """Writes all figures to `config.output_file`, and prompts, answers and scores beside it, as
-    .jsonl; prints a table and returns the figures."""
+    .jsonl; prints a table and returns the figures.
+
+    Answers are written as soon as they are there, and again after each judge: should one fail, what
+    came before it is not lost.
+    """
     path = Path(config.output_file)
     pairs_path = path.with_suffix(".jsonl")
     for file in (path, pairs_path):
-        claim_file(file, config.overwrite)
+        check_output(file, config)
     policies = [Policy(name, config) for name in config.policies]
     first, second = (read_prompts(config, policy.tokenizer) for policy in policies)
     if first.prompts != second.prompts:  # beginnings of texts, cut at the tokens of each policy
         own = text_prompts(config, first.prompts, policies[1].tokenizer)
         second = own._replace(columns=first.columns)
-    judges = load_rewards(config, policies[0].tokenizer)
+    weights = [1.0] * len(config.reward_funcs)  # each is a judge by itself
+    judges = make_rewards(config.reward_funcs, weights, policies[0].tokenizer, config)
     judges = [judges, for_tokenizer(judges, policies[1].tokenizer)]
     for policy, prompts, own in zip(policies, (first, second), judges, strict=True):
         check_rewards(own, prompts, policy.check(prompts))
@@ -49,41 +64,36 @@ def run(config: EvaluateConfig) -> dict:
             policy.answer(prompts, display.advance)
             for policy, prompts in zip(policies, (first, second), strict=True)
         ]
-    scores = [
-        {judge.name: score_apart(judge, part).tolist() for judge in own}
-        for own, part in zip(judges, samples, strict=True)
+    answers = [[answer | {"scores": {}} for answer in part.answers()] for part in samples]
+    pairs = [
+        {"prompt": prompt, "a": a, "b": b}
+        for prompt, a, b in zip(first.prompts, *answers, strict=True)
     ]
+    write_output(pairs_path, to_jsonl(pairs))
+    print(f"answers: {pairs_path}")
+    scores = {}
+    for both in zip(*judges, strict=True):
+        name = both[0].name
+        scores[name] = [
+            score_apart(judge, part).tolist() for judge, part in zip(both, samples, strict=True)
+        ]
+        for side, values in zip(answers, scores[name], strict=True):
+            for answer, value in zip(side, values, strict=True):
+                answer["scores"][name] = value
+        write_output(pairs_path, to_jsonl(pairs))
     figures = {
         "policies": dict(zip(SIDES, config.policies, strict=True)),
         "prompts": len(first.prompts),
         "confidence": CONFIDENCE,
-        "judges": {
-            judge.name: judge_figures(judge.name, *samples, *(side[judge.name] for side in scores))
-            for judge in judges[0]
-        },
+        "judges": {name: judge_figures(name, *samples, *values) for name, values in scores.items()},
         "answers": {side: answer_figures(part) for side, part in zip(SIDES, samples, strict=True)},
         "kl_b_a": exact_kl(policies[1], policies[0], samples[1].responses),
         "config": asdict(config),
     }
-    answers = [
-        [
-            answer | {"scores": {name: _or_none(values[i]) for name, values in side.items()}}
-            for i, answer in enumerate(part.answers())
-        ]
-        for part, side in zip(samples, scores, strict=True)
-    ]
-    lines = [
-        json.dumps({"prompt": prompt, "a": a, "b": b}, ensure_ascii=False) + "\n"
-        for prompt, a, b in zip(first.prompts, *answers, strict=True)
-    ]
-    with disk_errors(f"write output_file {path}", "choose another one"):
-        write_file(pairs_path, "".join(lines).encode())
-        write_file(
-            path,
-            (json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode(),
-        )
+    text = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    write_output(path, text.encode("utf-8", "backslashreplace"))
     show(figures)
-    print(f"figures: {path}, answers: {pairs_path}")
+    print(f"figures: {path}")
     return figures
 
 
@@ -145,16 +155,12 @@ def answer_figures(samples: Samples) -> dict[str, float]:
     }
 
 
-def _or_none(score: float) -> float | None:
-    return None if isnan(score) else score
-
-
 def show(figures: dict) -> None:
     """Prints a table on a terminal, elsewhere a line for each judge."""
     console = Console(highlight=False)
     rows = {name: _summary(judge) for name, judge in figures["judges"].items()}
-    if console.is_terminal:
-        table = Table("judge", *rows, caption=NOTE)
+    if is_live(console):
+        table = Table("judge", *map(escape, rows), caption=NOTE)
         for key in next(iter(rows.values())):
             table.add_row(key, *(row[key] for row in rows.values()))
         console.print(table)

@@ -1,14 +1,13 @@
 """`rlhf generate`: a model's completions of prompts, in a JSONL file."""
 
-import json
 from pathlib import Path
 
-from rlhf.answers import Policy, claim_file, read_prompts, text_prompts
+from rlhf.answers import Policy, check_output, read_prompts, text_prompts, write_output
 from rlhf.config import GenerateConfig
 from rlhf.data import Prompts
 from rlhf.errors import UserError
-from rlhf.files import disk_errors, write_file
 from rlhf.progress import Display
+from rlhf.scores import to_jsonl
 
 NUM_SHOWN = 3
 KEYS = ("completion", "tokens", "ended")
@@ -22,12 +21,12 @@ def run(config: GenerateConfig) -> list[dict]:
     completion, `ended` tells whether there is one; `completion` is without special tokens.
     """
     path = Path(config.output_file)
-    claim_file(path, config.overwrite)
+    check_output(path, config)
     policy = Policy(config.model_name_or_path, config)
-    if config.prompt is None:
-        prompts = read_prompts(config, policy.tokenizer)
-    else:
+    if config.prompt:
         prompts = text_prompts(config, config.prompt[: config.num_prompts], policy.tokenizer)
+    else:
+        prompts = read_prompts(config, policy.tokenizer)
     if taken := sorted(prompts.columns.keys() & set(KEYS)):
         raise UserError(
             f"{config.dataset_name} has a column {taken[0]!r}, which in output_file is the model's "
@@ -42,10 +41,7 @@ def run(config: GenerateConfig) -> list[dict]:
         {"prompt": prompt, **answer} | {name: prompts.columns[name][i] for name in prompts.columns}
         for i, (prompt, answer) in enumerate(zip(prompts.prompts, samples.answers(), strict=True))
     ]
-    # A column of another file format may hold dates and the like.
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    with disk_errors(f"write output_file {path}", "choose another one"):
-        write_file(path, "".join(lines).encode())
+    write_output(path, to_jsonl(rows))
     for row in range(min(NUM_SHOWN, len(rows))):
         print(samples.describe(row))
     print(f"{path}: {len(rows)} completions, {sum(row['ended'] for row in rows)} ended")

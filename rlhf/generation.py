@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import PPOConfig
 from rlhf.errors import UserError
 from rlhf.models import default_device, positions
+from rlhf.options import ResponseOptions
 
 
 class Generated(NamedTuple):
@@ -31,7 +31,7 @@ class Stopping:
     """What ends a response, EOS, the stop tokens and the stop strings of a configuration; and the
     token ids that a response may hold, those that the tokenizer knows."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PPOConfig):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: ResponseOptions):
         tokens = [_token_id(tokenizer, token) for token in config.stop_token or ()]
         self.ids = torch.tensor([tokenizer.eos_token_id, *tokens], device=default_device())
         self.min_length = config.min_response_length

@@ -1,7 +1,5 @@
 """One iteration of PPO: the data that it learns from, and what it reports."""
 
-import json
-from math import isnan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ppo_kernels import masked_mean
+from rlhf.checkpoint import COMPLETIONS_FILE
 from rlhf.files import write_file
 from rlhf.rollout import Experience, Responses
-from rlhf.scores import Samples, Scores
+from rlhf.scores import Samples, Scores, to_jsonl
 
 NUM_COMPLETIONS = 128
 NUM_SHOWN_COMPLETIONS = 16
@@ -89,14 +88,15 @@ def iteration_metrics(batch: Batch, steps: list[dict[str, Tensor]]) -> dict[str,
         "policy/first_ratio_error": steps[0]["policy/ratio_error"],
         "policy/ratio_max": torch.stack([step["policy/ratio_max"] for step in steps]).max(),
     }
-    for name in steps[0].keys() - {"policy/ratio_max", "policy/ratio_error"}:
-        metrics[name] = torch.stack([step[name] for step in steps if name in step]).mean()
+    for name in steps[0]:
+        if name not in ("policy/ratio_max", "policy/ratio_error"):
+            metrics[name] = torch.stack([step[name] for step in steps if name in step]).mean()
     return metrics
 
 
 def scored_answers(samples: Samples, scores: Scores) -> list[dict[str, object]]:
     """`samples.answers()`, each with its `score`, all rewards weighted and summed, and, if there
-    are several, its `rewards` by name."""
+    are several, its `rewards` by name, NaN where they say nothing."""
     totals = (scores.scores + scores.token_scores.sum(1)).tolist()
     answers = [
         answer | {"score": score} for answer, score in zip(samples.answers(), totals, strict=True)
@@ -104,17 +104,14 @@ def scored_answers(samples: Samples, scores: Scores) -> list[dict[str, object]]:
     if len(scores.parts) > 1:
         parts = {name: values.tolist() for name, values in scores.parts.items()}
         for i, answer in enumerate(answers):
-            answer["rewards"] = {
-                name: None if isnan(values[i]) else values[i] for name, values in parts.items()
-            }
+            answer["rewards"] = {name: values[i] for name, values in parts.items()}
     return answers
 
 
 def write_completions(output_dir: Path, records: list[dict]) -> None:
-    """Writes `completions.jsonl`, a line `prompt`, `before`, `after` for each prompt, where before
-    is how the reference answers it and after the policy, as `scored_answers` has it; and the
-    first of them to read, `completions.md`."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    """Writes COMPLETIONS_FILE, a line `prompt`, `before`, `after` for each prompt, where before is
+    how the reference answers it and after the policy, as `scored_answers` has it; and the first of
+    them to read, `completions.md`."""
     text = "# Completions before and after PPO\n\n"
     text += "In brackets the score, all rewards weighted and summed.\n"
     for record in records[:NUM_SHOWN_COMPLETIONS]:
@@ -122,5 +119,5 @@ def write_completions(output_dir: Path, records: list[dict]) -> None:
         for side in ("before", "after"):
             answer = record[side]
             text += f"- {side} [{answer['score']:+.2f}]: {answer['completion'].strip()}\n"
-    write_file(output_dir / "completions.jsonl", "".join(lines).encode())
+    write_file(output_dir / COMPLETIONS_FILE, to_jsonl(records))
     write_file(output_dir / "completions.md", text.encode())

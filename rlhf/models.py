@@ -43,8 +43,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(path: str) -> PreTrainedModel:
-    """A causal language model with fp32 weights."""
-    return _open(AutoModelForCausalLM, path, dtype=torch.float32).to(default_device())
+    """A causal language model with fp32 weights. Raises UserError for a reward model or a critic:
+    where embeddings are tied these lack nothing, and transformers would open them as well."""
+    model = _open(AutoModelForCausalLM, path, dtype=torch.float32)
+    for name in model.config.architectures or ():
+        if name.endswith("ForSequenceClassification"):
+            raise UserError(f"{path} is a {name}, a reward model or a critic: give a policy")
+    return model.to(default_device())
 
 
 def load_scorer(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

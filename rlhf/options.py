@@ -3,6 +3,7 @@ the options that several commands share."""
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -46,6 +47,12 @@ def _path_as_text(value: object) -> object:
     if isinstance(value, list):
         return [_path_as_text(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a tokenizer takes the text: not half a surrogate pair, as JSON may hold one, and as
+    the command line has for a byte of another encoding."""
+    return re.search(r"[\ud800-\udfff]", text) is None
 
 
 @dataclass(kw_only=True)
@@ -130,6 +137,7 @@ class ResponseOptions(Options):
         self._check("must be >= 1", lambda x: x >= 1, "response_length", "max_prompt_length")
         for name in ("stop_token", "stop_strings"):
             self._check("must not hold empty strings", lambda x: all(x or []), name)
+            self._check("must be valid Unicode", lambda x: all(map(is_unicode, x or [])), name)
         self._check(
             f"must be in [0, response_length = {self.response_length}]",
             lambda x: 0 <= x <= self.response_length,

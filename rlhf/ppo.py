@@ -45,8 +45,8 @@ def train_ppo(
     output_dir, total = checkpoints.run.output_dir, trainer.num_iterations
     metrics = checkpoints.resume()
     policy, reference = trainer.policy, trainer.reference
-    sampling = token_passes(trainer.batch_size, config)
-    micro_batches = num_passes(trainer.batch_size, config.per_device_train_batch_size)
+    num_processes = distributed.world_size()
+    sampling, micro_batches = passes(trainer.batch_size, config, num_processes)
 
     with MetricsLog(
         output_dir, "ppo", total, config.report_to, SHOWN, step=trainer.iteration
@@ -81,8 +81,9 @@ def train_ppo(
                 log.write(step, figures)
                 metrics |= figures
             if trainer.eval_prompts and is_due(config.eval_steps, step, total):
-                passes = token_passes(len(trainer.eval_prompts.ids), config)
-                with log.phase("eval", passes, policy.register_forward_hook):
+                count = len(trainer.eval_prompts.ids)
+                both = sum(passes(count, config, num_processes))
+                with log.phase("eval", both, policy.register_forward_hook):
                     figures = evaluate_policy(trainer)
                 log.write(step, figures)
                 metrics |= figures
@@ -136,7 +137,8 @@ def compare_completions(trainer: PPOTrainer) -> list[dict]:
     ids = prompts.ids[: len(rows)]
     draws = Draws.of(len(rows), config, torch.Generator().manual_seed(config.seed))
     answers = []
-    with Display("ppo completions", 2 * token_passes(len(rows), config)) as display:
+    sampling, _ = passes(len(rows), config, 1)
+    with Display("ppo completions", 2 * sampling) as display:
         for model in (trainer.reference, trainer.policy):
             with hooked(model.register_forward_hook, display.advance):
                 responses = sample_responses(
@@ -151,6 +153,9 @@ def compare_completions(trainer: PPOTrainer) -> list[dict]:
     ]
 
 
-def token_passes(count: int, config: PPOConfig) -> int:
-    """Passes of the policy that `count` responses take at most."""
-    return num_passes(count, config.per_device_eval_batch_size) * config.response_length
+def passes(count: int, config: PPOConfig, num_processes: int) -> tuple[int, int]:
+    """Passes of a model in each process that `count` responses take: to sample them, at most, and
+    to score them."""
+    tokens = num_passes(count, config.per_device_eval_batch_size, num_processes)
+    scored = num_passes(count, config.per_device_train_batch_size, num_processes)
+    return tokens * config.response_length, scored

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from rlhf.distributed import is_main, world_size
+from rlhf.distributed import is_main
 
 
 class Display:
@@ -39,7 +39,7 @@ class Display:
         self.stage = self.progress.add_task(f"[bold]{title}", total=total, completed=completed)
         self.part = self.progress.add_task("", visible=False)
         self.live = None
-        if is_main() and self.console.is_terminal:
+        if is_main() and is_live(self.console):
             self.live = Live(self.progress, console=self.console, refresh_per_second=4)
 
     def __enter__(self):
@@ -73,6 +73,12 @@ class Display:
         self.live.update(Group(self.progress, table))
 
 
+def is_live(console: Console) -> bool:
+    """Whether what it shows can be redrawn: on a terminal, but not on a dumb one, nor in a file,
+    which is a terminal to rich with FORCE_COLOR."""
+    return console.is_interactive and console.file.isatty()
+
+
 @contextmanager
 def hooked(register: Callable, function: Callable[[], None]) -> Iterator[None]:
     """Calls `function` after each call of what `register` belongs to, until the block ends: a
@@ -84,6 +90,7 @@ def hooked(register: Callable, function: Callable[[], None]) -> Iterator[None]:
         handle.remove()
 
 
-def num_passes(count: int, size: int) -> int:
-    """Passes that one process makes over its share of `count` rows, at most `size` at a time."""
-    return math.ceil(math.ceil(count / size) / world_size())
+def num_passes(count: int, size: int, num_processes: int) -> int:
+    """Passes that each of the processes makes over its share of `count` rows, at most `size` at a
+    time."""
+    return math.ceil(math.ceil(count / size) / num_processes)

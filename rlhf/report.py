@@ -8,8 +8,9 @@ files give the same bytes.
 import json
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -17,8 +18,15 @@ from typing import NamedTuple
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from rlhf.charts import compare, draw_curves, draw_frontier, finite, points
-from rlhf.checkpoint import METRICS_FILE
+from rlhf.charts import (
+    draw_comparison,
+    draw_curves,
+    draw_frontier,
+    find_judges,
+    finite,
+    points,
+)
+from rlhf.checkpoint import COMPLETIONS_FILE, METRICS_FILE
 from rlhf.errors import UserError, one_line
 from rlhf.files import disk_errors, write_file
 
@@ -37,8 +45,7 @@ KEY_FIGURES = {
     ),
     "sft": (("SFT loss", "loss", "nats per token, first → last", (0, -1)),),
 }
-COMPLETIONS_FILE = "completions.jsonl"
-MAX_COMPLETIONS = 128
+SUMMARY_FILE = "summary.json"
 MAX_CHARACTERS = 2000  # of a text on the page
 
 
@@ -55,16 +62,17 @@ class Stage(NamedTuple):
     finished: bool
 
 
-def read_lines(path: Path, notes: list[str]) -> list[dict]:
+def read_lines(path: Path, is_whole: Callable[[dict], bool], notes: list[str]) -> list[dict]:
     """The objects of a JSONL file, of which there may be none; of lines that are not whole, as a
-    kill or a run at work leaves the last one, `notes` gets word."""
+    kill or a run at work leaves the last one, or of which `is_whole` is false, `notes` gets
+    word."""
     rows, torn = [], 0
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and is_whole(row):
             rows.append(row)
         else:
             torn += 1
@@ -74,19 +82,38 @@ def read_lines(path: Path, notes: list[str]) -> list[dict]:
     return rows
 
 
+def figures(values: object) -> dict[str, float | None]:
+    """The values of an object, each a figure or None; what is no object has none."""
+    items = values.items() if isinstance(values, dict) else ()
+    return {name: finite(value) for name, value in items}
+
+
+def has_step(record: dict) -> bool:
+    return (finite(record.get("step")) or 0) > 0
+
+
+def is_answered(row: dict) -> bool:
+    """Whether a line of completions has its three texts."""
+    sides = [row.get(side) for side in ("before", "after")]
+    texts = [row.get("prompt")]
+    texts += [side.get("completion") for side in sides if isinstance(side, dict)]
+    return len(texts) == 3 and all(isinstance(text, str) for text in texts)
+
+
 def read_stage(name: str, folder: Path, notes: list[str]) -> Stage:
     path = folder / f"{name}.yaml"
     try:
         text = path.read_text(encoding="utf-8")
         settings = dict(yaml.safe_load(text))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}: restore the file") from error
-    records = [row for row in read_lines(folder / METRICS_FILE, notes) if "step" in row]
+    records = read_lines(folder / METRICS_FILE, has_step, notes)
     step = max((row["step"] for row in records), default=0)
-    total = settings.get("max_steps", -1)
-    if counted := [row for row in records if row.get("episodes")]:
-        per_step = counted[-1]["episodes"] // counted[-1]["step"]
-        total = math.ceil(settings["total_episodes"] / per_step)
+    total = finite(settings.get("max_steps")) or 0
+    steps, episodes = points(records, "step", "episodes")
+    if episodes and episodes[-1] >= 1:
+        all_episodes = finite(settings.get("total_episodes")) or 0
+        total = math.ceil(all_episodes * steps[-1] / episodes[-1])
     total = total if total > 0 else None
     # The model is saved last of all, and lies there too when a finished run is taken up again.
     finished = (folder / "config.json").exists() and (total is None or step >= total)
@@ -95,10 +122,11 @@ def read_stage(name: str, folder: Path, notes: list[str]) -> Stage:
 
 def read_completions(folder: Path, notes: list[str]) -> list[dict]:
     """What the reference (`before`) and the policy (`after`) answered to the same prompts."""
-    rows = read_lines(folder / COMPLETIONS_FILE, notes)[:MAX_COMPLETIONS]
+    rows = read_lines(folder / COMPLETIONS_FILE, is_answered, notes)
     for row in rows:
         for side in (row["before"], row["after"]):
-            side["score"] = finite(side["score"])
+            side |= {name: finite(side.get(name)) for name in ("score", "tokens", "ended")}
+            side["rewards"] = figures(side.get("rewards"))
         before, after = row["before"]["score"], row["after"]["score"]
         row["gain"] = None if None in (before, after) else after - before
     return rows
@@ -109,18 +137,21 @@ def read_summary(path: Path, notes: list[str]) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_bytes())
-    except ValueError:
+        summary = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        summary = None
+    if not isinstance(summary, dict):
         notes.append(f"{path.name} is not whole and left out.")
         return {}
+    return summary
 
 
 def make_tiles(stages: list[Stage], rows: list[dict], summary: dict) -> list[tuple]:
     """The key figures: a title, a value or two (before and after), and what they are of."""
     tiles = []
-    results = summary.get("ppo", {})
+    results = figures(summary.get("ppo"))
     for name in [key.removesuffix("_before") for key in results if key.endswith("_before")]:
-        values = [results[f"{name}_before"], results[f"{name}_after"]]
+        values = [results.get(f"{name}_{when}") for when in ("before", "after")]
         tiles.append((f"{name.capitalize()} score", values, "on fresh prompts, before → after PPO"))
     if rows:
         about = f"mean of {len(rows)} answers, before → after PPO"
@@ -135,8 +166,8 @@ def make_tiles(stages: list[Stage], rows: list[dict], summary: dict) -> list[tup
             if values and title not in titles:
                 tiles.append((title, [values[end] for end in ends], about))
                 titles.add(title)
-    if "seconds" in summary:
-        tiles.append(("Time", [summary["seconds"]], "seconds, all stages"))
+    if (seconds := finite(summary.get("seconds"))) is not None:
+        tiles.append(("Time", [seconds], "seconds, all stages"))
     return tiles
 
 
@@ -147,6 +178,7 @@ def find_stages(folder: Path, notes: list[str]) -> list[Stage]:
         for place in (folder, folder / name):
             if (place / f"{name}.yaml").exists():
                 stages.append(read_stage(name, place, notes))
+                break
     if not stages:
         raise UserError(
             f"folder {folder} must hold a run, and there is none of ppo.yaml, reward.yaml and "
@@ -158,7 +190,7 @@ def find_stages(folder: Path, notes: list[str]) -> list[Stage]:
 
 def last_change(folder: Path, stages: list[Stage]) -> str:
     """When the youngest of the files that the page is made of was written."""
-    files = [folder / "summary.json"]
+    files = [folder / SUMMARY_FILE]
     for stage in stages:
         names = (f"{stage.name}.yaml", METRICS_FILE, COMPLETIONS_FILE)
         files += [stage.folder / name for name in names]
@@ -177,6 +209,10 @@ def numbers(values: Sequence[float | None]) -> list[str]:
     return ["–" if x is None else format(x, form).replace("-", "−") for x in values]
 
 
+def last_part(path: object) -> str:
+    return "–" if path is None else Path(str(path)).name
+
+
 def clip(text: str) -> str:
     text = text.strip() or "(empty)"
     rest = len(text) - MAX_CHARACTERS
@@ -188,25 +224,30 @@ def write_report(folder: Path) -> Path:
     path. Raises UserError where there is no run."""
     notes = []
     stages = find_stages(folder, notes)
-    summary = read_summary(folder / "summary.json", notes)
+    summary = read_summary(folder / SUMMARY_FILE, notes)
     ppo = next((stage for stage in stages if stage.name == "ppo"), None)
-    rows = [] if ppo is None else read_completions(ppo.folder, notes)
+    rows, judges = [], []
+    if ppo is not None:
+        rows = read_completions(ppo.folder, notes)
+        weights = ppo.settings.get("reward_weights")
+        judges = find_judges(chain.from_iterable(ppo.records), weights)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"numbers": numbers, "clip": clip, "name": lambda path: Path(path).name}
+    environment.filters |= {"numbers": numbers, "clip": clip, "last_part": last_part}
     html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=folder.resolve().name,
         date=last_change(folder, stages),
         titles=TITLES,
         stages=stages,
-        seconds=summary.get("stage_seconds", {}),
+        seconds=figures(summary.get("stage_seconds")),
         notes=notes,
         tiles=make_tiles(stages, rows, summary),
         frontier=[] if ppo is None else draw_frontier(ppo.records),
+        judges=judges,
         completions=rows,
-        comparison=compare(rows) if rows else None,
-        curves={stage.name: draw_curves(stage.name, stage.records) for stage in stages},
+        comparison=draw_comparison(rows) if rows else None,
+        curves={stage.name: draw_curves(stage.name, stage.records, judges) for stage in stages},
     )
     path = folder / REPORT_FILE
     with disk_errors(f"write {path}", "free some space, or copy the run elsewhere"):

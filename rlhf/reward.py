@@ -143,7 +143,8 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
     metrics = checkpoints.resume()
 
     def passes(rankings: list[list[list[int]]]) -> int:
-        return num_passes(sum(map(len, rankings)), config.per_device_eval_batch_size)
+        count, size = sum(map(len, rankings)), config.per_device_eval_batch_size
+        return num_passes(count, size, distributed.world_size())
 
     with MetricsLog(output_dir, "reward", total, config.report_to, SHOWN, step=trainer.step) as log:
         for batch in trainer.batches():

@@ -15,7 +15,7 @@ a list with a number for each token of the completion, or None: the reward says 
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -38,6 +38,7 @@ from rlhf.models import (
     normalise_scores,
     sequence_scores,
 )
+from rlhf.options import Options
 from rlhf.rollout import Responses
 from rlhf.scores import Reward, Samples, shorten
 
@@ -60,7 +61,7 @@ class ModelReward(Reward):
     tokenizer: PreTrainedTokenizerBase
     policy_tokenizer: PreTrainedTokenizerBase
     path: str | None
-    config: PPOConfig
+    config: Options
 
     def __post_init__(self):
         self.shares_vocabulary = self.tokenizer.get_vocab() == self.policy_tokenizer.get_vocab()
@@ -145,7 +146,7 @@ class ModuleReward(Reward):
     """
 
     module: nn.Module
-    config: PPOConfig
+    config: Options
 
     def check(self, prompts: Prompts, longest: int) -> None:
         """Nothing is known of a module before it is called."""
@@ -214,14 +215,10 @@ class FunctionReward(Reward):
 def load_rewards(
     config: PPOConfig,
     tokenizer: PreTrainedTokenizerBase,
-    reward_funcs: list[str | nn.Module | Callable] | None = None,
+    reward_funcs: Sequence[str | nn.Module | Callable] | None = None,
 ) -> list[Reward]:
-    """The rewards of `config`, or those given instead, weighted by `config.reward_weights`.
-
-    `tokenizer` is the policy's. A string is the folder or hub id of a reward model,
-    `module:function` (the current folder counts) or `file.py:function`. A sequence classifier with
-    one label is a reward model with the policy's tokenizer, any other nn.Module a ModuleReward.
-    """
+    """The rewards of `config`, or those given instead, weighted by `config.reward_weights`, as
+    `make_rewards` makes them."""
     sources = config.reward_funcs if reward_funcs is None else reward_funcs
     if not sources:
         raise UserError(
@@ -234,6 +231,21 @@ def load_rewards(
             f"reward_weights must have one weight for each of {len(sources)} reward_funcs, got "
             f"{weights}"
         )
+    return make_rewards(sources, weights, tokenizer, config)
+
+
+def make_rewards(
+    sources: Sequence[str | nn.Module | Callable],
+    weights: list[float],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Options,
+) -> list[Reward]:
+    """The rewards that the sources stand for, with these weights; `tokenizer` is the policy's.
+
+    A string is the folder or hub id of a reward model, `module:function` (the current folder
+    counts) or `file.py:function`. A sequence classifier with one label is a reward model with the
+    policy's tokenizer, any other nn.Module a ModuleReward.
+    """
     found = [_find(source) for source in sources]
     names = _make_unique([_name(source) for source in found])
     return [
@@ -264,7 +276,7 @@ def check_rewards(rewards: list[Reward], prompts: Prompts, longest: int) -> None
 
 
 def _score_in_parts(
-    score: Callable[[Tensor, Tensor], Tensor], responses: Responses, config: PPOConfig
+    score: Callable[[Tensor, Tensor], Tensor], responses: Responses, config: Options
 ) -> list[float]:
     """`score` of the ids and masks of all rows, in parts of `config.per_device_eval_batch_size`."""
     rows = torch.arange(len(responses.tokens), device=responses.tokens.device)
@@ -318,7 +330,7 @@ def _make_reward(
     weight: float,
     source: str | nn.Module | Callable,
     tokenizer: PreTrainedTokenizerBase,
-    config: PPOConfig,
+    config: Options,
 ) -> Reward:
     if isinstance(source, str):
         own = load_tokenizer(source)

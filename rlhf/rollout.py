@@ -18,6 +18,7 @@ from rlhf.batches import pad
 from rlhf.config import PPOConfig
 from rlhf.generation import Stopping, generate
 from rlhf.models import ActorCritic, autocast, positions
+from rlhf.options import ResponseOptions
 
 
 class Draws(NamedTuple):
@@ -29,7 +30,7 @@ class Draws(NamedTuple):
     max_lengths: Tensor
 
     @classmethod
-    def of(cls, count: int, config: PPOConfig, generator: torch.Generator) -> "Draws":
+    def of(cls, count: int, config: ResponseOptions, generator: torch.Generator) -> "Draws":
         length = config.response_length
         numbers = torch.rand(count, length + 1, dtype=torch.float64, generator=generator)
         max_lengths = torch.full((count,), length)
@@ -102,7 +103,7 @@ def sample_responses(
     stopping: Stopping,
     prompts: list[list[int]],
     draws: Draws,
-    config: PPOConfig,
+    config: ResponseOptions,
 ) -> Responses:
     """Responses to tokenized prompts, padded to config.response_length."""
     device = policy.device

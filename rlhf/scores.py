@@ -1,9 +1,10 @@
 """What rewards see, what they give, and what is checked of it."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import nan
+from math import isfinite, nan
 from numbers import Real
 from typing import NamedTuple
 
@@ -147,6 +148,25 @@ def _number(reward: Reward, value, samples: Samples, row: int) -> float:
     raise UserError(
         f"reward {reward.name} gave {shorten(repr(value))} for {samples.describe(row)}: {rule}"
     )
+
+
+def to_jsonl(rows: list[dict]) -> bytes:
+    """A line of JSON for each row. Numbers that are not finite become null, which JSON has a word
+    for, dates and the like, which columns may hold, text."""
+    lines = [
+        json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        for row in rows
+    ]
+    # Half a surrogate pair has no UTF-8, but an escape, which is JSON's too.
+    return "".join(lines).encode("utf-8", "backslashreplace")
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _plain(value):

@@ -107,7 +107,9 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
                 log.write(trainer.step, figures)
                 metrics |= figures
             if eval_texts and is_due(config.eval_steps, trainer.step, total):
-                passes = num_passes(len(eval_texts), config.per_device_eval_batch_size)
+                passes = num_passes(
+                    len(eval_texts), config.per_device_eval_batch_size, distributed.world_size()
+                )
                 with log.phase("eval", passes, model.register_forward_hook):
                     figures = evaluate(model, tokenizer, eval_texts, config)
                 log.write(trainer.step, figures)

@@ -84,8 +84,8 @@ def advantages_and_returns(
         counted: (N, T) bool, False at the steps from one episode to the next.
     """
     # Both ends cut the recursion, but only a fallen pole is worth nothing from there on: where time
-    # was up the pole still stands, and what it would have earned is the value of that observation.
-    rewards = torch.where(truncated, rewards + GAMMA * values[:, 1:], rewards)
+    # was up while it stood, what it would have earned is the value of that observation.
+    rewards = torch.where(truncated & ~terminated, rewards + GAMMA * values[:, 1:], rewards)
     return gae(
         rewards,
         values[:, :-1],

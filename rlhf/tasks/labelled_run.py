@@ -113,8 +113,8 @@ def run_labelled(
         )
     ppo_config = PPOConfig(
         model_name_or_path=str(sft),
-        reward_funcs=[str(reward)],
-        reward_weights=[1.0, 0.0],  # of the reward model, and of `gold` below
+        reward_funcs=[],  # train_ppo is given them below, for `gold` is in no file
+        reward_weights=[1.0, 0.0],  # of the reward model, and of `gold`
         dataset_name=str(data / "prompts.jsonl"),
         output_dir=str(ppo),
         total_episodes=sizes.total_episodes,

@@ -1,6 +1,7 @@
 """The model card: what it says is so, and the code in it runs."""
 
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rlhf.card import write_card
+from rlhf.cli import main
 from rlhf.ppo import train_ppo
 
 
@@ -27,6 +29,14 @@ def scorer(trained_reward, reward_config, tmp_path_factory) -> Path:
     shutil.copytree(trained_reward, path)
     write_card(path, "reward", reward_config(output_dir=str(path)), {"accuracy": 0.75})
     return path
+
+
+def gold(prompts, completions, **columns) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def prose(folder: Path) -> str:
+    return " ".join((folder / "README.md").read_text(encoding="utf-8").split())
 
 
 def run_code(folder: Path, prompt: str, monkeypatch) -> dict:
@@ -49,6 +59,46 @@ def test_policys_card_has_its_front_matter_and_links_that_lead_somewhere(policy)
     links = re.findall(r"\]\(([^)]+)\)", card.text)
     assert {"ppo.yaml", "metrics.jsonl", "critic", "reward.png", "policy.png"} <= set(links)
     assert all((policy / link).exists() for link in links)
+
+
+def test_what_the_card_tells_to_repeat_a_run_repeats_it(
+    ppo_config, trained_reward, world, tmp_path, monkeypatch
+):
+    """With relative paths, too, which begin where the run was started."""
+    monkeypatch.chdir(world)
+    config = ppo_config(
+        dataset_name="prompts.jsonl",
+        output_dir=os.path.relpath(tmp_path / "first"),
+        total_episodes=16,
+        reward_funcs=[str(trained_reward), "tests.rlhf.test_card:gold"],
+        reward_weights=[1.0, 0.0],
+    )
+    train_ppo(config)
+    text = prose(tmp_path / "first")
+    assert "for `reward`, judged by `gold`, with seed" in text
+    (command,) = re.findall(r"`(rlhf ppo [^`]+)`", text)
+    assert "FOLDER" in command and "started where this run was: relative paths" in text
+    command = command.replace("FOLDER", config.output_dir).replace("ANOTHER", str(tmp_path / "two"))
+    assert main(command.split()[1:]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "two")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_rewards_given_in_python_are_not_said_to_be_in_the_file(
+    named, ppo_config, trained_reward, tmp_path
+):
+    config = ppo_config(
+        output_dir=str(tmp_path / "run"),
+        total_episodes=16,
+        reward_funcs=[str(trained_reward)] * named,
+        reward_weights=[0.0, 1.0],
+    )
+    train_ppo(config, [str(trained_reward), gold])
+    text = prose(tmp_path / "run")
+    assert "learnt from `prompts.jsonl` for `gold`, judged by `reward`, with seed" in text
+    assert "given in Python, not as options, are in no file." in text and "ANOTHER" not in text
+    assert "| Gold score, of the reward gold, unweighted | `rewards/gold` |" in text
 
 
 def test_no_local_path_is_told(policy, scorer):

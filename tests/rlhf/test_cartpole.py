@@ -19,12 +19,14 @@ def test_where_time_was_up_the_last_value_counts_and_where_the_pole_fell_it_does
         "falls, then a new episode starts": (".F|", (0.089, -2.0, 0.0)),
         "falls, and the new episode goes on": ("F|.", (-1.0, 0.0, -5.04)),
         "time is up, and the new episode goes on": ("T|.", (1.97, 0.0, -5.04)),
+        "falls as time is up, then a new episode starts": (".B|", (0.089, -2.0, 0.0)),
         "time is up at the last step": ("..T", (4.9418671, 3.15988, -5.04)),
         "falls at the last step": ("..F", (1.4390878, -0.5645, -9.0)),
     }
     ends, expected = zip(*rows.values(), strict=True)
     terminated, truncated, between = (
-        torch.tensor([[step == kind for step in row] for row in ends]) for kind in "FT|"
+        torch.tensor([[step in kinds for step in row] for row in ends])
+        for kinds in ("FB", "TB", "|")
     )
     values = torch.tensor([[2.0, 3.0, 10.0, 4.0]]).expand(len(rows), -1)
     result = advantages_and_returns(

@@ -24,7 +24,14 @@ REQUIRED = {
     "reward": ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"],
     "ppo": ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o", "--reward_funcs=r"],
     "generate": ["--model_name_or_path=m", "--output_file=o", "--prompt=p"],
-    "evaluate": ["--policies", "a", "b", "--dataset_name=d", "--output_file=o.json"],
+    "evaluate": [
+        "--policies",
+        "a",
+        "b",
+        "--dataset_name=d",
+        "--output_file=o.json",
+        "--reward_funcs=r",
+    ],
 }
 
 

@@ -600,6 +600,24 @@ def test_a_wrong_row_is_named(llama2, save, load, rows, parts):
 
 
 @pytest.mark.parametrize(
+    ("load", "row", "what"),
+    [
+        (texts, {"text": "a\ud83d"}, "text"),
+        (texts, {"prompt": "a", "completion": "a\ud83d"}, "completion"),
+        (texts, {"messages": [user("a"), assistant("a\ud83d")]}, "the messages"),
+        (rankings, {"prompt": "a", "ranking": ["b", "a\ud83d"]}, "an answer"),
+        (rankings, {"chosen": [user("a")], "rejected": [user("a\ud83d")]}, "the messages"),
+        (prompts, {"prompt": "a\ud83d"}, "prompt"),
+        (prompts, {"prompt": [user("a\ud83d")]}, "the messages"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named(llama2, tmp_path, load, row, what):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row))  # which writes an escape
+    fails(lambda: load(str(path), llama2), f"row 1: {what} must be valid Unicode, got '", "\\ud83d")
+
+
+@pytest.mark.parametrize(
     ("load", "row"),
     [
         (texts, {"text": 3}),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -142,6 +143,11 @@ def test_labelled_run(labelled_file, tmp_path):
     assert all(0 <= summary["ppo"][name] <= 1 for name in ("judge_before", "judge_after"))
     assert 0 < summary["ppo"]["kl"] < 20
     assert all(0 <= line["rewards/gold"] <= 1 for line in ppo_metrics(output_dir / "ppo"))
+    settings = yaml.safe_load((output_dir / "ppo" / "ppo.yaml").read_text())
+    assert settings["reward_funcs"] == [] and len(settings["reward_weights"]) == 2
+    card = (output_dir / "ppo" / "README.md").read_text(encoding="utf-8")
+    assert "for `reward`, judged by `gold`, with seed" in card
+    assert "given in Python" in card and "--config" not in card
     check_models(output_dir)
     parts = [
         {row[column] for row in map(json.loads, (output_dir / "data" / name).open())}

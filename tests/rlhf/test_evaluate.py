@@ -1,5 +1,6 @@
 """`rlhf evaluate`: win rates and intervals by hand, their coverage by simulation, and real runs."""
 
+import io
 import json
 import math
 import random
@@ -8,6 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +21,7 @@ from transformers import (
 from rlhf.cli import main
 from rlhf.config import EvaluateConfig
 from rlhf.errors import UserError
-from rlhf.evaluate import judge_figures, run
+from rlhf.evaluate import judge_figures, run, show
 from rlhf.intervals import mean_interval, win_rate_interval
 from rlhf.rollout import Responses
 from rlhf.scores import Samples
@@ -146,6 +148,9 @@ def review(completions):
 def silent(completions):
     return [None] * len(completions)
 
+def bad(completions):
+    raise RuntimeError("quota")
+
 def shy(completions):
     return [None if row % 2 else 1.0 for row in range(len(completions))]
 """
@@ -247,6 +252,80 @@ def test_the_files_hold_what_the_figures_come_from(config, tmp_path):
     assert figures["judges"]["shy"]["left_out"] == 30
 
 
+@pytest.mark.parametrize(
+    ("names", "scored", "error"),
+    [
+        (["bad", "good"], [], "raised RuntimeError"),
+        (["good", "bad"], ["good"], "raised RuntimeError"),
+        (["good", "silent"], ["good", "silent"], "judge silent scored no pair"),
+    ],
+)
+def test_a_judge_that_fails_costs_neither_answers_nor_other_scores(
+    config, tmp_path, capsys, names, scored, error
+):
+    def answers() -> list[dict]:
+        text = (tmp_path / "evaluation.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    with pytest.raises(UserError, match=error):
+        run(config(reward_funcs=[f"{tmp_path / 'judges.py'}:{name}" for name in names]))
+    assert capsys.readouterr().out == f"answers: {tmp_path / 'evaluation.jsonl'}\n"
+    kept = answers()
+    run(config())
+    for pair, expected in zip(kept, answers(), strict=True):
+        for side in ("a", "b"):
+            good = expected[side]["scores"]["good"]
+            all_scores = {"good": good, "silent": None}
+            expected[side]["scores"] = {name: all_scores[name] for name in scored}
+        assert pair == expected
+
+
+@pytest.mark.parametrize("name", ["evaluation.jsonl", "evaluation.json"])
+def test_the_data_set_is_never_replaced(config, tmp_path, name):
+    data = tmp_path / name
+    write_jsonl(data, [{"prompt": "film"}])
+    with pytest.raises(UserError, match=rf"output_file .*{name} must not be dataset_name"):
+        run(config(dataset_name=str(data)))
+    assert json.loads(data.read_text()) == {"prompt": "film"}
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """What `show` prints of a judge of this name, by way of rich, to such a file."""
+
+    def printed(name: str, isatty: bool, **environment: str) -> tuple[str, str]:
+        both = samples(["x"] * 5), samples(["y"] * 5)
+        file = io.StringIO()
+        file.isatty = lambda: isatty
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr(
+            "rlhf.evaluate.Console",
+            lambda **options: Console(file=file, width=99, _environ=environment, **options),
+        )
+        answers = {"tokens": 1.0, "characters": 1.0, "ended": 1.0}
+        show(
+            {
+                "judges": {name: judge_figures(name, *both, [0.0] * 5, [1.0] * 5)},
+                "answers": {"a": answers, "b": answers},
+                "policies": {"a": "A", "b": "B"},
+                "kl_b_a": None,
+            }
+        )
+        return file.getvalue()
+
+    return printed
+
+
+def test_a_judges_name_is_no_markup(printed):
+    assert "rm[v2]" in printed("rm[v2]", isatty=True, TERM="xterm")
+
+
+def test_a_table_is_for_a_terminal_only(printed, capsys):
+    assert printed("good", isatty=False, TERM="xterm", FORCE_COLOR="1") == ""
+    assert "judge good  A 0.000" in capsys.readouterr().out
+
+
 def test_judges_read_text_where_vocabularies_differ(config, world, renumbered):
     """Nearly greedy answers of the same model are the same words, so a reward model that knows
     only one numbering of them gives the same scores."""
@@ -300,10 +379,11 @@ def prompts_of(config: EvaluateConfig) -> list[str]:
     [
         (["--policies", "x"], ["policies must name two policies, got ['x']"]),
         (["--policies", "nowhere/at/all", "nowhere/at/all"], ["no folder 'nowhere/at/all'"]),
-        (["--reward_funcs", "judges.py:bad"], ["judges.py has no function 'bad'"]),
+        (["--reward_funcs", "judges.py:none"], ["judges.py has no function 'none'"]),
         (["--reward_funcs", "judges.py:silent"], ["judge silent scored no pair"]),
         (["--output_file=x.jsonl"], ["output_file must end in .json, got 'x.jsonl'"]),
         (["--output_file=there.json"], ["output_file there.jsonl exists", "--overwrite"]),
+        (["--policies", "reward", "reward"], ["reward is a Llama", "a reward model or a critic"]),
         (["--num_prompts=0"], ["num_prompts must be >= 1, got 0"]),
         (["--response_length=64"], ["64 positions", "lower max_prompt_length or response_length"]),
     ],
@@ -311,6 +391,7 @@ def prompts_of(config: EvaluateConfig) -> list[str]:
 def test_wrong_options(world, tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "judges.py").write_text(JUDGES)
+    (tmp_path / "reward").symlink_to(world / "llama-reward")
     write_jsonl(tmp_path / "there.jsonl", [{}])
     argv = ["evaluate", "--policies", str(world / "llama"), str(world / "gpt2")]
     argv += ["--output_file=out.json", f"--dataset_name={world / 'prompts.jsonl'}"]
@@ -326,7 +407,9 @@ def test_wrong_options(world, tmp_path, capsys, monkeypatch, options, expected):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_judge_is_needed(world, capsys):
-    argv = ["evaluate", f"--dataset_name={world / 'prompts.jsonl'}", "--output_file=x.json"]
-    assert main([*argv, "--policies", str(world / "llama"), str(world / "llama")]) == 2
-    assert "reward_funcs must name what scores a response" in capsys.readouterr().err
+def test_a_judge_is_needed(config, capsys):
+    argv = ["evaluate", "--dataset_name=prompts.jsonl", "--output_file=x.json"]
+    assert main([*argv, "--policies", "no/folder", "no/folder"]) == 2
+    assert "error: missing --reward_funcs: " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"reward_funcs must name a judge, got \[\]"):
+        config(reward_funcs=[])

@@ -1,12 +1,15 @@
 """`rlhf generate`: what the file holds, and one line for everything a user can get wrong."""
 
 import json
+import math
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from rlhf.cli import main
 from rlhf.config import GenerateConfig
+from rlhf.errors import UserError
 from rlhf.generate import run
 from rlhf.tasks.base import write_jsonl
 
@@ -83,11 +86,65 @@ def test_other_columns_are_kept(config, world, tmp_path):
     assert all(row["text"].startswith(row["prompt"]) for row in texts)
 
 
+def test_a_column_of_another_file_format_or_with_what_json_has_no_word_for(config, tmp_path):
+    """Half a surrogate pair has no UTF-8, NaN no JSON: an escape, and null."""
+    row = {"prompt": "film", "half": "\ud83d", "meta": {"x": [math.nan, math.inf, 1.5]}}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    run(config(dataset_name=str(tmp_path / "data.jsonl")))
+
+    def no_constant(name):
+        raise ValueError(f"{name} is not JSON")
+
+    text = Path(config().output_file).read_text(encoding="utf-8")
+    answer = json.loads(text, parse_constant=no_constant)
+    assert answer["half"] == "\ud83d"
+    assert answer["meta"] == {"x": [None, None, 1.5]}
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"prompt": ["film"], "day": [date(2026, 1, 2)]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "data.parquet")
+    run(config(dataset_name=str(tmp_path / "data.parquet")))
+    assert json.loads(Path(config().output_file).read_text())["day"] == "2026-01-02"
+
+
+@pytest.mark.parametrize("folder", [".", "link"])
+def test_the_data_set_is_never_replaced(config, tmp_path, folder):
+    (tmp_path / "link").symlink_to(tmp_path)
+    data = tmp_path / "data.jsonl"
+    write_jsonl(data, [{"prompt": "film"}])
+    content = data.read_bytes()
+    with pytest.raises(UserError, match=r"output_file .* must not be dataset_name .*data\.jsonl"):
+        run(config(dataset_name=str(data), output_file=str(tmp_path / folder / "data.jsonl")))
+    assert data.read_bytes() == content
+    (tmp_path / "saved").mkdir()
+    with pytest.raises(UserError, match=r"output_file .* must not be dataset_name .*, nor lie"):
+        inside = str(tmp_path / folder / "saved" / "x" / "dataset_info.json")
+        run(config(dataset_name=str(tmp_path / "saved"), output_file=inside))
+    assert not [*(tmp_path / "saved").iterdir()]
+
+
+def test_a_folder_that_takes_no_files_is_named_before_anything_is_sampled(config, monkeypatch):
+    """Linux's own: nobody may write there, root neither."""
+    if not Path("/proc/self").is_dir():
+        pytest.skip("no /proc")
+    monkeypatch.setattr("rlhf.generate.Policy", lambda *_: pytest.fail("too late"))
+    for name in ("answers.jsonl", "new/answers.jsonl"):
+        with pytest.raises(UserError, match=rf"cannot write output_file /proc/self/{name}: "):
+            run(config(output_file=f"/proc/self/{name}"))
+
+
+def test_a_reward_model_is_no_policy(config, world):
+    for name in ("llama-reward", "gpt2-reward"):  # GPT-2's embeddings are tied: it lacks nothing
+        with pytest.raises(UserError, match=rf"{name} is a .*, a reward model or a critic: give"):
+            run(config(model_name_or_path=str(world / name)))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], ["prompt and dataset_name", "give one of them"]),
-        (["--prompt=film", "--dataset_name=x.jsonl"], ["give one of them"]),
+        ([], ["give one of prompt and dataset_name"]),
+        (["--prompt=film", "--dataset_name=x.jsonl"], ["give one of prompt and dataset_name"]),
+        (["--prompt", "film", "caf\udce9"], ["prompt must be valid Unicode", "'caf\\udce9'"]),
+        (["--prompt=film", "--stop_strings=\udce9"], ["stop_strings must be valid Unicode"]),
         (["--dataset_name=nowhere.jsonl"], ["nowhere.jsonl does not exist"]),
         (["--prompt=film", "--num_completions=0"], ["num_completions must be >= 1, got 0"]),
         (["--prompt=film", "--response_length=64"], ["65 tokens", "64 positions"]),
@@ -97,6 +154,10 @@ def test_other_columns_are_kept(config, world, tmp_path):
         (["--dataset_name=taken.jsonl"], ["has a column 'completion'", "rename it"]),
         (["--prompt=film", "--output_file=."], ["is a folder"]),
         (["--prompt=film", "--output_file=taken.jsonl/x"], ["cannot write output_file"]),
+        (
+            ["--prompt=film", "--output_file=new/folder/x", "--stop_token=xyz"],
+            ["stop_token 'xyz' is no token"],
+        ),
     ],
 )
 def test_wrong_options(world, tmp_path, capsys, monkeypatch, options, expected):
@@ -107,7 +168,7 @@ def test_wrong_options(world, tmp_path, capsys, monkeypatch, options, expected):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("rlhf generate: error: ")
     assert all(part in error for part in expected), error
-    assert not (tmp_path / "out.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.jsonl"]
 
 
 def test_one_process(capsys, monkeypatch):

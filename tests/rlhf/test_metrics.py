@@ -15,10 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlhf import metrics as module
 from rlhf.errors import UserError
 from rlhf.metrics import MetricsLog, plot_metrics
-from rlhf.ppo import train_ppo
+from rlhf.ppo import compare_completions, train_ppo
 from rlhf.progress import Display, num_passes
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
+from rlhf.trainer import PPOTrainer
 from tests.rlhf.conftest import GOOD
 
 
@@ -187,6 +188,7 @@ def test_a_run_that_an_error_ended_has_a_table(tmp_path):
 def terminal(monkeypatch) -> io.StringIO:
     """What is shown on a terminal."""
     shown = io.StringIO()
+    shown.isatty = lambda: True
     make = partial(Console, file=shown, force_terminal=True, width=100, color_system=None)
     monkeypatch.setattr("rlhf.progress.Console", make)
     return shown
@@ -215,16 +217,32 @@ def test_a_phase_counts_calls_and_leaves_no_hook(tmp_path, terminal):
     assert last.replace("│", " ").split() == ["loss", "0.5", "0.25"]
 
 
+@pytest.mark.parametrize(
+    ("isatty", "environment"),
+    [(True, {"TERM": "dumb"}), (False, {"TERM": "xterm", "FORCE_COLOR": "1"})],
+)
+def test_what_cannot_be_redrawn_gets_plain_lines(
+    tmp_path, monkeypatch, capsys, isatty, environment
+):
+    file = io.StringIO()
+    file.isatty = lambda: isatty
+    make = partial(Console, file=file, _environ=environment)
+    monkeypatch.setattr("rlhf.progress.Console", make)
+    with make_log(tmp_path) as log:
+        log.write(1, {"loss": 0.5})
+        assert capsys.readouterr().out.startswith("ppo 1/10  loss 0.5  eta ")
+    assert file.getvalue() == ""
+
+
 def test_where_nothing_is_shown_a_phase_costs_nothing(tmp_path):
     layer = torch.nn.Linear(2, 2)
     with make_log(tmp_path) as log, log.phase("update", 5, layer.register_forward_hook):
         assert not layer._forward_hooks
 
 
-def test_passes_of_a_process(monkeypatch):
-    assert [num_passes(count, 4) for count in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, 3]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert [num_passes(count, 4) for count in (4, 5, 9, 16)] == [1, 1, 2, 2]
+def test_passes_of_a_process():
+    assert [num_passes(count, 4, 1) for count in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, 3]
+    assert [num_passes(count, 4, 2) for count in (4, 5, 9, 16)] == [1, 1, 2, 2]
 
 
 @pytest.fixture
@@ -255,9 +273,24 @@ def test_the_phases_of_ppo_come_to_their_ends(world, ppo_config, tmp_path, phase
     assert phases["generate"] == [(8, 8)] * 2  # a pass for each token
     assert phases["score"] == [(2, 2)] * 2  # two micro-batches
     assert phases["update"] == [(4, 4)] * 2  # optimizer steps
-    assert [total for _, total in phases["eval"]] == [8] * 2
+    assert phases["eval"] == [(9, 9)] * 2  # the same, and a micro-batch
     assert "ppo completions" in terminal.getvalue()
     assert "16/16" in terminal.getvalue()
+
+
+def test_the_main_process_counts_what_it_alone_does(ppo_config, tmp_path, monkeypatch):
+    options = {"min_response_length": 8, "per_device_eval_batch_size": 2}
+    trainer = PPOTrainer(ppo_config(output_dir=str(tmp_path), **options))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stages = []
+
+    class Watched(Display):
+        def __exit__(self, *error):
+            stages.append((self.progress.tasks[0].completed, self.progress.tasks[0].total))
+
+    monkeypatch.setattr("rlhf.ppo.Display", Watched)
+    compare_completions(trainer)
+    assert stages == [(32, 32)]  # two models, 3 prompts in two parts, 8 tokens
 
 
 def test_the_phases_of_sft_and_reward_come_to_their_ends(

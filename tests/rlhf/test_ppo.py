@@ -16,7 +16,7 @@ from transformers import (
 
 from rlhf.batches import pad
 from rlhf.errors import UserError
-from rlhf.iteration import Batch
+from rlhf.iteration import Batch, iteration_metrics
 from rlhf.models import sequence_scores, token_values
 from rlhf.ppo import train_ppo
 from rlhf.rollout import (
@@ -489,6 +489,16 @@ def test_the_same_seed_gives_the_same_run(ppo_config, tmp_path):
         train_ppo(ppo_config(output_dir=str(tmp_path / name)))
         runs.append(records(tmp_path / name))
     assert runs[0] == runs[1]
+
+
+def test_metrics_stand_in_the_same_order_in_every_run(make_trainer):
+    """Names of strings in a set do not: their hashes differ from process to process."""
+    trainer = make_trainer()
+    batch = collect(trainer)
+    steps = trainer.update(batch)
+    means = [name for name in steps[0] if name not in ("policy/ratio_max", "policy/ratio_error")]
+    assert len(means) > 5
+    assert list(iteration_metrics(batch, steps))[-len(means) :] == means
 
 
 def test_a_nan_reward_stops_with_the_sample_named(ppo_config, tmp_path):

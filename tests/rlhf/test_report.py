@@ -16,6 +16,7 @@ from matplotlib import image
 from rlhf import charts
 from rlhf.cli import main
 from rlhf.errors import UserError
+from rlhf.iteration import NUM_COMPLETIONS
 from rlhf.ppo import train_ppo
 from rlhf.report import numbers, write_report
 from tests.rlhf.conftest import GOOD
@@ -207,6 +208,94 @@ def test_run_that_was_cut_off_shows_what_there_is(tmp_path):
     assert "Before and after" not in words(report(folder))
 
 
+def test_lines_that_lack_something_are_left_out_or_show_a_dash(tmp_path):
+    """None of it is a traceback, which would also end `rlhf ppo` after its last step."""
+    folder = make_stage(tmp_path / "run", "ppo", [], dataset_name=None, max_steps="x")
+    records = [{"step": step} for step in (None, "7", 0, 1e400, -1)]
+    records += [{"step": 2, "objective/kl": 10**400, "loss/value": 1e308, "episodes": "8"}]
+    records += [
+        {"step": 4, "objective/kl": 10**30, "objective/scores": 1, "loss/value": -1e308},
+        {"step": 5, "x": [1], "lr": "low"},
+    ]
+    records += [{"step": 3, "objective/kl": 1.0, "a\ud83d": 0.5, "episodes": 1}]
+    lines = [json.dumps(row) for row in records] + ["null", "[" * 100_000]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    whole = answer("a", 1e17)
+    sides = [None, [], {}, {"completion": None}]
+    rows = [{"prompt": "lost", "before": side, "after": whole} for side in sides]
+    rows += [{"prompt": "lost", "before": whole}, {"before": whole, "after": whole}]
+    rows += [{"prompt": [{"role": "user", "content": "lost"}], "before": whole, "after": whole}]
+    rows += [{"prompt": "kept", "before": {"completion": "bare"}, "after": whole}]
+    odd = whole | {"score": "high", "tokens": None, "ended": None, "rewards": None}
+    rows += [{"prompt": "odd", "before": odd, "after": whole | {"score": 1e308}}]
+    named = {"$\\frac$": 1.25, "\ud83d": 1.75, "gold": 1.5, "x": "y", "z": 10**400}
+    rows += [{"prompt": "named", **dict.fromkeys(("before", "after"), whole | {"rewards": named})}]
+    (folder / "completions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = report(folder)
+    text = words(page)
+    assert "run/metrics.jsonl: 7 lines are not whole and left out." in text
+    assert "run/completions.jsonl: 7 lines are not whole and left out." in text
+    assert "cut off: step 5<" in page and "KL to the reference 1.00" in text and "m –" in text
+    assert "Without a finite value: loss/value, lr, x." in text
+    assert "the same 3 prompts" in text and "lost" not in text
+    assert "before – bare" in text and "odd before – a after – 5 tokens" in text
+    assert "gold 1.50 x – z –" in text and page.count("<svg") == 10
+    settings = {"model_name_or_path": "m", "total_episodes": 20}
+    (folder / "ppo.yaml").write_text(yaml.safe_dump(settings))
+    assert "step 5 of 60" in words(report(folder))
+
+
+@pytest.mark.parametrize(
+    ("summary", "shown"),
+    [
+        ("[]", "summary.json is not whole"),
+        ("null", "summary.json is not whole"),
+        ('{"ppo": ', "summary.json is not whole"),
+        ('{"ppo": {"gold_before": 1}}', "Gold score 1.00 → – on fresh"),
+        ('{"ppo": {"gold_before": "a", "gold_after": 1e999}}', "Gold score – → – on fresh"),
+        ('{"ppo": [1], "seconds": "long", "stage_seconds": {"ppo": "x"}}', "seconds starts from"),
+        ('{"seconds": null, "stage_seconds": 5}', "state starts from"),
+    ],
+)
+def test_summary_that_lacks_something(summary, shown, tmp_path):
+    folder = make_stage(tmp_path / "run", "ppo", [{"step": 1, "objective/kl": 1.0}])
+    (folder / "summary.json").write_text(summary)
+    text = words(report(folder))
+    assert shown in text and "Time" not in text
+
+
+def test_scores_as_large_as_a_reward_may_give_are_drawn(tmp_path):
+    folder = make_stage(tmp_path / "run", "ppo", [])
+    largest = float(np.finfo(np.float32).max)
+    for low, high in ((1e17, 1e17), (-largest, largest), (largest, largest)):
+        rows = [
+            ("p", answer("a", low), answer("b", high, 6)),
+            ("q", answer("c", low), answer("d", high)),
+        ]
+        write_completions(folder, rows)
+        assert report(folder).count("<svg") == 3
+
+
+def test_the_first_place_of_a_stage_counts(tmp_path):
+    folder = make_stage(tmp_path / "run", "ppo", [{"step": 3}])
+    make_stage(folder / "ppo", "ppo", [{"step": 5}])
+    page = report(folder)
+    assert page.count('id="ppo"') == 1 and "step 3" in page and "step 5" not in page
+
+
+@pytest.mark.parametrize(
+    ("weights", "judge"),
+    [([1.0, 0.0], "gold"), ([0.0, 1.0], "rm"), ([1, 0.5], None), (None, None), ([0.0], None)],
+)
+def test_a_reward_judges_only_if_it_weighs_nothing(weights, judge, tmp_path):
+    record = {"step": 1, "rewards/rm": 1.0, "rewards/gold": 2.0, "objective/kl": 1.0}
+    page = report(make_stage(tmp_path / "run", "ppo", [record], reward_weights=weights))
+    assert ("over-optimisation" in page) == (judge == "gold")
+    figures = re.findall(r"<h4>.*?</figcaption>", page, re.S)
+    said = [figure for figure in figures if "judges, but does not train" in figure]
+    assert [f"rewards/{judge}" in figure for figure in said] == [True] * (judge is not None)
+
+
 def test_run_that_has_only_begun(tmp_path):
     folder = make_stage(tmp_path / "run", "sft", [], max_steps=30)
     page = report(folder)
@@ -252,10 +341,12 @@ def test_means_correlations_and_gains(tmp_path):
 def test_long_runs_and_texts_make_no_large_page(tmp_path):
     rng = np.random.default_rng(0)
     names = ("objective/scores", "objective/kl", "rewards/gold", "policy/clipfrac")
-    records = [{"step": i, **dict(zip(names, rng.random(4), strict=True))} for i in range(30_000)]
+    records = [
+        {"step": i, **dict(zip(names, rng.random(4), strict=True))} for i in range(1, 30_001)
+    ]
     folder = make_stage(tmp_path / "run", "ppo", records)
     long = "word " * 40_000
-    write_completions(folder, [(long, answer(long, 0.0), answer(long, 1.0))] * 200)
+    write_completions(folder, [(long, answer(long, 0.0), answer(long, 1.0))] * NUM_COMPLETIONS)
     page = report(folder)
     assert len(page) < 1.5e6 and "(197,999 more characters)" in page
     assert "the same 128 prompts" in page and "116 more prompts" in page
