@@ -8,14 +8,42 @@ from torch import Tensor
 from rlhf.config import PPOConfig
 
 
-class KLController:
-    """The weight of the KL penalty: fixed, or adapted to a target (Ziegler et al., 2019,
-    arXiv:1909.08593, equation 2)::
+def adapt(kl_coef: float, kl: float, target: float, num_responses: int, horizon: float) -> float:
+    """The next weight of the KL penalty (Ziegler et al., 2019, arXiv:1909.08593, equation 2)::
 
-        kl_coef ← kl_coef · (1 + clip(KL / target_kl - 1, -0.2, 0.2) · responses / kl_horizon)
-
-    KL is that of a whole response (`adaptive_kl: sequence`) or of a token (`token`), in nats.
+    kl_coef · (1 + clip(kl / target - 1, -0.2, 0.2) · num_responses / horizon)
     """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * num_responses / horizon)
+
+
+class Moments:
+    """Count, mean, and sum of the squared deviations from it of all numbers seen, merged as in
+    Chan, Golub and LeVeque (1979), in fp64."""
+
+    def __init__(self):
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def see(self, numbers: Tensor) -> None:
+        """Counts a vector among them."""
+        numbers = numbers.double()
+        mean = numbers.mean()
+        squares = (numbers - mean).square().sum()
+        mean, squares = torch.stack([mean, squares]).tolist()
+        total = self.count + len(numbers)
+        shift = mean - self.mean
+        self.squares += squares + shift**2 * self.count * len(numbers) / total
+        self.mean += shift * len(numbers) / total
+        self.count = total
+
+    def deviation(self, correction: int) -> float:
+        """Standard deviation: 0 for the biased one, 1 for the unbiased."""
+        return math.sqrt(self.squares / (self.count - correction))
+
+
+class KLController:
+    """The weight of the KL penalty: fixed, or adapted to a target KL, in nats, of a whole response
+    (`adaptive_kl: sequence`) or of a token (`token`)."""
 
     def __init__(self, config: PPOConfig):
         self.config = config
@@ -26,11 +54,9 @@ class KLController:
         config = self.config
         if config.adaptive_kl == "none":
             return
-        num_responses = len(kl)
-        count = num_responses if config.adaptive_kl == "sequence" else mask.sum()
-        kl = (kl.double().sum() / count).item()
-        error = min(max(kl / config.target_kl - 1, -0.2), 0.2)
-        self.kl_coef *= 1 + error * num_responses / config.kl_horizon
+        count = len(kl) if config.adaptive_kl == "sequence" else mask.sum()
+        mean = (kl.double().sum() / count).item()
+        self.kl_coef = adapt(self.kl_coef, mean, config.target_kl, len(kl), config.kl_horizon)
 
     def state_dict(self) -> dict:
         return {"kl_coef": self.kl_coef}
@@ -43,38 +69,23 @@ class ScoreScaler:
     """(score - mean) / std, with the moments of every score seen so far (`score_scaling: running`),
     of the first iteration's (`reference`: the policy still is the reference), or not at all.
 
-    The moments of running scores are merged as in Chan, Golub and LeVeque (1979), in fp64.
+    The deviation is the biased one.
     """
 
     def __init__(self, config: PPOConfig):
         self.kind = config.score_scaling
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.moments = Moments()
 
     def __call__(self, scores: Tensor) -> Tensor:
         """The scores (B,) of an iteration, scaled; they count among those seen."""
         if self.kind == "none":
             return scores
-        if self.kind == "running" or self.count == 0:
-            self._see(scores.double())
-        return (scores - self.mean) / max(self.std, 1e-6)
-
-    @property
-    def std(self) -> float:
-        """Biased standard deviation of the scores seen."""
-        return math.sqrt(self.squares / self.count)
-
-    def _see(self, scores: Tensor) -> None:
-        mean = scores.mean()
-        squares = (scores - mean).square().sum()
-        mean, squares = torch.stack([mean, squares]).tolist()
-        total = self.count + len(scores)
-        shift = mean - self.mean
-        self.squares += squares + shift**2 * self.count * len(scores) / total
-        self.mean += shift * len(scores) / total
-        self.count = total
+        if self.kind == "running" or self.moments.count == 0:
+            self.moments.see(scores)
+        return (scores - self.moments.mean) / max(self.moments.deviation(correction=0), 1e-6)
 
     def state_dict(self) -> dict:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+        return vars(self.moments).copy()
 
     def load_state_dict(self, state: dict) -> None:
-        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+        vars(self.moments).update(state)

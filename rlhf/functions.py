@@ -19,13 +19,14 @@ def load_function(source: str) -> Any:
     if not place or not name:
         raise UserError(f"a reward must be module:function or file.py:function, got {source!r}")
     module = _import(place)
-    if not hasattr(module, name):
+    function = getattr(module, name, None)  # once, for a module's __getattr__ may open a model
+    if function is None:
         functions = [key for key, value in vars(module).items() if callable(value)]
         nearest = difflib.get_close_matches(name, functions, n=1)
         known = ", ".join(functions) or "none"
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {known}"
         raise UserError(f"{place} has no function {name!r}: {hint:.200}")
-    return getattr(module, name)
+    return function
 
 
 def _import(place: str) -> ModuleType:

@@ -85,15 +85,22 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    remedy: str = GO_ON,
+) -> None:
     """Writes model and tokenizer into the folder `path`, complete or not at all.
 
     They are written to a temporary folder inside `path` and moved from there. `config.json`,
     without which transformers' Auto classes open nothing, is the first to go of an earlier model
-    and the last to come of this one, so that no weights are read that do not belong to it.
+    and the last to come of this one, so that no weights are read that do not belong to it. Files of
+    other names stay. Errors of the disk end with `remedy`.
     """
     temporary = path / ".saving-model"
-    with disk_errors(f"save the model in {path}", GO_ON):
+    with disk_errors(f"save the model in {path}", remedy):
         try:
             remove(temporary)
             model.save_pretrained(temporary)
@@ -101,8 +108,9 @@ def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
             sync_tree(temporary)
             (path / "config.json").unlink(missing_ok=True)
             sync(path)
-            for weights in path.glob("*.safetensors*"):
-                weights.unlink()
+            for pattern in ("model.safetensors*", "model-*.safetensors"):
+                for weights in path.glob(pattern):
+                    weights.unlink()
             for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == "config.json"):
                 remove(path / entry.name)
                 sync(path)

@@ -24,9 +24,18 @@ its figures too (`tests/rlhf/test_classic.py` holds both). What it did wrong is 
 - `use_score_scaling` works, which raised.
 
 One process on one device; no encoder-decoder models and no PEFT. For several GPUs: `rlhf ppo`.
+
+Not here, of what scripts may call: accelerate's part in training (`accelerator.prepare`,
+`backward`, `gather`, `log`, trackers); the trainer's inner steps (`batched_forward_pass`,
+`compute_rewards`, `compute_advantages`, `loss`, `train_minibatch`, `record_step_stats`,
+`gather_stats`, `prepare_model_inputs`) and `create_model_card`; the model's `is_peft_model` and
+`compute_reward_score`; `AutoModelForSeq2SeqLMWithValueHead`; and of `trl.core` all but
+`LengthSampler` and `respond_to_batch`. `generate` takes no `num_return_sequences` for a list of
+queries and no `return_dict_in_generate`.
 """
 
 from rlhf.classic.config import LengthSampler, PPOConfig
+from rlhf.classic.generation import respond_to_batch
 from rlhf.classic.model import AutoModelForCausalLMWithValueHead, create_reference_model
 from rlhf.classic.trainer import PPOTrainer
 
@@ -36,4 +45,5 @@ __all__ = [
     "PPOConfig",
     "PPOTrainer",
     "create_reference_model",
+    "respond_to_batch",
 ]

@@ -1,16 +1,18 @@
-"""What `PPOTrainer.generate` and `step` require of what they are given; each raises UserError."""
+"""What `PPOTrainer` requires of what it is given; each raises UserError."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from rlhf.classic.model import AutoModelForCausalLMWithValueHead
 from rlhf.errors import UserError
 
 
 def token_rows(
-    name: str, rows: list[Tensor], vocab_size: int, device: torch.device
+    name: str, rows: list[Tensor], vocab_size: int, device: torch.device, size: int | None = None
 ) -> list[Tensor]:
     """A list of 1-D tensors of token ids, none empty, as int64 on `device`."""
-    tensors(name, rows)
+    _tensors(name, rows, size)
     for i, row in enumerate(rows):
         _require(row.dim() == 1, f"{name}[{i}] must be 1-D", f"shape {tuple(row.shape)}")
         _require(
@@ -29,9 +31,9 @@ def token_rows(
     return rows
 
 
-def score_list(scores: list[Tensor], device: torch.device) -> Tensor:
+def score_list(scores: list[Tensor], device: torch.device, size: int) -> Tensor:
     """A list of finite scores, each a tensor of one number with at most one dimension, as (B,)."""
-    tensors("scores", scores)
+    _tensors("scores", scores, size)
     for i, score in enumerate(scores):
         _require(
             score.shape in [(), (1,)],
@@ -46,7 +48,7 @@ def score_list(scores: list[Tensor], device: torch.device) -> Tensor:
 
 def response_masks(masks: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
     """For each response a tensor of its length, nonzero where a token counts, as bool."""
-    tensors("response_masks", masks)
+    _tensors("response_masks", masks, len(responses))
     for i, (mask, response) in enumerate(zip(masks, responses, strict=True)):
         _require(
             mask.shape == response.shape,
@@ -57,32 +59,42 @@ def response_masks(masks: list[Tensor], responses: list[Tensor]) -> list[Tensor]
     return [mask.to(responses[0].device).bool() for mask in masks]
 
 
-def batch_size(size: int, **lists: list) -> None:
-    """Each list must have `size` elements."""
-    for name, values in lists.items():
-        _require(
-            isinstance(values, list), f"{name} must be a list of tensors", type(values).__name__
-        )
+def _tensors(name: str, values: list[Tensor], size: int | None) -> None:
+    """A list of `size` tensors, or of at least one."""
+    _require(isinstance(values, list), f"{name} must be a list of tensors", type(values).__name__)
+    if size is not None:
         _require(len(values) == size, f"{name} must have batch_size = {size} elements", len(values))
-
-
-def tensors(name: str, values: list[Tensor]) -> None:
-    _require(
-        isinstance(values, list) and len(values) > 0,
-        f"{name} must be a list of at least one tensor",
-        type(values).__name__,
-    )
+    _require(len(values) > 0, f"{name} must have at least one tensor", "an empty list")
     for i, value in enumerate(values):
         _require(isinstance(value, Tensor), f"{name}[{i}] must be a tensor", type(value).__name__)
 
 
-def lengths(queries: list[Tensor], responses: list[Tensor], num_positions: int | None) -> None:
+def positions(num_tokens: int, num_positions: int | None) -> None:
     """The model must have a position for each token of a query and its response."""
-    longest = max(len(query) + len(row) for query, row in zip(queries, responses, strict=True))
     _require(
-        num_positions is None or longest <= num_positions,
+        num_positions is None or num_tokens <= num_positions,
         f"queries with their responses must fit the model's {num_positions} positions",
-        f"{longest} tokens",
+        f"{num_tokens} tokens",
+    )
+
+
+def reference(ref_model: AutoModelForCausalLMWithValueHead, model: nn.Module) -> None:
+    """The reference, which is frozen, must not be what is trained."""
+    instance("ref_model", ref_model, AutoModelForCausalLMWithValueHead)
+    if ref_model.pretrained_model is model.pretrained_model:
+        raise UserError(
+            "ref_model must be a model of its own, got that which is trained: leave it out for a "
+            "frozen copy"
+        )
+
+
+def optimizer(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """It must hold some of the parameters."""
+    held = {id(x) for group in optimizer.param_groups for x in group["params"]}
+    _require(
+        any(id(parameter) in held for parameter in parameters),
+        "optimizer must hold parameters of the model that require a gradient",
+        "none",
     )
 
 

@@ -3,9 +3,11 @@
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +17,11 @@ TRACKERS = (None, "tensorboard", "wandb")
 # The estimators of ppo_kernels.kl_estimate by the names that the KL penalty has here.
 KL_ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
 KL_PENALTIES = (*KL_ESTIMATORS, "full")
+
+
+def _number(holds: Callable[[Real], bool]) -> Callable[[Any], bool]:
+    """Whether something is a number for which the rule holds."""
+    return lambda x: isinstance(x, Real) and holds(x)
 
 
 def _option(default, text: str):
@@ -107,23 +114,27 @@ class PPOConfig:
             self.optimize_device_cache = self.optimize_cuda_cache
         self._check(
             "must be an integer >= 1",
-            lambda x: isinstance(x, int) and x >= 1,
+            lambda x: isinstance(x, Integral) and x >= 1,
             *("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs"),
             *("compare_steps", "steps"),
         )
         self._check(
-            "must be >= 0 and finite",
-            lambda x: 0 <= x < math.inf,
+            "must be a number >= 0 and finite",
+            _number(lambda x: 0 <= x < math.inf),
             *("learning_rate", "init_kl_coef", "vf_coef", "cliprange_value"),
         )
         self._check(
-            "must be > 0", lambda x: x > 0, "target", "horizon", "temperature", "ratio_threshold"
+            "must be a number > 0",
+            _number(lambda x: x > 0),
+            *("target", "horizon", "temperature", "ratio_threshold", "target_kl"),
         )
         self._check(
-            "must be > 0 or None", lambda x: x is None or x > 0, "max_grad_norm", "score_clip"
+            "must be a number > 0 or None",
+            lambda x: x is None or _number(lambda x: x > 0)(x),
+            *("max_grad_norm", "score_clip"),
         )
-        self._check("must be in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam")
-        self._check("must be in [0, 1)", lambda x: 0 <= x < 1, "cliprange")
+        self._check("must be a number in [0, 1]", _number(lambda x: 0 <= x <= 1), "gamma", "lam")
+        self._check("must be a number in [0, 1)", _number(lambda x: 0 <= x < 1), "cliprange")
         self._check(f"must be one of {KL_PENALTIES}", KL_PENALTIES.__contains__, "kl_penalty")
         self._check(f"must be one of {TRACKERS}", TRACKERS.__contains__, "log_with")
         self._check(
@@ -158,7 +169,7 @@ class PPOConfig:
         self.world_size, self.is_encoder_decoder, self.is_peft_model = 1, False, False
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
 
-    def _check(self, rule: str, holds, *names: str) -> None:
+    def _check(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if not holds(value):

@@ -45,6 +45,8 @@ def _wandb(config: PPOConfig, arguments: dict) -> Tracker:
     def write(values: dict, table: dict, step: int) -> None:
         rows = [list(row) for row in zip(*table.values(), strict=True)]
         game_log = wandb.Table(columns=list(table), rows=rows)
-        wandb.log({**values, "game_log": game_log}, step=step)
+        # Without a step: wandb drops what comes with one below its own, which scripts' own calls
+        # of wandb.log move on.
+        wandb.log({**values, "game_log": game_log})
 
     return write

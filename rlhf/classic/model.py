@@ -1,13 +1,19 @@
 """A causal language model with a value head on its last hidden states."""
 
 import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.models import freeze
+from rlhf.models import enable_gradient_checkpointing, freeze
 
+# Options that TRL took for models which are not trained as a whole.
+REFUSED = ("peft_config", "reward_adapter", "load_in_8bit", "load_in_4bit")
+IGNORED = ("is_trainable", "reward_adapter_name")  # which say something of these alone
 HEAD_OPTIONS = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder")
 
@@ -28,14 +34,14 @@ class ValueHead(nn.Module):
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
-    """A transformers model, `pretrained_model`, that holds a value head, `v_head`.
+    """A transformers model, `pretrained_model`, and a value head, `v_head`.
 
     Saved, it is the model's own folder with the weights `v_head.summary.*` besides, as TRL wrote
     it: `AutoModelForCausalLM` opens it too. The class behaves as the model in `generate`, `config`,
     `save_pretrained`, `push_to_hub` and the names of its state dict.
 
     Args:
-        pretrained_model: a causal language model; one without `v_head` is given a new one.
+        pretrained_model: a causal language model, which is given a new head.
         summary_dropout_prob: of the head (default: the model's configuration's, or 0.1). The
             trainer keeps dropout off.
         v_head_init_strategy: of a new head, None (that of nn.Linear) or "normal": weights of
@@ -57,13 +63,13 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             )
         self.pretrained_model = pretrained_model
         self.config = pretrained_model.config
-        if not hasattr(pretrained_model, "v_head"):
-            pretrained_model.v_head = _new_head(pretrained_model)
-            if v_head_init_strategy == "normal":
-                nn.init.normal_(self.v_head.summary.weight, std=v_head_initializer_range)
-                nn.init.zeros_(self.v_head.summary.bias)
+        self.v_head = _new_head(pretrained_model)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(self.v_head.summary.weight, std=v_head_initializer_range)
+            nn.init.zeros_(self.v_head.summary.bias)
         if summary_dropout_prob is not None:
             self.v_head.dropout.p = summary_dropout_prob
+        self.train(pretrained_model.training)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -71,8 +77,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
         Further arguments are those of the head, and those of `AutoModelForCausalLM`.
         """
-        if kwargs.get("peft_config") is not None:
-            raise UserError("peft_config is not supported: give a whole model, merged if need be")
+        for name in REFUSED:
+            if kwargs.pop(name, None):
+                raise UserError(f"{name} is not supported: give a whole model, merged if need be")
+        for name in IGNORED:
+            kwargs.pop(name, None)
         head_options = {name: kwargs.pop(name) for name in HEAD_OPTIONS if name in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
             return cls(pretrained_model_name_or_path, **head_options)
@@ -84,16 +93,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
                 f"pretrained_model_name_or_path must be a causal language model that transformers "
                 f"knows, {path} has a {kind.__name__}"
             )
-        model, loading = _with_head(MODEL_FOR_CAUSAL_LM_MAPPING[kind]).from_pretrained(
-            path, *model_args, output_loading_info=True, **kwargs
-        )
-        if any(name.startswith("v_head.") for name in loading["missing_keys"]):
-            del model.v_head
-        return cls(model, **head_options)
-
-    @property
-    def v_head(self) -> ValueHead:
-        return self.pretrained_model.v_head
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+        model = _with_head(architecture).from_pretrained(path, *model_args, **kwargs)
+        head = model.v_head
+        del model.v_head
+        model.__class__ = architecture
+        wrapped = cls(model, **head_options)
+        if not head.summary.weight.isnan().all():
+            wrapped.v_head.load_state_dict(head.state_dict())
+        return wrapped
 
     def forward(
         self,
@@ -116,20 +124,47 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         results = (outputs.logits, outputs.loss, values)
         return (*results, outputs.past_key_values) if return_past_key_values else results
 
+    @property
+    def num_positions(self) -> int | None:
+        """Most tokens of a row; None if the model sets no bound."""
+        return getattr(self.config, "max_position_embeddings", None)
+
     def generate(self, *args, **kwargs):
         return self.pretrained_model.generate(*args, **kwargs)
 
+    def gradient_checkpointing_enable(self) -> None:
+        """As PPOConfig.gradient_checkpointing does."""
+        enable_gradient_checkpointing(self.pretrained_model)
+
+    def gradient_checkpointing_disable(self) -> None:
+        model = self.pretrained_model
+        # As in enable_gradient_checkpointing.
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+
+    @contextmanager
+    def _whole(self) -> Iterator[PreTrainedModel]:
+        """The model, which holds the head meanwhile."""
+        self.pretrained_model.v_head = self.v_head
+        try:
+            yield self.pretrained_model
+        finally:
+            del self.pretrained_model.v_head
+
     def save_pretrained(self, *args, **kwargs):
-        return self.pretrained_model.save_pretrained(*args, **kwargs)
+        with self._whole() as model:
+            return model.save_pretrained(*args, **kwargs)
 
     def push_to_hub(self, *args, **kwargs):
-        return self.pretrained_model.push_to_hub(*args, **kwargs)
+        with self._whole() as model:
+            return model.push_to_hub(*args, **kwargs)
 
     def state_dict(self, *args, **kwargs):
-        return self.pretrained_model.state_dict(*args, **kwargs)
+        with self._whole() as model:
+            return model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs):
-        return self.pretrained_model.load_state_dict(*args, **kwargs)
+        with self._whole() as model:
+            return model.load_state_dict(*args, **kwargs)
 
 
 def _new_head(model: PreTrainedModel) -> ValueHead:
@@ -148,15 +183,29 @@ def _new_head(model: PreTrainedModel) -> ValueHead:
 
 def _with_head(architecture: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of the same name whose models hold a `v_head`, so that transformers reads it from
-    whatever kind of file the folder has."""
+    whatever kind of file the folder has; of a folder without head its weights are NaN."""
 
     def __init__(self, config):
         architecture.__init__(self, config)
         self.v_head = _new_head(self)
         self.post_init()
 
+    def _init_weights(self, module):
+        """Called by transformers, which keeps these functions from what it has read."""
+        if module is self.v_head.summary:
+            nn.init.constant_(module.weight, math.nan)
+            nn.init.constant_(module.bias, math.nan)
+        else:
+            architecture._init_weights(self, module)
+
     attributes = {
         "__init__": __init__,
+        "_init_weights": _init_weights,
+        # Not reported as missing: a folder without head is no fault.
+        "_keys_to_ignore_on_load_missing": [
+            *(architecture._keys_to_ignore_on_load_missing or []),
+            r"^v_head\.",
+        ],
         "__module__": architecture.__module__,
         "_keep_in_fp32_modules_strict": [
             *(architecture._keep_in_fp32_modules_strict or []),

@@ -15,41 +15,16 @@ unbiased.
 """
 
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ppo_kernels import PPOLoss, ValueLoss, kl_estimate, masked_mean
+from rlhf.classic.batch import Batch
 
 # Of these each token of each minibatch is kept.
 PER_TOKEN = ("policy/advantages", "policy/ratio")
-
-
-class Batch(NamedTuple):
-    """A step's rows, padded on the right. Position t of (B, L - 1) stands for token t + 1.
-
-    Where `mask` is False, `logprobs` and `ref_logprobs` are those of queries and padding; `kls`,
-    `values`, `advantages` and `returns` are 0.
-    """
-
-    input_ids: Tensor  # (B, L)
-    attention_mask: Tensor  # (B, L)
-    mask: Tensor  # (B, L - 1) bool, True at the tokens of responses that count
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    kls: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.input_ids[:, 1:]
-
-    def rows(self, index: Tensor) -> "Batch":
-        return Batch(*(x[index] for x in self))
 
 
 def describe_minibatch(

@@ -5,14 +5,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ppo_kernels import (
@@ -20,33 +18,25 @@ from ppo_kernels import (
     kl_divergence,
     kl_estimate,
     masked_mean,
-    masked_whiten,
     ppo_loss_,
     token_logprobs,
     value_loss,
 )
 from rlhf import distributed
 from rlhf.classic import checks
+from rlhf.classic.accelerator import Accelerator
 from rlhf.classic.adaptive import AdaptiveKLController, FixedKLController, RunningMoments
+from rlhf.classic.batch import Batch, padded, whiten
 from rlhf.classic.config import KL_ESTIMATORS, PPOConfig
-from rlhf.classic.generation import cut, generate_rows
+from rlhf.classic.generation import check_arguments, generate_rows, set_temperature
 from rlhf.classic.logs import make_tracker
 from rlhf.classic.model import AutoModelForCausalLMWithValueHead, create_reference_model
-from rlhf.classic.stats import Batch, describe_minibatch, describe_step, deviation
+from rlhf.classic.stats import describe_minibatch, describe_step, deviation
 from rlhf.errors import UserError
 from rlhf.models import checkpointed, default_device, enable_gradient_checkpointing, freeze
 from rlhf.state import save_model
 
 COLUMNS = ("input_ids", "attention_mask", "label", "query", "response")
-
-
-class Accelerator(NamedTuple):
-    """What scripts ask of accelerate's."""
-
-    device: torch.device
-    num_processes: int = 1
-    is_main_process: bool = True
-    is_local_main_process: bool = True
 
 
 class PPOTrainer:
@@ -56,13 +46,15 @@ class PPOTrainer:
         config: of the run.
         model: what is trained. It is moved to the GPU if there is one.
         ref_model: the reference of the KL penalty (default: a frozen copy of the model).
-        tokenizer: is saved with the model.
+        tokenizer: is saved with the model; it must have an EOS token.
         dataset: a torch or datasets Dataset, from which `dataloader` takes shuffled whole batches.
         optimizer: default Adam at config.learning_rate on the parameters that require a gradient.
         data_collator: of the dataloader.
         num_shared_layers: see `create_reference_model`; without `ref_model` only.
         lr_scheduler: stepped once in each `step`.
     """
+
+    is_distributed = False
 
     def __init__(
         self,
@@ -79,12 +71,16 @@ class PPOTrainer:
         checks.instance("config", config, PPOConfig)
         checks.instance("model", model, AutoModelForCausalLMWithValueHead)
         checks.instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
+        if tokenizer.eos_token_id is None:
+            raise UserError("tokenizer must have an EOS token, it has none: set one")
         if ref_model is not None:
-            checks.instance("ref_model", ref_model, AutoModelForCausalLMWithValueHead)
+            checks.reference(ref_model, model)
             if num_shared_layers is not None:
                 raise UserError("num_shared_layers is for a copy of the model: leave out ref_model")
         if dataset is not None:
             checks.instance("dataset", dataset, Dataset, datasets.Dataset)
+            if isinstance(dataset, IterableDataset):
+                raise UserError("dataset must give rows by their index, got an IterableDataset")
         if distributed.world_size() > 1:
             raise UserError("PPOTrainer runs in one process: start it without torchrun")
         set_seed(config.seed)
@@ -100,7 +96,10 @@ class PPOTrainer:
         has_data = dataset is not None
         self.dataloader = self.prepare_dataloader(dataset, data_collator) if has_data else None
         self.parameters = [x for x in self.model.parameters() if x.requires_grad]
+        if not self.parameters:
+            raise UserError("model must have parameters that require a gradient, got none")
         self.optimizer = optimizer or torch.optim.Adam(self.parameters, lr=config.learning_rate)
+        checks.optimizer(self.optimizer, self.parameters)
         self.lr_scheduler = lr_scheduler
         self.kl_ctl = FixedKLController(config.init_kl_coef)
         if config.adap_kl_ctrl:
@@ -152,30 +151,27 @@ class PPOTrainer:
             generation_kwargs: of transformers' `generate`.
 
         Returns:
-            (1, length) for one query, a list of (length,) for a list; a pair of such, the model's
-            and the reference's, with `generate_ref_response`.
+            (1, length) for one query, or as many rows as `num_return_sequences`, a list of
+            (length,) for a list; a pair of such, the model's and the reference's, with
+            `generate_ref_response`.
         """
         is_list = isinstance(query_tensor, list)
+        check_arguments(self.model, query_tensor, batch_size, generation_kwargs)
         queries = query_tensor if is_list else [query_tensor]
         queries = checks.token_rows("query_tensor", queries, self._vocab_size, self.current_device)
-        temperature = generation_kwargs.setdefault("temperature", self.config.temperature)
-        if temperature != self.config.temperature:
-            warnings.warn(
-                f"temperature {temperature} is not PPOConfig.temperature "
-                f"{self.config.temperature}, by which step() divides the logits: set it there",
-                stacklevel=2,
-            )
+        set_temperature(generation_kwargs, self.config.temperature)
         results = []
         for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
-            model.eval()
-            rows = generate_rows(model, queries, batch_size, length_sampler, **generation_kwargs)
-            lengths = [len(query) for query in queries]
-            if is_list and remove_padding:
-                eos = self.tokenizer.eos_token_id
-                rows = [cut(row, length, eos) for row, length in zip(rows, lengths, strict=True)]
-            if not return_prompt:
-                rows = [row[length:] for row, length in zip(rows, lengths, strict=True)]
-            results.append(rows if is_list else rows[0][None])
+            rows = generate_rows(
+                model.eval(),
+                queries,
+                batch_size,
+                length_sampler,
+                eos_token_id=self.tokenizer.eos_token_id if is_list and remove_padding else None,
+                return_prompt=return_prompt,
+                options=generation_kwargs,
+            )
+            results.append(rows if is_list else torch.stack(rows))
         return tuple(results) if generate_ref_response else results[0]
 
     @property
@@ -204,16 +200,17 @@ class PPOTrainer:
             UserError: naming the argument, the rule and the value.
         """
         config, times, start = self.config, {}, time.perf_counter()
-        checks.batch_size(config.batch_size, queries=queries, responses=responses, scores=scores)
-        queries = checks.token_rows("queries", queries, self._vocab_size, self.current_device)
-        responses = checks.token_rows("responses", responses, self._vocab_size, self.current_device)
-        scores = checks.score_list(scores, self.current_device)
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        checks.lengths(queries, responses, positions)
+        if not torch.is_grad_enabled():
+            raise UserError("step must have gradients: call it outside of torch.no_grad()")
+        size, device = config.batch_size, self.current_device
+        queries = checks.token_rows("queries", queries, self._vocab_size, device, size)
+        responses = checks.token_rows("responses", responses, self._vocab_size, device, size)
+        scores = checks.score_list(scores, device, size)
+        longest = max(map(len, map(torch.cat, zip(queries, responses, strict=True))))
+        checks.positions(longest, self.model.num_positions)
         if response_masks is None:
             response_masks = [torch.ones_like(response).bool() for response in responses]
         else:
-            checks.batch_size(config.batch_size, response_masks=response_masks)
             response_masks = checks.response_masks(response_masks, responses)
         if config.use_score_scaling:
             scores = self.running.scale(scores, centre=config.use_score_norm)
@@ -223,7 +220,7 @@ class PPOTrainer:
 
         self.model.eval()
         with _timed(times, "forward_pass"):
-            *inputs, mask = _padded(queries, responses, response_masks)
+            *inputs, mask = padded(queries, responses, response_masks)
             logprobs, ref_logprobs, kls, values = self._evaluate(*inputs, mask)
         with _timed(times, "compute_rewards"):
             index = torch.arange(mask.shape[1], device=mask.device)
@@ -231,9 +228,9 @@ class PPOTrainer:
             rewards = (-self.kl_ctl.value * kls).scatter_add(1, last, scores[:, None])
         with _timed(times, "compute_advantages"):
             if config.whiten_rewards:
-                rewards = _whiten(rewards, mask) + masked_mean(rewards, mask)
+                rewards = whiten(rewards, mask) + masked_mean(rewards, mask)
             advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-            advantages = _whiten(advantages, mask)
+            advantages = whiten(advantages, mask)
         batch = Batch(*inputs, mask, logprobs, ref_logprobs, kls, values, advantages, returns)
         with _timed(times, "optimize_step"), checkpointed(self.model):
             minibatches = self._update(batch)
@@ -292,6 +289,7 @@ class PPOTrainer:
     def _update(self, batch: Batch) -> list[dict[str, Tensor]]:
         """At most ppo_epochs passes over the batch; the statistics of each minibatch."""
         config, minibatches = self.config, []
+        self.model.zero_grad()  # of what an interrupted step has left
         for _ in range(config.ppo_epochs):
             # NumPy's generator, for TRL took the order from it.
             order = torch.from_numpy(np.random.permutation(config.batch_size))
@@ -302,7 +300,7 @@ class PPOTrainer:
                 if config.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
                 self.optimizer.step()
-                self.optimizer.zero_grad()
+                self.model.zero_grad()
             policykl = minibatches[-1]["policy/policykl"]
             if config.early_stopping and policykl > 1.5 * config.target_kl:
                 break
@@ -365,31 +363,30 @@ class PPOTrainer:
         self.current_step += 1
         self.tracker(values, table, self.current_step)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """The model with its value head, and the tokenizer."""
-        save_model(Path(save_directory), self.model.pretrained_model, self.tokenizer)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """The model with its value head, and the tokenizer; with `push_to_hub` also to the hub, as
+        `repo_id` or under the folder's name."""
+        folder = Path(save_directory)
+        save_model(
+            folder,
+            self.model,
+            self.tokenizer,
+            remedy="free some space or choose another folder",
+        )
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name, **kwargs)
+
+    _save_pretrained = save_pretrained
 
     def push_to_hub(self, repo_id: str, **kwargs) -> None:
         self.model.push_to_hub(repo_id, **kwargs)
         self.tokenizer.push_to_hub(repo_id, **kwargs)
-
-
-def _padded(
-    queries: list[Tensor], responses: list[Tensor], response_masks: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids, attention mask and mask of a Batch."""
-    ids = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
-    masks = [
-        torch.cat([torch.zeros_like(query[1:], dtype=torch.bool), counts])
-        for query, counts in zip(queries, response_masks, strict=True)
-    ]
-    rows = ids, [torch.ones_like(row) for row in ids], masks
-    return tuple(pad_sequence(x, batch_first=True) for x in rows)
-
-
-def _whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Centred and scaled by the unbiased deviation, as TRL's; `masked_whiten` takes the biased."""
-    return masked_whiten(x, mask) * (1 - 1 / mask.sum()).sqrt()
 
 
 @contextmanager

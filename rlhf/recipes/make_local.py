@@ -2,8 +2,9 @@
 
 `python -m rlhf.recipes.make_local DATA FOLDER` reads DATA, with columns `text` and `label`
 ("positive" or "negative"), and leaves in FOLDER what the hub has as lvwerra/gpt2-imdb (`gpt2`, a
-small GPT-2 tuned on the texts), lvwerra/distilbert-imdb (`distilbert`, a classifier of their
-sentiment) and stanfordnlp/imdb (`imdb`, the data as `datasets` saves it).
+small GPT-2 tuned on the texts, and as it was before, `gpt2-untrained`), lvwerra/distilbert-imdb
+(`distilbert`, a classifier of their sentiment) and stanfordnlp/imdb (`imdb`, the data as `datasets`
+saves it).
 """
 
 import argparse
@@ -31,6 +32,8 @@ from rlhf.tasks.base import MAX_LENGTH, train_tokenizer
 from rlhf.tasks.labelled import Example, read_examples
 
 BATCH_SIZE = 32
+FOLDERS = ("gpt2-untrained", "gpt2", "distilbert", "imdb")
+REMEDY = "free some space or choose another folder"
 
 
 def make_local(
@@ -42,8 +45,11 @@ def make_local(
     num_epochs: int = 3,
     learning_rate: float = 1e-3,
 ) -> float:
-    """Makes the three folders, the policy at `learning_rate`; returns the classifier's accuracy on
+    """Makes the four folders, the policy at `learning_rate`; returns the classifier's accuracy on
     a tenth of the texts that it has not seen."""
+    for name in FOLDERS:
+        if (folder / name).exists():
+            raise UserError(f"{folder / name} is there already: remove it or choose another folder")
     torch.manual_seed(0)
     tokenizer = train_tokenizer((example.text for example in examples), vocab_size)
     special = {
@@ -58,14 +64,13 @@ def make_local(
         n_head=heads,
         **special,
     )
-    save_model(folder / "gpt2-untrained", GPT2LMHeadModel(gpt2), tokenizer)
+    save_model(folder / "gpt2-untrained", GPT2LMHeadModel(gpt2), tokenizer, remedy=REMEDY)
     _save_data(examples, folder / "imdb")
     train_sft(
         SFTConfig(
             model_name_or_path=folder / "gpt2-untrained",
             dataset_name=folder / "imdb",
             output_dir=folder / "gpt2",
-            overwrite_output_dir=True,
             per_device_train_batch_size=BATCH_SIZE,
             num_train_epochs=num_epochs,
             learning_rate=learning_rate,
@@ -88,7 +93,7 @@ def make_local(
     classifier = DistilBertForSequenceClassification(distilbert).to(default_device())
     count = len(examples) // 10
     _train_classifier(classifier, tokenizer, examples[count:], num_epochs)
-    save_model(folder / "distilbert", classifier, tokenizer)
+    save_model(folder / "distilbert", classifier, tokenizer, remedy=REMEDY)
     return _accuracy(classifier, tokenizer, examples[:count])
 
 
@@ -143,7 +148,7 @@ def _accuracy(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", help="file of labelled texts")
-    parser.add_argument("folder", type=Path, help="where to put the three folders")
+    parser.add_argument("folder", type=Path, help="where to put the four folders")
     arguments = parser.parse_args(argv)
     accuracy = make_local(read_examples(arguments.data), arguments.folder)
     print(f"{arguments.folder}: the classifier is right on {accuracy:.1%} of texts it has not seen")

@@ -8,7 +8,7 @@ with the completion.
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import pipeline
+import transformers
 
 from rlhf.errors import UserError, one_line
 from rlhf.hub import may_be_hub_id
@@ -18,9 +18,13 @@ LABEL = "POSITIVE"
 
 
 def __getattr__(model: str) -> Callable[[list[str], list[str]], list[float]]:
-    """The reward function of the model, which takes the place of a name in this module."""
-    if model.startswith("__"):
-        raise AttributeError(model)
+    """The reward function of the model, which takes the place of a name in this module.
+
+    What looks like a name, as Python's own tools and typing errors ask for, is no model's, unless
+    there is such a folder: nothing is looked up on the hub for it.
+    """
+    if model.startswith("_") or (model.isidentifier() and not Path(model).is_dir()):
+        raise AttributeError(f"module {__name__} has no attribute {model!r}")
     score = positive_scorer(model)
 
     def sentiment(prompts: list[str], completions: list[str]) -> list[float]:
@@ -35,7 +39,7 @@ def positive_scorer(model: str) -> Callable[[list[str]], list[float]]:
     if not Path(model).is_dir() and not may_be_hub_id(model):
         raise UserError(f"there is no folder {model!r}: give that of a classifier, or a hub id")
     try:
-        classify = pipeline("sentiment-analysis", model=model, device=default_device())
+        classify = transformers.pipeline("sentiment-analysis", model=model, device=default_device())
     except Exception as error:  # a damaged folder raises whatever its reader raises
         raise UserError(f"cannot open the classifier {model!r}: {one_line(error)}") from error
     labels = list(classify.model.config.id2label.values())

@@ -8,15 +8,18 @@ makes models and data that stand in for those named here.
 import sys
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from rich.progress import track
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
 from rlhf.classic import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer
 from rlhf.columns import load_columns
 from rlhf.errors import UserError
+from rlhf.files import disk_errors
+from rlhf.models import load_tokenizer
 from rlhf.recipes.sentiment import positive_scorer
 
 PROMPT_TOKENS = (2, 8)
@@ -29,6 +32,10 @@ class Arguments:
     max_steps: int | None = field(
         default=None, metadata={"help": "Calls of step() (default: one pass over the data)."}
     )
+
+    def __post_init__(self):
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"max_steps must be >= 1, got {self.max_steps}")
 
 
 def build_dataset(name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -50,14 +57,15 @@ def collate(rows: list[dict]) -> dict[str, list]:
 def main(argv: list[str] | None = None) -> list[float]:
     """Runs the experiment; returns the mean reward of each step."""
     parser = HfArgumentParser((PPOConfig, Arguments), description=__doc__)
-    parser.set_defaults(model_name="lvwerra/gpt2-imdb", log_with="tensorboard")
+    parser.set_defaults(model_name="lvwerra/gpt2-imdb")
     config, arguments = parser.parse_args_into_dataclasses(argv)
+    with disk_errors(f"make output_dir {arguments.output_dir}", "choose another folder"):
+        Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)  # of the prompts' lengths; the trainer sets it again
 
+    tokenizer = load_tokenizer(config.model_name)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(config.model_name)
     ref_model = AutoModelForCausalLMWithValueHead.from_pretrained(config.model_name)
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
-    tokenizer.pad_token = tokenizer.eos_token
     dataset = build_dataset(config.query_dataset, tokenizer)
     config.project_kwargs["logging_dir"] = arguments.output_dir
     trainer = PPOTrainer(config, model, ref_model, tokenizer, dataset, data_collator=collate)

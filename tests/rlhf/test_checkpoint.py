@@ -1019,14 +1019,19 @@ class Sharded:
 
 
 def test_a_model_is_saved_over_an_earlier_one(tmp_path):
-    """In shards over one file, and back: no weights of the earlier one are read."""
+    """In shards over one file, and back: no weights of the earlier one are read, and those of
+    others stay."""
     model = make_model("untied")
+    others = [tmp_path / f"{name}_model.safetensors" for name in ("adapter", "reward")]
+    for other in others:
+        other.write_text(other.name)
     for wrapped in (model, Sharded(model), model, Sharded(model)):
         scramble(model)
         save_model(tmp_path, wrapped, Vocabulary())
         assert equal(AutoModelForCausalLM.from_pretrained(tmp_path), model.state_dict())
         assert ("model.safetensors" in names(tmp_path)) == (wrapped is model)
         assert ".saving-model" not in names(tmp_path)
+    assert [other.read_text() for other in others] == [other.name for other in others]
 
 
 class Copied:

@@ -1,6 +1,7 @@
 """`rlhf.classic` against TRL 0.11.4: figures, defaults and keys; and where TRL was wrong."""
 
 import math
+import pickle
 import sys
 from dataclasses import MISSING, fields
 from importlib.machinery import ModuleSpec
@@ -12,7 +13,14 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, DistilBertConfig, HfArgumentParser
+from torch.utils.data import IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    DistilBertConfig,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf import classic
 from rlhf.classic import (
@@ -21,6 +29,7 @@ from rlhf.classic import (
     PPOConfig,
     PPOTrainer,
     create_reference_model,
+    respond_to_batch,
 )
 from rlhf.errors import UserError
 from tests.rlhf import classic_peer
@@ -326,6 +335,27 @@ def test_layers_shared_with_the_reference_stay_as_they_are():
         create_reference_model(model, num_shared_layers=2)
 
 
+def test_interrupted_step_leaves_the_next_one_as_it_is(monkeypatch):
+    interrupted, plain = (
+        make_trainer(mini_batch_size=2, gradient_accumulation_steps=2) for _ in range(2)
+    )
+    train_minibatch = interrupted._train_minibatch
+
+    def train_and_stop(*arguments):
+        train_minibatch(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupted, "_train_minibatch", train_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            step(interrupted)
+    assert torch.equal(weights(interrupted), weights(plain))
+    for trainer in (interrupted, plain):
+        np.random.seed(0)
+        step(trainer)
+    torch.testing.assert_close(weights(interrupted), weights(plain))
+
+
 def test_learning_rate_schedule_moves_once_a_step():
     model = make_model(classic, 0.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -390,6 +420,64 @@ def test_responses_are_cut_after_their_own_eos():
     assert ended > 4
 
 
+@pytest.mark.parametrize(
+    ("options", "own", "ends"),
+    [
+        ({"eos_token_id": [1, 5, 6]}, 1, {1, 5, 6}),
+        ({"eos_token_id": torch.tensor([5])}, 1, {5}),
+        ({"generation_config": GenerationConfig(eos_token_id=6)}, 1, {6}),
+        ({}, [5, 6], {5, 6}),
+        ({}, None, {1}),  # the tokenizer's, as TRL cut there
+        ({"eos_token_id": -1}, 1, set()),
+        ({"eos_token_id": 100_000}, 1, set()),
+        ({"eos_token_id": None}, 1, set()),
+    ],
+)
+def test_responses_are_cut_at_what_ends_them(options, own, ends):
+    """Llama-3 and Qwen end a response by ids other than the tokenizer's EOS; others by none."""
+    trainer = make_trainer()
+    trainer.model.pretrained_model.generation_config.eos_token_id = own
+    queries = rows([[1, 5, 6, 3]] * 16)
+    sampling = {"do_sample": True, "max_new_tokens": 10, "pad_token_id": 0, **options}
+    outputs = []
+    for remove_padding in (False, True):
+        torch.manual_seed(0)
+        options = {"return_prompt": False, "batch_size": 16, "remove_padding": remove_padding}
+        outputs.append(trainer.generate(queries, **options, **sampling))
+    assert {len(whole) for whole in outputs[0]} == {10}
+    for whole, response in zip(
+        *([row.tolist() for row in output] for output in outputs), strict=True
+    ):
+        found = [i for i, token in enumerate(whole) if token in ends]
+        assert response == whole[: found[0] + 1 if found else None]
+    assert any(len(response) < 10 for response in outputs[1]) == bool(ends)
+
+
+def test_several_responses_to_one_query():
+    trainer = make_trainer()
+    query, options = torch.tensor([3, 4]), {"do_sample": True, "max_new_tokens": 6}
+    options |= {"num_return_sequences": 3, "pad_token_id": 1, "eos_token_id": None}
+    whole = trainer.generate(query, **options)
+    assert whole.shape == (3, 8)
+    assert whole[:, :2].tolist() == [[3, 4]] * 3
+    assert len({tuple(row) for row in whole.tolist()}) > 1
+    assert trainer.generate(query, return_prompt=False, **options).shape == (3, 6)
+
+
+def test_respond_to_batch_samples_from_the_model():
+    model = make_model(classic, 0.0)
+    queries = torch.tensor([[3, 4, 5]]).expand(4000, 3)
+    responses = respond_to_batch(model, queries, txt_len=1)
+    assert responses.shape == (4000, 1)
+    with torch.no_grad():
+        expected = model(queries[:1])[0][0, -1].softmax(-1)
+    counts = responses.flatten().bincount(minlength=len(expected)) / len(responses)
+    torch.testing.assert_close(counts, expected, atol=0.03, rtol=0)
+    greedy = respond_to_batch(model, queries[:2], txt_len=25, top_k=1)
+    assert greedy.shape == (2, 25)
+    assert greedy[0, 0] == expected.argmax()
+
+
 def test_tutorials_generation_arguments():
     trainer = make_trainer()
     sampler = LengthSampler(4, 16)
@@ -417,6 +505,48 @@ def test_tutorials_generation_arguments():
 def test_temperature_other_than_the_configured_one_is_told():
     with pytest.warns(UserWarning, match=r"temperature 0.5 is not PPOConfig.temperature 1.0"):
         greedy(make_trainer(), torch.tensor([3, 4]), temperature=0.5)
+    options = {"do_sample": True, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": 0}
+    config = GenerationConfig(temperature=1e-4, **options)
+    trainer = make_trainer()
+    with pytest.warns(UserWarning, match=r"temperature 0.0001 is not PPOConfig.temperature 1.0"):
+        cold = [trainer.generate(torch.tensor([3, 4]), generation_config=config) for _ in range(5)]
+    assert len({tuple(row[0].tolist()) for row in cold}) == 1
+    trainer = make_trainer(temperature=1e-4)
+    cold = [
+        trainer.generate(torch.tensor([3, 4]), generation_config=GenerationConfig(**options))
+        for _ in range(5)
+    ]
+    assert len({tuple(row[0].tolist()) for row in cold}) == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "options", "message"),
+    [
+        ([[3, 4]], {}, r"must be 1-D or a list of 1-D tensors, got torch.Size\(\[1, 2\]\)"),
+        (3, {}, r"query_tensor must be 1-D or a list of 1-D tensors, got torch.Size\(\[\]\)"),
+        ([3, 4], {"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ([3, 4], {"batch_size": -1}, "batch_size must be an integer >= 1, got -1"),
+        ([3, 4], {"max_new_tokens": 31}, "fit the model's 32 positions, got 33 tokens"),
+        ([3, 4], {"max_length": 33}, "fit the model's 32 positions, got 33 tokens"),
+        ([3, 4], {"length_sampler": lambda: 40}, "fit the model's 32 positions, got 42 tokens"),
+        ([3] * 32, {}, "fit the model's 32 positions, got 33 tokens"),
+        ([3, 4], {"return_dict_in_generate": True}, "return_dict_in_generate must be False"),
+    ],
+)
+def test_generate_is_checked(query, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_trainer().generate(torch.tensor(query), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_generate_of_a_list_is_checked():
+    trainer = make_trainer()
+    with pytest.raises(UserError, match="must have at least one tensor, got an empty list"):
+        trainer.generate([])
+    with pytest.raises(UserError, match="must be 1-D or a list of 1-D tensors, got tuple"):
+        trainer.generate((torch.tensor([3]),))
+    with pytest.raises(UserError, match=r"num_return_sequences must be 1 for a list .* got 2"):
+        trainer.generate(rows([[3], [4]]), num_return_sequences=2)
 
 
 # The value head
@@ -468,8 +598,79 @@ def test_folder_without_head_is_given_a_new_one(world, tmp_path):
     DistilBertConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"must be a causal language model .* DistilBertConfig"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="peft_config is not supported"):
-        AutoModelForCausalLMWithValueHead.from_pretrained(path, peft_config=object())
+
+
+def test_options_of_trl_for_other_models_may_be_empty(world, caplog):
+    """TRL's own script gives peft_config=None; and a folder without head is no fault to report."""
+    path = str(world / "gpt2")
+    AutoModelForCausalLMWithValueHead.from_pretrained(
+        path, peft_config=None, reward_adapter=None, load_in_8bit=False, is_trainable=True
+    )
+    assert "LOAD REPORT" not in caplog.text
+    for options in ({"peft_config": object()}, {"reward_adapter": "x"}, {"load_in_4bit": True}):
+        with pytest.raises(UserError, match=f"{next(iter(options))} is not supported: give a wh"):
+            AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
+
+
+def save_bin(model: AutoModelForCausalLMWithValueHead, folder) -> None:
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def save_shards(model: AutoModelForCausalLMWithValueHead, folder) -> None:
+    model.save_pretrained(folder, max_shard_size="1KB")
+
+
+@pytest.mark.parametrize("save", [save_bin, save_shards])
+def test_head_is_read_from_whatever_kind_of_file(save, tmp_path):
+    model = make_model(classic, 0.0)
+    save(model, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_wrapper_has_its_own_head(tmp_path, world):
+    """Under TRL's names, pickled, and exchanged for another, with which it is saved."""
+    opened = AutoModelForCausalLMWithValueHead.from_pretrained(str(world / "gpt2"))
+    again = pickle.loads(pickle.dumps(opened))
+    for name, weight in opened.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+    model = make_model(classic, 0.0)
+    names = [name for name, _ in model.named_parameters()]
+    assert names[0] == "pretrained_model.transformer.wte.weight"
+    assert names[-2:] == ["v_head.summary.weight", "v_head.summary.bias"]
+    model.v_head = make_model(classic, 0.5).v_head
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    assert torch.equal(again.v_head.summary.weight, make_model(classic, 0.5).v_head.summary.weight)
+    assert [name for name, _ in again.named_parameters()] == names
+
+
+def test_gradient_checkpointing_of_the_model_itself():
+    model = make_model(classic, 0.0)
+    layers = model.pretrained_model.transformer.h
+    model.gradient_checkpointing_enable()
+    assert all(layer.gradient_checkpointing for layer in layers)
+    model.gradient_checkpointing_disable()
+    assert not any(layer.gradient_checkpointing for layer in layers)
+
+
+def test_saved_folder_goes_to_the_hub_if_told_so(tmp_path, monkeypatch):
+    trainer, pushed = make_trainer(), []
+    monkeypatch.setattr(
+        trainer, "push_to_hub", lambda repo_id, **options: pushed.append((repo_id, options))
+    )
+    trainer._save_pretrained(tmp_path / "policy")
+    assert not pushed
+    trainer.save_pretrained(tmp_path / "policy", push_to_hub=True)
+    trainer.save_pretrained(str(tmp_path), repo_id="me/it", push_to_hub=True, private=True)
+    assert pushed == [("policy", {}), ("me/it", {"private": True})]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot save the model in .*: free .* another folder$"):
+        trainer.save_pretrained(tmp_path / "file" / "policy")
+    AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "policy")
 
 
 # What is refused
@@ -486,16 +687,21 @@ def test_folder_without_head_is_given_a_new_one(world, tmp_path):
         ({"kl_penalty": "k3"}, "kl_penalty must be one of .*'full'.*, got 'k3'"),
         ({"log_with": "mlflow"}, "log_with must be one of .*'wandb'.*, got 'mlflow'"),
         ({"log_with": "wandb"}, "log_with 'wandb' needs wandb: pip install wandb"),
-        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be > 0 or None, got 0.0"),
-        ({"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
+        ({"temperature": 0.0}, "temperature must be a number > 0, got 0.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be a number > 0 or None, got 0.0"),
+        ({"gamma": 1.5}, r"gamma must be a number in \[0, 1\], got 1.5"),
+        ({"learning_rate": "1e-5"}, "learning_rate must be a number >= 0 and finite, got '1e-5'"),
+        ({"learning_rate": None}, "learning_rate must be a number >= 0 and finite, got None"),
+        ({"score_clip": "2"}, "score_clip must be a number > 0 or None, got '2'"),
+        ({"target_kl": None}, "target_kl must be a number > 0, got None"),
         ({"horizon": 10.0}, "horizon must be more than a fifth of batch_size 128.* got 10.0"),
         ({"world_size": 2}, "world_size must be left out: .* one process.*, got 2"),
         ({"is_peft_model": True}, "is_peft_model must be left out"),
         ({"push_to_hub_if_best_kwargs": {"private": True}}, "must hold repo_id, got"),
     ],
 )
-def test_config_is_checked(changes, message):
+def test_config_is_checked(changes, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # wandb's
     with pytest.raises(UserError, match=message) as error:
         PPOConfig(**changes)
     assert "\n" not in str(error.value)
@@ -554,13 +760,25 @@ def test_step_is_checked(changes, message):
     assert torch.equal(weights(trainer), before)
 
 
+def test_step_without_gradients_is_refused():
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), pytest.raises(UserError, match=r"call it outside of torch.no_grad\(\)"):
+            make_trainer().step(**GOOD)
+
+
 def test_scores_of_one_element_are_numbers():
     stats = make_trainer().step(**GOOD | {"scores": [torch.ones(1)] * 4})
     assert stats["ppo/mean_scores"] == 1.0
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([1])
+
+
 def test_trainer_is_checked(monkeypatch):
     model, tokenizer, config = make_model(classic, 0.0), make_tokenizer(), PPOConfig()
+    other, frozen = make_model(classic, 0.5), make_model(classic, 0.5).requires_grad_(False)
     for arguments, message in (
         (({}, model, None, tokenizer), "config must be of type rlhf.PPOConfig, got dict"),
         (
@@ -580,9 +798,34 @@ def test_trainer_is_checked(monkeypatch):
             (config, model, None, tokenizer, Dataset.from_dict({"query": ["a"]})),
             "dataset must have at least batch_size = 128 rows, got 1",
         ),
+        (
+            (config, model, None, tokenizer, Stream()),
+            "dataset must give rows by their index, got an IterableDataset",
+        ),
+        (
+            (config, model, None, PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)),
+            "tokenizer must have an EOS token, it has none: set one",
+        ),
+        (
+            (config, model, model, tokenizer),
+            "ref_model must be a model of its own, .* leave it out for a frozen copy",
+        ),
+        (
+            (config, model, AutoModelForCausalLMWithValueHead(model.pretrained_model), tokenizer),
+            "ref_model must be a model of its own, .* leave it out for a frozen copy",
+        ),
+        (
+            (config, frozen, None, tokenizer),
+            "model must have parameters that require a gradient, got none",
+        ),
+        (
+            (config, model, None, tokenizer, None, torch.optim.SGD(other.parameters(), lr=1.0)),
+            "optimizer must hold parameters of the model that require a gradient, got none",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             PPOTrainer(*arguments)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     monkeypatch.setattr("rlhf.distributed.world_size", lambda: 2)
     with pytest.raises(
         UserError, match="PPOTrainer runs in one process: start it without torchrun"
@@ -609,8 +852,19 @@ def test_dataloader_shuffles_whole_batches_of_the_columns_that_count():
     assert [set(batch) for batch in batches] == [{"input_ids", "query"}] * 2
     seen = [ids[0].item() for batch in batches for ids in batch["input_ids"]]
     assert len(set(seen)) == 8 and seen != sorted(seen)
-    assert trainer.accelerator.is_main_process and trainer.accelerator.num_processes == 1
-    assert trainer.current_device == trainer.accelerator.device
+
+
+def test_accelerator_answers_for_one_process(capsys):
+    trainer = make_trainer()
+    accelerator = trainer.accelerator
+    assert accelerator.is_main_process and accelerator.num_processes == 1
+    assert accelerator.process_index == accelerator.local_process_index == 0
+    assert accelerator.state.deepspeed_plugin is None
+    assert trainer.current_device == accelerator.device and not trainer.is_distributed
+    assert accelerator.unwrap_model(trainer.model) is trainer.model
+    accelerator.wait_for_everyone()
+    accelerator.print("reward", 1.0)
+    assert capsys.readouterr().out == "reward 1.0\n"
 
 
 def test_tensorboard_holds_the_numbers(tmp_path):
@@ -634,7 +888,7 @@ def test_wandb_is_given_the_stats_and_a_table(monkeypatch):
     wandb.__spec__ = ModuleSpec("wandb", None)
     wandb.init = lambda **arguments: calls.append(arguments)
     wandb.Table = lambda columns, rows: (columns, rows)
-    wandb.log = lambda values, step: calls.append(values)
+    wandb.log = lambda values: calls.append(values)  # a step would have it drop what comes late
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     trainer = make_trainer(log_with="wandb", tracker_kwargs={"wandb": {"name": "run"}})
     assert (calls[0]["project"], calls[0]["name"]) == ("trl", "run")

@@ -15,7 +15,7 @@ from rlhf.columns import load_columns
 from rlhf.errors import UserError
 from rlhf.functions import load_function
 from rlhf.ppo import train_ppo
-from rlhf.recipes import sentiment_classic
+from rlhf.recipes import sentiment, sentiment_classic
 from rlhf.recipes.make_local import make_local
 from rlhf.tasks.base import write_jsonl
 from rlhf.tasks.labelled import read_examples
@@ -76,13 +76,73 @@ def test_classifier_that_cannot_serve_is_told(world):
         load_function(f"rlhf.recipes.sentiment:{world / 'empty'}")
 
 
+def test_classifier_is_opened_once_and_only_where_one_is_named(local, monkeypatch, tmp_path):
+    """Stray names, as Python's tools ask for, and typing errors are not looked up on the hub."""
+    opened = []
+
+    def pipeline(*arguments, model, **options):
+        opened.append(model)
+        raise OSError("no hub here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.pipeline", pipeline)
+        for name in ("__wrapped__", "_ipython_display_", "load_tests", "positive"):
+            assert not hasattr(sentiment, name)
+        for name in ("positive", "pipeline"):
+            with pytest.raises(UserError, match=f"rlhf.recipes.sentiment has no function '{name}'"):
+                load_function(f"rlhf.recipes.sentiment:{name}")
+        assert not opened
+        with pytest.raises(UserError, match="cannot open the classifier 'me/it': OSError: no hub"):
+            load_function("rlhf.recipes.sentiment:me/it")
+        monkeypatch.chdir(local)
+        with pytest.raises(UserError, match="cannot open the classifier 'distilbert'"):
+            load_function("rlhf.recipes.sentiment:distilbert")
+        assert opened == ["me/it", "distilbert"]
+    made = []
+    monkeypatch.setattr(sentiment, "positive_scorer", made.append)
+    load_function(f"rlhf.recipes.sentiment:{local / 'distilbert'}")
+    assert made == [str(local / "distilbert")]
+
+
+def test_local_folders_are_not_written_over(local, tmp_path):
+    for name in ("gpt2-untrained", "gpt2", "distilbert", "imdb"):
+        folder = tmp_path / name
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(UserError, match=f"{name} is there already: remove it or choose anoth"):
+            make_local([], folder)
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--max_steps", "0"], "max_steps must be >= 1, got 0"),
+        (["--max_steps", "-1"], "max_steps must be >= 1, got -1"),
+        (
+            ["--model_name", "/nope"],
+            "there is no folder '/nope': give that of a model, or a hub id",
+        ),
+        (["--output_dir", "{tmp}/file/run"], "cannot make output_dir .* Not a directory: choose"),
+    ],
+)
+def test_arguments_of_the_classic_script_are_checked(changes, message, tmp_path, monkeypatch):
+    """Before anything is loaded."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sentiment_classic, "load_columns", None)
+    monkeypatch.setattr(sentiment_classic, "AutoModelForCausalLMWithValueHead", None)
+    changes = [change.format(tmp=tmp_path) for change in changes]
+    with pytest.raises(UserError, match=message) as error:
+        sentiment_classic.main(["--output_dir", str(tmp_path / "run"), *changes])
+    assert "\n" not in str(error.value)
+
+
 def test_classic_script_learns_to_please(local, tmp_path):
     means = sentiment_classic.main(
         [
             *("--model_name", str(local / "gpt2"), "--reward_model", str(local / "distilbert")),
             *("--query_dataset", str(local / "imdb"), "--output_dir", str(tmp_path)),
             *("--max_steps", "12", "--batch_size", "16", "--mini_batch_size", "16"),
-            *("--learning_rate", "3e-3"),
+            *("--learning_rate", "3e-3", "--log_with", "tensorboard"),
         ]
     )
     assert len(means) == 12
