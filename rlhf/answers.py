@@ -104,7 +104,8 @@ def check_output(path: Path, config: InferenceConfig) -> None:
     it is there and may not be replaced. Leaves nothing behind."""
     data = config.dataset_name
     with disk_errors(f"write output_file {path}", "choose another one"):
-        if data is not None and path.resolve().is_relative_to(Path(data).resolve()):
+        is_local = data is not None and Path(data).exists()
+        if is_local and path.resolve().is_relative_to(Path(data).resolve()):
             raise UserError(
                 f"output_file {path} must not be dataset_name {data}, nor lie in it: choose "
                 "another one"

@@ -93,13 +93,21 @@ Its scores order answers to one prompt and mean nothing by themselves. A policy 
 against it for long finds answers that it scores too high."""
 
 
-def write_card(folder: Path, stage: str, config: TrainConfig, metrics: dict[str, float]) -> None:
+def write_card(
+    folder: Path,
+    stage: str,
+    config: TrainConfig,
+    metrics: dict[str, float],
+    *,
+    is_repeatable: bool = True,
+) -> None:
     """Writes the model card `README.md` of a finished stage, sft, reward or ppo, into its output
     folder.
 
     `metrics` are the last ones, where None and what is not finite show as a dash. Of models and
     data that are local files the card has the last part of the path only, and of plots and the
-    critic what lies in the folder.
+    critic what lies in the folder. `is_repeatable` tells that the configuration is all of the run,
+    which is not so where rewards were given in Python.
     """
     kind, tag, pipeline = KINDS[stage]
     on_hub = {
@@ -115,7 +123,6 @@ def write_card(folder: Path, stage: str, config: TrainConfig, metrics: dict[str,
     )
     rewards = [name for name in metrics if name.startswith("rewards/")]
     judges = find_judges(rewards, getattr(config, "reward_weights", None))
-    is_repeatable = stage != "ppo" or named_alike(config.reward_funcs, rewards)
     if stage == "reward":
         code = SCORE.format(eos=" + tokenizer.eos_token" if config.append_eos else "")
     else:
@@ -145,13 +152,6 @@ def write_card(folder: Path, stage: str, config: TrainConfig, metrics: dict[str,
     )
     with disk_errors(f"write {folder / CARD_FILE}", GO_ON):
         write_file(folder / CARD_FILE, text.encode())
-
-
-def named_alike(reward_funcs: list[str], rewards: list[str]) -> bool:
-    """Whether a run's rewards bear the names of the configuration's `reward_funcs`, and not of
-    others that `train_ppo` was given instead."""
-    names = [Path(source).resolve().name.rpartition(":")[2] for source in reward_funcs]
-    return [f"rewards/{name}" for name in names] == rewards
 
 
 def listed(start: str, rewards: list[str]) -> str:

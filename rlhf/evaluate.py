@@ -24,6 +24,7 @@ from rlhf.answers import (
 )
 from rlhf.config import EvaluateConfig
 from rlhf.errors import UserError
+from rlhf.files import disk_errors
 from rlhf.intervals import CONFIDENCE, mean_interval, win_rate_interval
 from rlhf.progress import Display, is_live
 from rlhf.rewards import check_rewards, for_tokenizer, make_rewards
@@ -69,6 +70,8 @@ def run(config: EvaluateConfig) -> dict:
         {"prompt": prompt, "a": a, "b": b}
         for prompt, a, b in zip(first.prompts, *answers, strict=True)
     ]
+    with disk_errors(f"write output_file {path}", "choose another one"):
+        path.unlink(missing_ok=True)  # the figures of other answers
     write_output(pairs_path, to_jsonl(pairs))
     print(f"answers: {pairs_path}")
     scores = {}

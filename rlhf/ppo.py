@@ -95,7 +95,8 @@ def train_ppo(
         if config.load_best_model_at_end:
             checkpoints.load_best()
     finally:  # with the last model, if the best one is damaged
-        distributed.from_main(lambda: finish(trainer, checkpoints, metrics))
+        from_options = reward_funcs is None
+        distributed.from_main(lambda: finish(trainer, checkpoints, metrics, from_options))
     return metrics | {"seconds": time.perf_counter() - start_time}
 
 
@@ -118,14 +119,17 @@ def evaluate_policy(trainer: PPOTrainer) -> dict[str, float]:
     }
 
 
-def finish(trainer: PPOTrainer, checkpoints: Checkpoints, metrics: dict[str, float]) -> None:
+def finish(
+    trainer: PPOTrainer, checkpoints: Checkpoints, metrics: dict[str, float], from_options: bool
+) -> None:
     """Leaves the models, plots, the completions of up to NUM_COMPLETIONS prompts (held-out ones if
-    there are any), card and, unless report_to is none, report in the output folder."""
+    there are any), card and, unless report_to is none, report in the output folder. `from_options`
+    tells whether the options name all rewards."""
     output_dir = checkpoints.run.output_dir
     checkpoints.save_models(output_dir)
     plot_metrics(output_dir, PLOTS)
     write_completions(output_dir, compare_completions(trainer))
-    write_card(output_dir, "ppo", trainer.config, metrics)
+    write_card(output_dir, "ppo", trainer.config, metrics, is_repeatable=from_options)
     if trainer.config.report_to != "none":
         write_report(output_dir)
 

@@ -108,7 +108,7 @@ def save_model(
             sync_tree(temporary)
             (path / "config.json").unlink(missing_ok=True)
             sync(path)
-            for pattern in ("model.safetensors*", "model-*.safetensors"):
+            for pattern in ("model.safetensors*", "model-?????-of-?????.safetensors"):
                 for weights in path.glob(pattern):
                     weights.unlink()
             for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == "config.json"):

@@ -32,6 +32,11 @@ def check_arguments(
             f"num_return_sequences must be 1 for a list of queries, got {num_sequences}: repeat "
             "the queries"
         )
+    unseen = [name for name in ("stop_strings", "stopping_criteria") if options.get(name)]
+    if is_list and batch_size > 1 and unseen:
+        raise UserError(
+            f"{unseen[0]} leave no token by which a response of a batch ends: give batch_size=1"
+        )
     if _option("return_dict_in_generate", model, options):
         raise UserError("return_dict_in_generate must be False: rows of token ids are returned")
 
@@ -127,6 +132,7 @@ def respond_to_batch(
     top_p: float = 1.0,
 ) -> Tensor:
     """Samples `txt_len` tokens (B, txt_len), which nothing ends, after the queries (B, L)."""
+    checks.positions(queries.shape[1] + txt_len, model.num_positions)
     output = model.generate(
         input_ids=queries,
         attention_mask=torch.ones_like(queries),

@@ -99,7 +99,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         del model.v_head
         model.__class__ = architecture
         wrapped = cls(model, **head_options)
-        if not head.summary.weight.isnan().all():
+        missing = [weights.isnan().all().item() for weights in head.state_dict().values()]
+        if any(missing) and not all(missing):
+            raise UserError(f"the value head in {path} is damaged: it lacks its weight or its bias")
+        if not any(missing):
             wrapped.v_head.load_state_dict(head.state_dict())
         return wrapped
 

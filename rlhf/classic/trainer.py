@@ -366,12 +366,15 @@ class PPOTrainer:
     def save_pretrained(
         self,
         save_directory: str | Path,
+        *,
         repo_id: str | None = None,
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
         """The model with its value head, and the tokenizer; with `push_to_hub` also to the hub, as
-        `repo_id` or under the folder's name."""
+        `repo_id` or under the folder's name, with further arguments of `push_to_hub`."""
+        if kwargs and not push_to_hub:
+            raise UserError(f"{next(iter(kwargs))} is for push_to_hub: leave it out")
         folder = Path(save_directory)
         save_model(
             folder,

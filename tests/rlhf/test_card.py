@@ -35,6 +35,9 @@ def gold(prompts, completions, **columns) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
+judge = gold  # a reward's name is its function's, not that by which it is found
+
+
 def prose(folder: Path) -> str:
     return " ".join((folder / "README.md").read_text(encoding="utf-8").split())
 
@@ -70,7 +73,7 @@ def test_what_the_card_tells_to_repeat_a_run_repeats_it(
         dataset_name="prompts.jsonl",
         output_dir=os.path.relpath(tmp_path / "first"),
         total_episodes=16,
-        reward_funcs=[str(trained_reward), "tests.rlhf.test_card:gold"],
+        reward_funcs=[str(trained_reward), "tests.rlhf.test_card:judge"],
         reward_weights=[1.0, 0.0],
     )
     train_ppo(config)
@@ -91,7 +94,7 @@ def test_rewards_given_in_python_are_not_said_to_be_in_the_file(
     config = ppo_config(
         output_dir=str(tmp_path / "run"),
         total_episodes=16,
-        reward_funcs=[str(trained_reward)] * named,
+        reward_funcs=[str(trained_reward), "tests.rlhf.test_card:gold"] if named else [],
         reward_weights=[0.0, 1.0],
     )
     train_ppo(config, [str(trained_reward), gold])

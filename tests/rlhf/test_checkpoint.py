@@ -1023,6 +1023,7 @@ def test_a_model_is_saved_over_an_earlier_one(tmp_path):
     others stay."""
     model = make_model("untied")
     others = [tmp_path / f"{name}_model.safetensors" for name in ("adapter", "reward")]
+    others.append(tmp_path / "model-best.safetensors")
     for other in others:
         other.write_text(other.name)
     for wrapped in (model, Sharded(model), model, Sharded(model)):

@@ -476,6 +476,8 @@ def test_respond_to_batch_samples_from_the_model():
     greedy = respond_to_batch(model, queries[:2], txt_len=25, top_k=1)
     assert greedy.shape == (2, 25)
     assert greedy[0, 0] == expected.argmax()
+    with pytest.raises(UserError, match="fit the model's 32 positions, got 33 tokens"):
+        respond_to_batch(model, queries[:2], txt_len=30)
 
 
 def test_tutorials_generation_arguments():
@@ -517,6 +519,16 @@ def test_temperature_other_than_the_configured_one_is_told():
         for _ in range(5)
     ]
     assert len({tuple(row[0].tolist()) for row in cold}) == 1
+
+
+def test_stop_strings_end_responses_one_at_a_time_only():
+    """In a batch transformers pads those that have ended, and a pad may be sampled too."""
+    trainer, queries = make_trainer(), [torch.tensor([3, 4]), torch.tensor([5])]
+    with pytest.raises(UserError, match=r"stop_strings leave no token .* give batch_size=1"):
+        trainer.generate(queries, stop_strings=["x"])
+    stop = [lambda ids, scores: ids[:, 0] >= 0]
+    rows = trainer.generate(queries, batch_size=1, stopping_criteria=stop, max_new_tokens=5)
+    assert [len(row) for row in rows] == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -621,6 +633,16 @@ def save_shards(model: AutoModelForCausalLMWithValueHead, folder) -> None:
     model.save_pretrained(folder, max_shard_size="1KB")
 
 
+def test_half_a_head_is_none(tmp_path):
+    model = make_model(classic, 0.0)
+    weights = model.state_dict()
+    del weights["v_head.summary.bias"]
+    model.config.save_pretrained(tmp_path)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"the value head in .* is damaged: it lacks"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("save", [save_bin, save_shards])
 def test_head_is_read_from_whatever_kind_of_file(save, tmp_path):
     model = make_model(classic, 0.0)
@@ -667,6 +689,8 @@ def test_saved_folder_goes_to_the_hub_if_told_so(tmp_path, monkeypatch):
     trainer.save_pretrained(tmp_path / "policy", push_to_hub=True)
     trainer.save_pretrained(str(tmp_path), repo_id="me/it", push_to_hub=True, private=True)
     assert pushed == [("policy", {}), ("me/it", {"private": True})]
+    with pytest.raises(UserError, match="private is for push_to_hub: leave it out"):
+        trainer.save_pretrained(tmp_path / "policy", private=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot save the model in .*: free .* another folder$"):
         trainer.save_pretrained(tmp_path / "file" / "policy")

@@ -267,8 +267,10 @@ def test_a_judge_that_fails_costs_neither_answers_nor_other_scores(
         text = (tmp_path / "evaluation.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
+    (tmp_path / "evaluation.json").write_text("the figures of other answers")
     with pytest.raises(UserError, match=error):
         run(config(reward_funcs=[f"{tmp_path / 'judges.py'}:{name}" for name in names]))
+    assert not (tmp_path / "evaluation.json").exists()
     assert capsys.readouterr().out == f"answers: {tmp_path / 'evaluation.jsonl'}\n"
     kept = answers()
     run(config())
