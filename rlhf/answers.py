@@ -88,9 +88,7 @@ def exact_kl(policy: Policy, reference: Policy, responses: Responses) -> float |
 def read_prompts(config: InferenceConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """The first `config.num_prompts` prompts of the data set."""
     prompts = load_prompts(config, config.dataset_name, config.dataset_split, tokenizer)
-    first = slice(config.num_prompts)
-    columns = {name: values[first] for name, values in prompts.columns.items()}
-    return Prompts(prompts.ids[first], prompts.prompts[first], columns)
+    return prompts.rows(range(len(prompts.ids))[: config.num_prompts])
 
 
 def text_prompts(

@@ -37,6 +37,11 @@ class Prompts(NamedTuple):
     prompts: list[str] | list[Messages]
     columns: dict[str, list]
 
+    def rows(self, index: Sequence[int]) -> "Prompts":
+        """These rows, in this order."""
+        columns = {name: [values[i] for i in index] for name, values in self.columns.items()}
+        return Prompts([self.ids[i] for i in index], [self.prompts[i] for i in index], columns)
+
 
 def load_texts(
     config: SFTConfig, name: str, split: str, tokenizer: PreTrainedTokenizerBase

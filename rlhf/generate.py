@@ -4,7 +4,6 @@ from pathlib import Path
 
 from rlhf.answers import Policy, check_output, read_prompts, text_prompts, write_output
 from rlhf.config import GenerateConfig
-from rlhf.data import Prompts
 from rlhf.errors import UserError
 from rlhf.progress import Display
 from rlhf.scores import to_jsonl
@@ -34,7 +33,8 @@ def run(config: GenerateConfig) -> list[dict]:
         )
     policy.check(prompts)
 
-    prompts = repeated(prompts, config.num_completions)
+    each = range(len(prompts.ids))
+    prompts = prompts.rows([row for row in each for _ in range(config.num_completions)])
     with Display("generate", policy.num_passes(prompts)) as display:
         samples = policy.answer(prompts, display.advance)
     rows = [
@@ -46,13 +46,3 @@ def run(config: GenerateConfig) -> list[dict]:
         print(samples.describe(row))
     print(f"{path}: {len(rows)} completions, {sum(row['ended'] for row in rows)} ended")
     return rows
-
-
-def repeated(prompts: Prompts, times: int) -> Prompts:
-    """Every prompt so many times in a row."""
-    rows = [row for row in range(len(prompts.ids)) for _ in range(times)]
-    return Prompts(
-        [prompts.ids[row] for row in rows],
-        [prompts.prompts[row] for row in rows],
-        {name: [values[row] for row in rows] for name, values in prompts.columns.items()},
-    )

@@ -172,14 +172,8 @@ class PPOTrainer:
 
     def samples(self, prompts: Prompts, rows: list[int], responses: Responses) -> Samples:
         """The responses to these rows of `prompts` as reward functions see them."""
-        return Samples(
-            prompts=[prompts.prompts[row] for row in rows],
-            completions=decode_responses(self.tokenizer, responses),
-            columns={
-                name: [column[row] for row in rows] for name, column in prompts.columns.items()
-            },
-            responses=responses,
-        )
+        _, texts, columns = prompts.rows(rows)
+        return Samples(texts, decode_responses(self.tokenizer, responses), columns, responses)
 
     def evaluate(self, rows: list[int], responses: Responses) -> Batch:
         """The rewards and the advantages of the responses to these rows of the prompts."""

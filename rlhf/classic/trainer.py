@@ -206,7 +206,7 @@ class PPOTrainer:
         queries = checks.token_rows("queries", queries, self._vocab_size, device, size)
         responses = checks.token_rows("responses", responses, self._vocab_size, device, size)
         scores = checks.score_list(scores, device, size)
-        longest = max(map(len, map(torch.cat, zip(queries, responses, strict=True))))
+        longest = max(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
         checks.positions(longest, self.model.num_positions)
         if response_masks is None:
             response_masks = [torch.ones_like(response).bool() for response in responses]

@@ -5,7 +5,6 @@ exactly twelve; the reward is how often `t5` is among these, 12 / 35 untrained a
 training is the ordinary `train_ppo`, so a curve unlike the known one shows a mistake in PPO itself.
 """
 
-import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.checkpoint import METRICS_FILE
 from rlhf.config import PPOConfig
+from rlhf.metrics import read_metrics
 from rlhf.ppo import train_ppo
 from rlhf.state import save_model
 from rlhf.tasks.base import write_jsonl
@@ -112,8 +111,7 @@ def run_counting(seed: int) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         config = make_world(Path(folder), seed)
         train_ppo(config, [count])
-        lines = (Path(config.output_dir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    records = {record["step"]: record for record in map(json.loads, lines)}
+        records = {record["step"]: record for record in read_metrics(Path(config.output_dir))}
 
     def mean(steps: Iterable[int], *names: str) -> float:
         return fmean(sum(records[step][name] for name in names) for step in steps)

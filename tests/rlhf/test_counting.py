@@ -54,7 +54,9 @@ def test_the_figures_of_a_run(monkeypatch):
             }
             for step in range(4, 129, 4)
         ]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
 
     monkeypatch.setattr(counting, "train_ppo", train)
     assert counting.run_counting(7) == pytest.approx(
