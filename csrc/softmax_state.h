@@ -15,6 +15,27 @@ namespace ppo {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// A temperature τ and k, NaN where there is no such temperature.
+template <class T>
+struct Temperature {
+  T value, k;
+
+  PPO_HD static Temperature of(double value) {
+    return {T(value), value > 0 ? T(kLog2E / value) : T(NAN)};
+  }
+};
+
+// Of each row its own, or the same of all.
+template <class T>
+struct Temperatures {
+  const double* own;  // may be null
+  Temperature<T> common;
+
+  PPO_HD Temperature<T> operator[](int64_t row) const {
+    return own ? Temperature<T>::of(own[row]) : common;
+  }
+};
+
 template <class T>
 struct SoftmaxState {
   T shift;     // -inf: nothing with probability seen yet
@@ -96,14 +117,14 @@ struct RowGradient {
 };
 
 template <class T>
-PPO_HD RowGradient<T> row_gradient(T g, T h, T entropy, const RowStats<T>& stats, T temperature,
-                                   T token_logit, T k) {
-  const T weight = -std::exp2(-stats.log2_sum) / temperature;
+PPO_HD RowGradient<T> row_gradient(T g, T h, T entropy, const RowStats<T>& stats,
+                                   const Temperature<T>& temperature, T token_logit) {
+  const T weight = -std::exp2(-stats.log2_sum) / temperature.value;
   const T a = weight * (g + h * (entropy - T(kLn2) * stats.log2_sum));
   const T b = weight * h * T(kLn2);
-  const T t = std::fma(k, token_logit, -stats.shift);
+  const T t = std::fma(temperature.k, token_logit, -stats.shift);
   const T softmax_part = t == -T(INFINITY) ? T(0) : std::exp2(t) * std::fma(b, t, a);
-  return {stats.shift, a, b, softmax_part + g / temperature};
+  return {stats.shift, a, b, softmax_part + g / temperature.value};
 }
 
 // State of two softmaxes over the same part of a row, for KL(p || q).

@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "ppo_math.h"
+#include "softmax_state.h"
 
 namespace ppo {
 
@@ -78,6 +78,12 @@ inline OptionalTensor packed(const OptionalTensor& x) {
 template <class T>
 const T* data_or_null(const OptionalTensor& x) {
   return x ? data<T>(*x) : nullptr;
+}
+
+// Of a call whose numbers begin with the temperature; `own` (fp64) may hold one per row.
+template <class R>
+Temperatures<R> temperatures_of(const OptionalTensor& own, const Tensor& scalars) {
+  return {data_or_null<double>(own), Temperature<R>::of(*data<double>(scalars))};
 }
 
 // The tensor itself if its last dimension has unit stride, else a copy where it has.

@@ -9,13 +9,11 @@ from ppo_kernels.logprobs import (
     token_logprobs_and_entropy,
 )
 from ppo_kernels.masked import masked_mean, masked_whiten
-from ppo_kernels.ppo_loss import (
+from ppo_kernels.ppo_loss import PPOLoss, ppo_loss, ppo_loss_
+from ppo_kernels.ppo_loss_of_tokens import (
     PolicyLoss,
-    PPOLoss,
     ValueLoss,
     clipped_policy_loss,
-    ppo_loss,
-    ppo_loss_,
     value_loss,
 )
 

@@ -91,6 +91,19 @@ def number(name, x, *, above=None, at_least=None, at_most=None):
         raise ValueError(f"{name} must be <= {at_most}, got {x}")
 
 
+def temperature(x, tokens, like_name="tokens"):
+    """A number, or a floating tensor like `tokens` -> (tensor or None, number).
+
+    The number beside a tensor is 1. No gradient flows into a tensor; the backend looks at its
+    values where that waits for no device.
+    """
+    if not isinstance(x, torch.Tensor):
+        number("temperature", x, above=0)
+        return None, x
+    per_token("temperature", x, like_name, tokens)
+    return x.detach(), 1.0
+
+
 def clip_range(clip_low, clip_high, dual_clip):
     number("clip_low", clip_low, at_least=0, at_most=1)
     number("clip_high", clip_high, at_least=0)

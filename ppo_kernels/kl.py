@@ -18,9 +18,11 @@ from ppo_kernels.dispatch import kernels, resolve, scalars
 
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ref_logits, scalars, backend):
-        kl, stats, ref_stats = kernels(backend).kl_divergence(logits, ref_logits, scalars)
-        ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats, scalars)
+    def forward(ctx, logits, ref_logits, temperatures, scalars, backend):
+        kl, stats, ref_stats = kernels(backend).kl_divergence(
+            logits, ref_logits, temperatures, scalars
+        )
+        ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats, temperatures, scalars)
         ctx.backend = backend
         return kl
 
@@ -28,7 +30,7 @@ class _KLDivergence(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_kl):
         grad_logits = kernels(ctx.backend).kl_divergence_backward(grad_kl, *ctx.saved_tensors)
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
 
 
 def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
@@ -37,7 +39,8 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64.
         ref_logits: the same shape, dtype and device; a constant: no gradient flows into it.
-        temperature: τ > 0, divides both.
+        temperature: τ > 0, divides both: a number or (...) one per row, of which no gradient is
+            taken.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -45,7 +48,8 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
         Where p_j = 0 a term is 0; +inf where the reference excludes a token that p allows.
 
     Raises:
-        TypeError, ValueError: naming the argument, the rule and the value.
+        TypeError, ValueError: naming the argument, the rule and the value. A tensor of temperatures
+            is looked at on the CPU only.
     """
     checks.floating("logits", logits)
     checks.vocabulary(logits)
@@ -54,11 +58,13 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
         raise TypeError(
             f"ref_logits must have dtype {logits.dtype} like logits, got {ref_logits.dtype}"
         )
-    checks.number("temperature", temperature, above=0)
+    temperatures, number = checks.temperature(
+        temperature, logits[..., 0], "logits without its last dimension"
+    )
     backend = resolve(backend, logits)
     if backend == "reference":
         return reference.kl_divergence(logits, ref_logits, temperature=temperature)
-    return _KLDivergence.apply(logits, ref_logits.detach(), scalars(temperature), backend)
+    return _KLDivergence.apply(logits, ref_logits.detach(), temperatures, scalars(number), backend)
 
 
 class _KLEstimate(torch.autograd.Function):

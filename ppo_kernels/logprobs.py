@@ -1,6 +1,6 @@
 r"""Per-token log-probabilities and entropy from logits.
 
-For a row of logits z (V,), temperature τ and p = softmax(z / τ)::
+For a row of logits z (V,), its temperature τ and p = softmax(z / τ)::
 
     logprob(a) = z_a / τ - log Σ_j exp(z_j / τ)          ∂logprob/∂z_j = (1[j = a] - p_j) / τ
     H          = - Σ_j p_j log p_j                        ∂H/∂z_j       = -p_j (log p_j + H) / τ
@@ -25,10 +25,12 @@ class LogprobsAndEntropy(NamedTuple):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, tokens, scalars, backend):
+    def forward(ctx, logits, tokens, temperatures, scalars, backend):
         ctx.set_materialize_grads(False)
-        logprobs, entropy, stats = kernels(backend).token_logprobs(logits, tokens, scalars)
-        ctx.save_for_backward(logits, tokens, entropy, stats, scalars)
+        logprobs, entropy, stats = kernels(backend).token_logprobs(
+            logits, tokens, temperatures, scalars
+        )
+        ctx.save_for_backward(logits, tokens, entropy, stats, temperatures, scalars)
         ctx.backend = backend
         return logprobs, entropy
 
@@ -36,11 +38,11 @@ class _TokenLogprobs(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_logprobs, grad_entropy):
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None
+            return (None,) * 5
         grad_logits = kernels(ctx.backend).token_logprobs_backward(
             grad_logprobs, grad_entropy, *ctx.saved_tensors
         )
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
 
 
 def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
@@ -49,7 +51,7 @@ def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.
         tokens: (...) int64 or int32 ids in [0, V); logits at a position score the token there.
-        temperature: > 0.
+        temperature: > 0, a number or (...) one per token, of which no gradient is taken.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -58,14 +60,15 @@ def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; the message names
-            it. Ids are looked at on the CPU only, see `check_logprobs`.
+            it. Ids and a tensor of temperatures are looked at on the CPU only, see
+            `check_logprobs`.
     """
     checks.logits_and_tokens(logits, tokens)
-    checks.number("temperature", temperature, above=0)
+    temperatures, number = checks.temperature(temperature, tokens)
     backend = resolve(backend, logits)
     if backend == "reference":
         return reference.token_logprobs(logits, tokens, temperature=temperature)
-    return _TokenLogprobs.apply(logits, tokens, scalars(temperature), backend)[0]
+    return _TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)[0]
 
 
 def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto"):
@@ -77,13 +80,15 @@ def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto
         LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable in `logits`.
     """
     checks.logits_and_tokens(logits, tokens)
-    checks.number("temperature", temperature, above=0)
+    temperatures, number = checks.temperature(temperature, tokens)
     backend = resolve(backend, logits)
     if backend == "reference":
         return LogprobsAndEntropy(
             *reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
         )
-    return LogprobsAndEntropy(*_TokenLogprobs.apply(logits, tokens, scalars(temperature), backend))
+    return LogprobsAndEntropy(
+        *_TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)
+    )
 
 
 def check_logprobs(logprobs, tokens, mask=None):

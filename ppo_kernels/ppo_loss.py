@@ -1,4 +1,4 @@
-r"""The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347), from logits or from log-probs.
+r"""The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) from logits.
 
 Per counted token, with r = exp(logprob - old_logprob) and advantage A::
 
@@ -18,6 +18,7 @@ import torch
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.ppo_loss_of_tokens import chained
 
 
 class PPOLoss(NamedTuple):
@@ -38,26 +39,6 @@ class PPOLoss(NamedTuple):
     token_entropy: torch.Tensor
 
 
-class PolicyLoss(NamedTuple):
-    """Scalars; only `loss` carries a gradient."""
-
-    loss: torch.Tensor
-    approx_kl: torch.Tensor
-    clip_fraction: torch.Tensor
-
-
-class ValueLoss(NamedTuple):
-    """Scalars; only `loss` carries a gradient."""
-
-    loss: torch.Tensor
-    clip_fraction: torch.Tensor
-
-
-def _chained(upstream, grad):
-    """upstream · grad, with the zeros of `grad` kept under an upstream that is not finite."""
-    return torch.where(grad == 0, 0.0, upstream * grad)
-
-
 def _for_kernel(
     tokens,
     old_logprobs,
@@ -74,9 +55,11 @@ def _for_kernel(
     kl_estimator,
 ):
     """Arguments of `reference.ppo_loss` after the logits -> those of the registered ops."""
+    temperatures, temperature = checks.temperature(temperature, tokens)
     numbers = scalars(temperature, clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
     estimator = reference.ESTIMATORS.index(kl_estimator)
-    return tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, numbers, estimator
+    tensors = tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures
+    return *tensors, numbers, estimator
 
 
 class _PPOLoss(torch.autograd.Function):
@@ -85,10 +68,11 @@ class _PPOLoss(torch.autograd.Function):
         *results, stats, grad_logprobs, grad_token_entropy = kernels(backend).ppo_loss(
             logits, tokens, *rest
         )
-        numbers = rest[-2]
+        *_, temperatures, numbers, _ = rest
         ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(
-            grad_logprobs, grad_token_entropy, logits, tokens, results[-1], stats, numbers
+            *(grad_logprobs, grad_token_entropy, logits, tokens),
+            *(results[-1], stats, temperatures, numbers),
         )
         ctx.backend, ctx.rest = backend, len(rest)
         return tuple(results)
@@ -98,7 +82,7 @@ class _PPOLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         grad_logprobs, grad_token_entropy, *saved = ctx.saved_tensors
         grad_logits = kernels(ctx.backend).token_logprobs_backward(
-            _chained(grad_loss, grad_logprobs), _chained(grad_loss, grad_token_entropy), *saved
+            chained(grad_loss, grad_logprobs), chained(grad_loss, grad_token_entropy), *saved
         )
         return None, grad_logits, None, *(None,) * ctx.rest
 
@@ -127,7 +111,7 @@ class _PPOLossInPlace(torch.autograd.Function):
         ctx.spent = True
         (grad_logits,) = ctx.saved_tensors
         if ctx.backend == "reference":
-            grad_logits.copy_(_chained(grad_loss, grad_logits))
+            grad_logits.copy_(chained(grad_loss, grad_logits))
         else:
             kernels(ctx.backend).rescale_(grad_logits, grad_loss)
         return None, grad_logits, *(None,) * ctx.arguments
@@ -158,7 +142,7 @@ def _checked(
     checks.number("entropy_coef", entropy_coef, at_least=0)
     checks.number("kl_coef", kl_coef, at_least=0)
     checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
-    checks.number("temperature", temperature, above=0)
+    temperatures, number = checks.temperature(temperature, tokens)
     if ref_logprobs is not None:
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
         ref_logprobs = ref_logprobs.detach()
@@ -176,7 +160,7 @@ def _checked(
         kl_coef,
         ref_logprobs,
         checks.denominator(denominator, logits.device),
-        temperature,
+        number if temperatures is None else temperatures,
         kl_estimator,
     )
 
@@ -212,7 +196,8 @@ def ppo_loss(
         entropy_coef, kl_coef: at least 0.
         ref_logprobs: (...) log-probs of the reference; needed when kl_coef > 0.
         kl_estimator: "k1", "k2", "k3" or "abs", as in `kl_estimate`.
-        temperature: > 0, divides the logits.
+        temperature: > 0, divides the logits: a number or (...) one per token, of which no gradient
+            is taken; not looked at where the mask is False.
         denominator: number or one-element tensor, the count to divide by (for gradient
             accumulation or data parallelism the global one); default the mask's sum. 0 counts as 1.
         backend: "auto", "native", "triton" or "reference".
@@ -222,7 +207,8 @@ def ppo_loss(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; on the CPU also a
-            counted token whose log-probability is -inf or NaN. The message names it. On a GPU
+            counted token whose log-probability is -inf or NaN, or whose temperature is not finite
+            and > 0. The message names it. On a GPU
             `loss` is NaN then; see `check_logprobs`.
     """
     arguments = _checked(
@@ -297,101 +283,3 @@ def ppo_loss_(
     if backend != "reference":
         arguments = _for_kernel(*arguments)
     return PPOLoss(*_PPOLossInPlace.apply(backend, logits, *arguments))
-
-
-class _ScalarLoss(torch.autograd.Function):
-    """A loss whose op gives (loss, …, gradient in the first argument) at once."""
-
-    @staticmethod
-    def forward(ctx, op, x, *rest):
-        *results, grad = op(x, *rest)
-        ctx.mark_non_differentiable(*results[1:])
-        ctx.save_for_backward(grad)
-        ctx.dtype, ctx.rest = x.dtype, len(rest)
-        return tuple(results)
-
-    @staticmethod
-    @checks.first_order
-    def backward(ctx, grad_loss, *_):
-        (grad,) = ctx.saved_tensors
-        return None, _chained(grad_loss, grad).to(ctx.dtype), *(None,) * ctx.rest
-
-
-def clipped_policy_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
-    *,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    denominator=None,
-    backend="auto",
-):
-    """The policy term of `ppo_loss` from log-probabilities at hand.
-
-    Args:
-        logprobs: (...) of the policy in training, in nats, differentiable.
-        old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, denominator, backend: as in
-            `ppo_loss`.
-
-    Returns:
-        PolicyLoss (fp32, fp64 for fp64 input).
-
-    Raises:
-        TypeError, ValueError: naming the argument, the rule and the value.
-    """
-    checks.floating("logprobs", logprobs)
-    checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
-    checks.per_token("advantages", advantages, "logprobs", logprobs)
-    checks.boolean("mask", mask, "logprobs", logprobs)
-    checks.clip_range(clip_low, clip_high, dual_clip)
-    tensors = old_logprobs.detach(), advantages.detach(), mask
-    denominator = checks.denominator(denominator, logprobs.device)
-    backend = resolve(backend, logprobs)
-    if backend == "reference":
-        return PolicyLoss(
-            *reference.clipped_policy_loss(
-                logprobs, *tensors, clip_low, clip_high, dual_clip, denominator
-            )
-        )
-    numbers = scalars(clip_low, clip_high, dual_clip)
-    op = kernels(backend).clipped_policy_loss
-    return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, denominator, numbers))
-
-
-def value_loss(
-    values, old_values, returns, mask=None, *, clip=None, denominator=None, backend="auto"
-):
-    """Half the squared error of the critic, pessimistic about moves beyond `clip`.
-
-    Per counted token max((v - R)², (old + clamp(v - old, -clip, clip) - R)²) / 2, summed over the
-    mask and divided by `denominator` (the clipped value loss of the OpenAI baselines).
-
-    Args:
-        values: (...) of the critic in training, differentiable.
-        old_values, returns: (...) values at rollout and GAE returns.
-        mask: (...) bool, True = counts; None counts all.
-        clip: range of the value's move, at least 0; None for the plain squared error.
-        denominator, backend: as in `ppo_loss`.
-
-    Returns:
-        ValueLoss (fp32, fp64 for fp64 input).
-
-    Raises:
-        TypeError, ValueError: naming the argument, the rule and the value.
-    """
-    checks.floating("values", values)
-    checks.per_token("old_values", old_values, "values", values)
-    checks.per_token("returns", returns, "values", values)
-    checks.boolean("mask", mask, "values", values)
-    if clip is not None:
-        checks.number("clip", clip, at_least=0)
-    tensors = old_values.detach(), returns.detach(), mask
-    denominator = checks.denominator(denominator, values.device)
-    backend = resolve(backend, values)
-    if backend == "reference":
-        return ValueLoss(*reference.value_loss(values, *tensors, clip, denominator))
-    op, numbers = kernels(backend).value_loss, scalars(clip)
-    return ValueLoss(*_ScalarLoss.apply(op, values, *tensors, denominator, numbers))

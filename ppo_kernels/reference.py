@@ -18,7 +18,11 @@ def _accumulate(x):
 
 
 def _log_softmax(logits, temperature):
-    return torch.log_softmax(_accumulate(logits) / temperature, dim=-1)
+    logits = _accumulate(logits)
+    if isinstance(temperature, torch.Tensor):
+        _refuse_no_temperature(temperature)
+        temperature = temperature.detach().to(logits.dtype).unsqueeze(-1)
+    return torch.log_softmax(logits / temperature, dim=-1)
 
 
 def _value_checks_run(x):
@@ -33,6 +37,16 @@ def _refuse_out_of_range(tokens, vocabulary):
             where = _first(bad)
             raise ValueError(
                 f"tokens must be in [0, {vocabulary}), got {tokens[where]} at {list(where)}"
+            )
+
+
+def _refuse_no_temperature(temperature):
+    if _value_checks_run(temperature):
+        bad = ~(temperature.isfinite() & (temperature > 0))
+        if bad.any():
+            where = _first(bad)
+            raise ValueError(
+                f"temperature must be finite and > 0, got {temperature[where]} at {list(where)}"
             )
 
 
@@ -255,6 +269,8 @@ def ppo_loss(
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
         tokens = tokens.masked_fill(~mask, 0)
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature.masked_fill(~mask, 1.0)
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     _refuse_impossible(logprobs, tokens)
     terms = _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip)

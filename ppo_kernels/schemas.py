@@ -1,7 +1,8 @@
 """Op name -> (schema, fake): the only place where either is written.
 
 `softmax_stats` (..., 2) is private to a backend: what its backward needs to know of a row besides
-the logits. `scalars` holds the numbers of a call, see `dispatch.scalars`. Estimators are passed as
+the logits. `scalars` holds the numbers of a call, see `dispatch.scalars`; `temperatures`,
+one per token, stand in for the number among them. Estimators are passed as
 indices into `reference.ESTIMATORS`, because a string that crosses the stable ABI is never freed.
 Per-token results are fp32, or fp64 for fp64 inputs.
 """
@@ -30,22 +31,22 @@ def _scalars(x, n):
     return tuple(x.new_empty((), dtype=result_dtype(x)) for _ in range(n))
 
 
-def _token_logprobs(logits, tokens, scalars):
+def _token_logprobs(logits, tokens, temperatures, scalars):
     return _row(logits), _row(logits), _stats(logits)
 
 
 def _token_logprobs_backward(
-    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, scalars
+    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, temperatures, scalars
 ):
     return logits.new_empty(logits.shape)
 
 
-def _kl_divergence(logits, ref_logits, scalars):
+def _kl_divergence(logits, ref_logits, temperatures, scalars):
     return _row(logits), _stats(logits), _stats(logits)
 
 
 def _kl_divergence_backward(
-    grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats, scalars
+    grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats, temperatures, scalars
 ):
     return logits.new_empty(logits.shape)
 
@@ -96,7 +97,7 @@ def _masked_whiten(x, mask, scalars):
 
 _PPO_LOSS_ARGUMENTS = (
     "Tensor tokens, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? ref_logprobs, "
-    "Tensor? denominator, Tensor scalars, int kl_estimator"
+    "Tensor? denominator, Tensor? temperatures, Tensor scalars, int kl_estimator"
 )
 _PPO_LOSS_RESULTS = (
     "Tensor loss, Tensor policy_loss, Tensor entropy, Tensor kl, Tensor approx_kl, "
@@ -105,23 +106,24 @@ _PPO_LOSS_RESULTS = (
 
 SCHEMAS = {
     "token_logprobs": (
-        "(Tensor logits, Tensor tokens, Tensor scalars)"
+        "(Tensor logits, Tensor tokens, Tensor? temperatures, Tensor scalars)"
         " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
         _token_logprobs,
     ),
     "token_logprobs_backward": (
         "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor tokens, "
-        "Tensor entropy, Tensor softmax_stats, Tensor scalars) -> Tensor grad_logits",
+        "Tensor entropy, Tensor softmax_stats, Tensor? temperatures, Tensor scalars)"
+        " -> Tensor grad_logits",
         _token_logprobs_backward,
     ),
     "kl_divergence": (
-        "(Tensor logits, Tensor ref_logits, Tensor scalars)"
+        "(Tensor logits, Tensor ref_logits, Tensor? temperatures, Tensor scalars)"
         " -> (Tensor kl, Tensor softmax_stats, Tensor ref_softmax_stats)",
         _kl_divergence,
     ),
     "kl_divergence_backward": (
         "(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl, Tensor softmax_stats, "
-        "Tensor ref_softmax_stats, Tensor scalars) -> Tensor grad_logits",
+        "Tensor ref_softmax_stats, Tensor? temperatures, Tensor scalars) -> Tensor grad_logits",
         _kl_divergence_backward,
     ),
     "kl_estimate": (

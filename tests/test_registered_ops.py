@@ -21,24 +21,32 @@ def _samples(backend):
     per_token = [loss[name].float() for name in ("old_logprobs", "advantages")]
     ref_logprobs, count = loss["ref_logprobs"].float(), torch.tensor(7.0, dtype=torch.float64)
     kernels = dispatch.kernels(backend)
-    cool = dispatch.scalars(0.7)
-    _, entropy, stats = kernels.token_logprobs(logits, tokens, cool)
+    cool, varied = dispatch.scalars(0.7), 0.5 + torch.rand(2, 3)
+    _, entropy, stats = kernels.token_logprobs(logits, tokens, None, cool)
     other = torch.randn(2, 3, 11)
-    kl, kl_stats, ref_stats = kernels.kl_divergence(logits, other, cool)
+    kl, kl_stats, ref_stats = kernels.kl_divergence(logits, other, None, cool)
     x, y, z = torch.randn(3, 2, 3)
-    plain = (None, None, None, dispatch.scalars(1.0, 0.2, 0.2, math.inf, 0.0, 0.0), K3)
-    full = (mask, ref_logprobs, count, dispatch.scalars(0.7, 0.1, 0.3, 1.5, 0.1, 0.2), K3)
+    plain = (None, None, None, None, dispatch.scalars(1.0, 0.2, 0.2, math.inf, 0.0, 0.0), K3)
+    full = (mask, ref_logprobs, count, varied, dispatch.scalars(0.7, 0.1, 0.3, 1.5, 0.1, 0.2), K3)
     strided = torch.randn(2, 4, 11)[:, :-1]
     decay, bounds = dispatch.scalars(0.9, 0.8), torch.tensor([0, 2, 3])
     return {
-        "token_logprobs": [(logits, tokens, cool), (strided.bfloat16(), tokens.int(), cool)],
-        "token_logprobs_backward": [
-            (x, y, logits, tokens, entropy, stats, cool),
-            (None, y, logits, tokens, entropy, stats, cool),
-            (x, None, logits, tokens, entropy, stats, cool),
+        "token_logprobs": [
+            (logits, tokens, None, cool),
+            (strided.bfloat16(), tokens.int(), varied, cool),
         ],
-        "kl_divergence": [(logits, other, cool), (logits.double(), other.double(), cool)],
-        "kl_divergence_backward": [(x, logits, other, kl, kl_stats, ref_stats, cool)],
+        "token_logprobs_backward": [
+            (x, y, logits, tokens, entropy, stats, None, cool),
+            (None, y, logits, tokens, entropy, stats, None, cool),
+            (x, None, logits, tokens, entropy, stats, varied, cool),
+        ],
+        "kl_divergence": [
+            (logits, other, None, cool),
+            (logits.double(), other.double(), varied, cool),
+        ],
+        "kl_divergence_backward": [
+            (x, logits, other, kl, kl_stats, ref_stats, of, cool) for of in (None, varied)
+        ],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],
         "gae": [(x, y, None, None, None, decay), (x, y, mask, ~mask, x[:, 0], decay)],
         "gae_packed": [

@@ -201,4 +201,17 @@ inline void check_ids(const Ids& ids, const std::vector<int64_t>& rows, int64_t 
   }
 }
 
+// Raises for a temperature of the given rows that is none; without a tensor they have one.
+inline void check_temperatures(const OptionalTensor& temperatures, const std::vector<int64_t>& rows,
+                               const std::vector<int64_t>& shape) {
+  if (!temperatures) return;
+  const double* of = data<double>(*temperatures);
+  for (const int64_t row : rows) {
+    if (!(of[row] > 0 && std::isfinite(of[row]))) {
+      value_error("temperature must be finite and > 0, got ", of[row], " at ",
+                  position(shape, row));
+    }
+  }
+}
+
 }  // namespace ppo::cpu

@@ -6,7 +6,8 @@ namespace {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& ref_logits,
-                                           double temperature) {
+                                           const OptionalTensor& temperatures,
+                                           const Tensor& scalars) {
   using R = Real<T>;
   const Rows<T> z(logits), ref(ref_logits);
   auto out_shape = shape(logits);
@@ -14,11 +15,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& r
   const Tensor stats = empty<R>(out_shape), ref_stats = empty<R>(out_shape);
   out_shape.pop_back();
   const Tensor result = empty<R>(out_shape);
-  const R k = kLog2E / temperature;
+  const auto rows = counted_rows(std::nullopt, z.count);
+  const auto own = as<double>(temperatures);
+  check_temperatures(own, rows, out_shape);
+  const auto of = temperatures_of<R>(own, scalars);
   sweep_rows<JointState<R>>(
-      counted_rows(std::nullopt, z.count), z.length,
+      rows, z.length,
       [&](int64_t row, int64_t begin, int64_t n) {
-        return sweeps<T>().joint_statistics(z[row] + begin, ref[row] + begin, n, k);
+        return sweeps<T>().joint_statistics(z[row] + begin, ref[row] + begin, n, of[row].k);
       },
       [&](int64_t row, const JointState<R>& state) {
         data<R>(result)[row] = kl(state);
@@ -29,22 +33,24 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& r
   return {result, stats, ref_stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits, Tensor scalars) {
-  const double temperature = data<double>(scalars)[0];
-  return dispatch(logits.scalar_type(),
-                  [&](auto t) { return forward<decltype(t)>(logits, ref_logits, temperature); });
+std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits,
+                                                 OptionalTensor temperatures, Tensor scalars) {
+  return dispatch(logits.scalar_type(), [&](auto t) {
+    return forward<decltype(t)>(logits, ref_logits, temperatures, scalars);
+  });
 }
 
 template <class T>
 Tensor backward(const Tensor& grad_kl, const Tensor& logits, const Tensor& ref_logits,
                 const Tensor& kl, const Tensor& softmax_stats, const Tensor& ref_softmax_stats,
-                double temperature) {
+                const OptionalTensor& temperatures, const Tensor& scalars) {
   using R = Real<T>;
   const Rows<T> z(logits), ref(ref_logits);
   const Tensor grad_logits = empty_logits(logits);
   const Tensor upstream = as<R>(grad_kl), divergence = packed(kl);
   const Tensor stats = packed(softmax_stats), ref_stats = packed(ref_softmax_stats);
-  const R k = kLog2E / temperature;
+  const auto own = as<double>(temperatures);
+  const auto of = temperatures_of<R>(own, scalars);
   write_rows(z.count, z.length, [&](int64_t row, int64_t begin, int64_t n) {
     T* grad = data<T>(grad_logits) + row * z.length + begin;
     const R g = data<R>(upstream)[row];
@@ -53,20 +59,20 @@ Tensor backward(const Tensor& grad_kl, const Tensor& logits, const Tensor& ref_l
       return;
     }
     const RowStats<R> p = data<RowStats<R>>(stats)[row], q = data<RowStats<R>>(ref_stats)[row];
-    const R weight = g * std::exp2(-p.log2_sum) / R(temperature);
+    const R weight = g * std::exp2(-p.log2_sum) / of[row].value;
     const R a = weight * (R(kLn2) * (q.log2_sum - p.log2_sum) - data<R>(divergence)[row]);
-    sweeps<T>().kl_gradient(z[row] + begin, ref[row] + begin, grad, n, k, p.shift, q.shift, a,
-                            weight * R(kLn2));
+    sweeps<T>().kl_gradient(z[row] + begin, ref[row] + begin, grad, n, of[row].k, p.shift, q.shift,
+                            a, weight * R(kLn2));
   });
   return grad_logits;
 }
 
 Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl,
-                              Tensor softmax_stats, Tensor ref_softmax_stats, Tensor scalars) {
-  const double temperature = data<double>(scalars)[0];
+                              Tensor softmax_stats, Tensor ref_softmax_stats,
+                              OptionalTensor temperatures, Tensor scalars) {
   return dispatch(logits.scalar_type(), [&](auto t) {
     return backward<decltype(t)>(grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats,
-                                 temperature);
+                                 temperatures, scalars);
   });
 }
 

@@ -6,26 +6,29 @@ namespace {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& tokens,
-                                           double temperature) {
+                                           const OptionalTensor& temperatures,
+                                           const Tensor& scalars) {
   using R = Real<T>;
   const Rows<T> z(logits);
   const Ids ids(tokens);
   const auto rows = counted_rows(std::nullopt, z.count);
   auto out_shape = shape(tokens);
   check_ids(ids, rows, z.length, out_shape);
+  const auto own = as<double>(temperatures);
+  check_temperatures(own, rows, out_shape);
+  const auto of = temperatures_of<R>(own, scalars);
   const Tensor logprobs = empty<R>(out_shape), entropy = empty<R>(out_shape);
   out_shape.push_back(2);
   const Tensor stats = empty<R>(out_shape);
   R *logprob_of = data<R>(logprobs), *entropy_of = data<R>(entropy);
   auto* stats_of = data<RowStats<R>>(stats);
-  const R k = kLog2E / temperature;
   sweep_rows<SoftmaxState<R>>(
       rows, z.length,
       [&](int64_t row, int64_t begin, int64_t n) {
-        return sweeps<T>().statistics(z[row] + begin, n, k);
+        return sweeps<T>().statistics(z[row] + begin, n, of[row].k);
       },
       [&](int64_t row, const SoftmaxState<R>& state) {
-        const Scored<R> scored = score(state, R(z[row][ids[row]]), k);
+        const Scored<R> scored = score(state, R(z[row][ids[row]]), of[row].k);
         logprob_of[row] = scored.logprob;
         entropy_of[row] = scored.entropy;
         stats_of[row] = scored.stats;
@@ -34,16 +37,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   return {logprobs, entropy, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, Tensor scalars) {
-  const double temperature = data<double>(scalars)[0];
-  return dispatch(logits.scalar_type(),
-                  [&](auto t) { return forward<decltype(t)>(logits, tokens, temperature); });
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens,
+                                                  OptionalTensor temperatures, Tensor scalars) {
+  return dispatch(logits.scalar_type(), [&](auto t) {
+    return forward<decltype(t)>(logits, tokens, temperatures, scalars);
+  });
 }
 
 template <class T>
 Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
                 const Tensor& logits, const Tensor& tokens, const Tensor& entropy,
-                const Tensor& softmax_stats, double temperature) {
+                const Tensor& softmax_stats, const OptionalTensor& temperatures,
+                const Tensor& scalars) {
   using R = Real<T>;
   const Rows<T> z(logits);
   const Ids ids(tokens);
@@ -54,7 +59,8 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
   const R* entropy_of = data<R>(entropies);
   const auto* stats_of = data<RowStats<R>>(stats);
   T* grads = data<T>(grad_logits);
-  const R k = kLog2E / temperature;
+  const auto own = as<double>(temperatures);
+  const auto of = temperatures_of<R>(own, scalars);
   const auto upstream = [&](int64_t row) {
     return std::pair(g ? g[row] : R(0), h ? h[row] : R(0));
   };
@@ -73,20 +79,19 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
     }
     const auto [g_row, h_row] = upstream(row);
     const int64_t token = ids[row];
-    const auto gradient = row_gradient(g_row, h_row, entropy_of[row], stats_of[row], R(temperature),
-                                       R(z[row][token]), k);
-    write_gradient(gradient, z[row], grad, begin, n, token, k);
+    const auto gradient =
+        row_gradient(g_row, h_row, entropy_of[row], stats_of[row], of[row], R(z[row][token]));
+    write_gradient(gradient, z[row], grad, begin, n, token, of[row].k);
   });
   return grad_logits;
 }
 
 Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
                                Tensor logits, Tensor tokens, Tensor entropy, Tensor softmax_stats,
-                               Tensor scalars) {
-  const double temperature = data<double>(scalars)[0];
+                               OptionalTensor temperatures, Tensor scalars) {
   return dispatch(logits.scalar_type(), [&](auto t) {
     return backward<decltype(t)>(grad_logprobs, grad_entropy, logits, tokens, entropy,
-                                 softmax_stats, temperature);
+                                 softmax_stats, temperatures, scalars);
   });
 }
 

@@ -61,26 +61,28 @@ struct Loss {
   std::vector<int64_t> out_shape;
   TokenInputs<R> in;
   Objective<R> objective;
-  R temperature, k;
+  OptionalTensor own;  // what `temperatures` points into
+  Temperatures<R> temperatures;
   double denominator;
   Tensor logprobs, entropy;
   R *logprob_of, *entropy_of;  // their elements
 
   Loss(const Tensor& logits, const Tensor& tokens, TokenInputs<R> inputs, Objective<R> objective,
-       const OptionalTensor& denominator, double temperature)
+       const OptionalTensor& denominator, const OptionalTensor& temperatures, const Tensor& scalars)
       : z(logits),
         ids(tokens),
         out_shape(shape(tokens)),
         in(std::move(inputs)),
         objective(objective),
-        temperature(temperature),
-        k(kLog2E / temperature),
+        own(as<double>(temperatures)),
+        temperatures(temperatures_of<R>(own, scalars)),
         denominator(denominator_of(denominator, in.rows.size())),
         logprobs(zeros<R>(out_shape)),
         entropy(zeros<R>(out_shape)),
         logprob_of(data<R>(logprobs)),
         entropy_of(data<R>(entropy)) {
     check_ids(ids, in.rows, z.length, out_shape);
+    check_temperatures(own, in.rows, out_shape);
   }
 
   template <class Finish, class Write>
@@ -88,10 +90,10 @@ struct Loss {
     sweep_rows<SoftmaxState<R>>(
         in.rows, z.length,
         [&](int64_t row, int64_t begin, int64_t n) {
-          return sweeps<T>().statistics(z[row] + begin, n, k);
+          return sweeps<T>().statistics(z[row] + begin, n, temperatures[row].k);
         },
         [&](int64_t row, const SoftmaxState<R>& state) {
-          const Scored<R> scored = score(state, R(z[row][ids[row]]), k);
+          const Scored<R> scored = score(state, R(z[row][ids[row]]), temperatures[row].k);
           logprob_of[row] = scored.logprob;
           entropy_of[row] = scored.entropy;
           const auto terms = terms_of(objective, in, row, scored.logprob);
@@ -122,11 +124,12 @@ InPlaceResult in_place(Loss<T>& loss) {
   std::vector<RowGradient<R>> gradients(z.count);
   const Scalars scalars = loss.run(
       [&](int64_t row, const Scored<R>& scored, R g, R h) {
-        gradients[row] = row_gradient(g, h, scored.entropy, scored.stats, loss.temperature,
-                                      R(z[row][loss.ids[row]]), loss.k);
+        gradients[row] = row_gradient(g, h, scored.entropy, scored.stats, loss.temperatures[row],
+                                      R(z[row][loss.ids[row]]));
       },
       [&](int64_t row, int64_t begin, int64_t n) {
-        write_gradient(gradients[row], z[row], z[row], begin, n, loss.ids[row], loss.k);
+        write_gradient(gradients[row], z[row], z[row], begin, n, loss.ids[row],
+                       loss.temperatures[row].k);
       });
   if (loss.in.mask) {
     parallel(z.count, z.length, [&](int64_t row) {
@@ -159,7 +162,8 @@ SavedResult saved(Loss<T>& loss) {
 template <bool kInPlace>
 std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
     Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages, OptionalTensor mask,
-    OptionalTensor ref_logprobs, OptionalTensor denominator, Tensor scalars, int64_t kl_estimator) {
+    OptionalTensor ref_logprobs, OptionalTensor denominator, OptionalTensor temperatures,
+    Tensor scalars, int64_t kl_estimator) {
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
@@ -167,7 +171,7 @@ std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
     Loss<T> loss(
         logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
         Objective<R>{R(s[1]), R(s[2]), R(s[3]), R(s[4]), R(s[5]), KLEstimator(kl_estimator)},
-        denominator, s[0]);
+        denominator, temperatures, scalars);
     if constexpr (kInPlace) {
       return in_place(loss);
     } else {

@@ -10,11 +10,12 @@ constexpr int kPairs = kInFlight<kLayout> / 2;
 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
-    forward(Rows<T> logits, Rows<T> ref_logits, int length, Real<T> k, Real<T>* result,
-            RowStats<Real<T>>* stats, RowStats<Real<T>>* ref_stats) {
+    forward(Rows<T> logits, Rows<T> ref_logits, int length, Temperatures<Real<T>> temperatures,
+            Real<T>* result, RowStats<Real<T>>* stats, RowStats<Real<T>>* ref_stats) {
   using State = JointState<Real<T>>;
   const uint32_t row = blockIdx.x;
   const T *z = logits[row], *ref = ref_logits[row];
+  const Real<T> k = temperatures[row].k;
   State state;
   nothing_seen(state);
   constexpr int n = kPairs<kLayout>;
@@ -33,9 +34,10 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   ref_stats[row] = {state.ref_shift, std::log2(state.ref_sum)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits, Tensor scalars) {
+std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits,
+                                                 OptionalTensor temperatures, Tensor scalars) {
   const Device device(logits);
-  const double temperature = *data<double>(scalars);
+  const auto own = as<double>(temperatures);
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
@@ -50,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logit
     const Grid grid{result.numel(), threads_for<T>(length, length),
                     kMostThreads / kWarp * sizeof(JointState<R>)};
     with_layout(layout_of(length, z, ref), [&](auto layout) {
-      device.launch(forward<T, layout>, grid, z, ref, length, kLog2E / temperature, data<R>(result),
-                    data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats));
+      device.launch(forward<T, layout>, grid, z, ref, length, temperatures_of<R>(own, scalars),
+                    data<R>(result), data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats));
     });
     return std::tuple(result, stats, ref_stats);
   });
@@ -87,7 +89,8 @@ template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_kl, Rows<T> logits, Rows<T> ref_logits, int length,
              const Real<T>* divergence, const RowStats<Real<T>>* stats,
-             const RowStats<Real<T>>* ref_stats, Real<T> temperature, Real<T> k, T* grad_logits) {
+             const RowStats<Real<T>>* ref_stats, Temperatures<Real<T>> temperatures,
+             T* grad_logits) {
   using R = Real<T>;
   const uint32_t row = blockIdx.x;
   T* out = grad_logits + int64_t(row) * length;
@@ -97,12 +100,13 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
     return;
   }
   const RowStats<R> p = stats[row], q = ref_stats[row];
-  const R weight = g * std::exp2(-p.log2_sum) / temperature;
+  const auto temperature = temperatures[row];
+  const R weight = g * std::exp2(-p.log2_sum) / temperature.value;
   const R a = weight * (R(kLn2) * (q.log2_sum - p.log2_sum) - divergence[row]);
   write_row<T, kLayout>(out, length,
                         JointGradient<T, kLayout>{{logits[row], length},
                                                   {ref_logits[row], length},
-                                                  k,
+                                                  temperature.k,
                                                   p.shift,
                                                   q.shift,
                                                   a,
@@ -110,9 +114,10 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
 }
 
 Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl,
-                              Tensor softmax_stats, Tensor ref_softmax_stats, Tensor scalars) {
+                              Tensor softmax_stats, Tensor ref_softmax_stats,
+                              OptionalTensor temperatures, Tensor scalars) {
   const Device device(logits);
-  const double temperature = *data<double>(scalars);
+  const auto own = as<double>(temperatures);
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
@@ -124,8 +129,8 @@ Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, 
     const Grid grid{divergence.numel(), threads_for<T>(length, length)};
     with_layout(layout_of(length, z, ref, rows<T>(grad_logits)), [&](auto layout) {
       device.launch(backward<T, layout>, grid, data<R>(g), z, ref, length, data<R>(divergence),
-                    data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats), temperature,
-                    kLog2E / temperature, data<T>(grad_logits));
+                    data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats),
+                    temperatures_of<R>(own, scalars), data<T>(grad_logits));
     });
     return grad_logits;
   });

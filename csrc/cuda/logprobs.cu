@@ -6,11 +6,13 @@ namespace {
 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
-    forward(Rows<T> logits, Ids tokens, int length, Division division, Real<T> k, Real<T>* logprobs,
-            Real<T>* entropy, RowStats<Real<T>>* stats) {
+    forward(Rows<T> logits, Ids tokens, int length, Division division,
+            Temperatures<Real<T>> temperatures, Real<T>* logprobs, Real<T>* entropy,
+            RowStats<Real<T>>* stats) {
   using R = Real<T>;
   const Part part(division, length);
   begin_row(division);
+  const R k = temperatures[part.row].k;
   const T* z = logits[part.row];
   auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
   const bool writes = threadIdx.x == 0 && part.index == 0;
@@ -23,9 +25,10 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   stats[part.row] = scored.stats;
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, Tensor scalars) {
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens,
+                                                  OptionalTensor temperatures, Tensor scalars) {
   const Device device(logits);
-  const double temperature = *data<double>(scalars);
+  const auto own = as<double>(temperatures);
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
@@ -40,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, 
       const auto kernel = forward<T, layout>;
       const auto division = division_of<T>(device, length, device.has_sm90(kernel));
       device.launch(kernel, division.grid(tokens.numel(), sizeof(States<R>)), z, Ids(ids), length,
-                    division, kLog2E / temperature, data<R>(logprobs), data<R>(entropy),
+                    division, temperatures_of<R>(own, scalars), data<R>(logprobs), data<R>(entropy),
                     data<RowStats<R>>(stats));
     });
     return std::tuple(logprobs, entropy, stats);
@@ -51,7 +54,7 @@ template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_logprobs, const Real<T>* grad_entropy, Rows<T> logits, Ids tokens,
              const Real<T>* entropy, const RowStats<Real<T>>* stats, int length,
-             Real<T> temperature, Real<T> k, T* grad_logits) {
+             Temperatures<Real<T>> temperatures, T* grad_logits) {
   using R = Real<T>;
   const uint32_t row = blockIdx.x;
   const R g = grad_logprobs ? grad_logprobs[row] : R(0);
@@ -65,17 +68,19 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   const T* z = logits[row];
   const int64_t token = tokens[row];
   const R logit = logit_of(z, length, token);
+  const auto temperature = temperatures[row];
   // NaN, as the log-probability of a token outside of the row.
-  const auto gradient = row_gradient(std::isnan(logit) ? logit : g, h, entropy[row], stats[row],
-                                     temperature, logit, k);
-  write_gradient<T, kLayout>(gradient, InGlobal<T, kLayout>{z, length}, out, length, token, k);
+  const auto gradient =
+      row_gradient(std::isnan(logit) ? logit : g, h, entropy[row], stats[row], temperature, logit);
+  write_gradient<T, kLayout>(gradient, InGlobal<T, kLayout>{z, length}, out, length, token,
+                             temperature.k);
 }
 
 Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
                                Tensor logits, Tensor tokens, Tensor entropy, Tensor softmax_stats,
-                               Tensor scalars) {
+                               OptionalTensor temperatures, Tensor scalars) {
   const Device device(logits);
-  const double temperature = *data<double>(scalars);
+  const auto own = as<double>(temperatures);
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
@@ -87,7 +92,7 @@ Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad
     with_layout(layout_of(length, z, rows<T>(grad_logits)), [&](auto layout) {
       device.launch(backward<T, layout>, Grid{tokens.numel(), threads_for<T>(length, length)},
                     data_or_null<R>(g), data_or_null<R>(h), z, Ids(ids), data<R>(entropies),
-                    data<RowStats<R>>(stats), length, temperature, kLog2E / temperature,
+                    data<RowStats<R>>(stats), length, temperatures_of<R>(own, scalars),
                     data<T>(grad_logits));
     });
     return grad_logits;

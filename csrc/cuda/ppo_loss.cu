@@ -16,25 +16,26 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   }
   begin_row(call.division);
   const T* z = call.logits[part.row];
-  auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, call.k, KeepNothing{});
+  const R k = call.temperatures[part.row].k;
+  auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
   TokenInput<R> token{};
   if (writes) token = token_input(call, part.row, z);
   state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), call.division, part);
   if (!writes) return;
-  token_loss(call, part.row, token, score(state, token.logit, call.k), true);
+  token_loss(call, part.row, token, score(state, token.logit, k), true);
 }
 
 using Results = decltype(std::tuple_cat(LossResults{}, std::tuple<Tensor, Tensor, Tensor>{}));
 
 Results ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
                  OptionalTensor mask, OptionalTensor ref_logprobs, OptionalTensor denominator,
-                 Tensor scalars, int64_t kl_estimator) {
+                 OptionalTensor temperatures, Tensor scalars, int64_t kl_estimator) {
   const Device device(logits);
   return dispatch(logits.scalar_type(), [&](auto type) -> Results {
     using T = decltype(type);
     using R = Real<T>;
-    Loss<T> loss(logits, tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, scalars,
-                 kl_estimator);
+    Loss<T> loss(logits, tokens, old_logprobs, advantages, mask, ref_logprobs, denominator,
+                 temperatures, scalars, kl_estimator);
     auto out_shape = shape(tokens);
     const Tensor g = empty<R>(logits, out_shape), h = empty<R>(logits, out_shape);
     out_shape.push_back(2);

@@ -13,7 +13,7 @@ struct Call {
   Rows<T> logits;
   int length;
   Division division;
-  R temperature, k;
+  Temperatures<R> temperatures;
   Ids tokens;
   const R *old_logprobs, *advantages, *ref_logprobs;
   const bool* mask;
@@ -101,13 +101,15 @@ class Loss {
  public:
   Loss(const Tensor& logits, const Tensor& tokens, const Tensor& old_logprobs,
        const Tensor& advantages, const OptionalTensor& mask, const OptionalTensor& ref_logprobs,
-       const OptionalTensor& denominator, const Tensor& scalars, int64_t kl_estimator)
-      : held_{packed(tokens),      as<R>(old_logprobs), as<R>(advantages),
-              as<R>(ref_logprobs), packed(mask),        counted(mask, denominator)},
+       const OptionalTensor& denominator, const OptionalTensor& temperatures, const Tensor& scalars,
+       int64_t kl_estimator)
+      : held_{packed(tokens),          as<R>(old_logprobs), as<R>(advantages),
+              as<R>(ref_logprobs),     packed(mask),        counted(mask, denominator),
+              as<double>(temperatures)},
         logprobs_(empty<R>(logits, shape(tokens))),
         entropy_(empty<R>(logits, shape(tokens))),
         terms_(empty<R>(logits, {6, tokens.numel()})),
-        call(call_of(data<double>(scalars), logits.size(-1), kl_estimator)) {}
+        call(call_of(scalars, logits.size(-1), kl_estimator)) {}
 
   // After the kernel: the scalars, and what is there of each token.
   auto results(const Device& device) const {
@@ -116,13 +118,13 @@ class Loss {
   }
 
  private:
-  Call<T> call_of(const double* s, int64_t length, int64_t kl_estimator) const {
+  Call<T> call_of(const Tensor& scalars, int64_t length, int64_t kl_estimator) const {
+    const double* s = data<double>(scalars);
     const int64_t count = logprobs_.numel();
     return {{},
             int(length),
             {},
-            R(s[0]),
-            R(kLog2E / s[0]),
+            temperatures_of<R>(held_[6], scalars),
             Ids(*held_[0]),
             data_or_null<R>(held_[1]),
             data_or_null<R>(held_[2]),
@@ -139,7 +141,7 @@ class Loss {
             nullptr};
   }
 
-  const std::array<OptionalTensor, 6> held_;  // what the pointers of `call` point into
+  const std::array<OptionalTensor, 7> held_;  // what the pointers of `call` point into
   const Tensor logprobs_, entropy_, terms_;
 
  public:

@@ -67,15 +67,16 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   static_assert(sizeof(head) <= kHead);
   const InShared<T, kLayout> kept{reinterpret_cast<uint4*>(shared_memory() + kHead),
                                   vectors_in<T, kLayout>(part.length)};
+  const auto temperature = call.temperatures[part.row];
   SoftmaxState<R> state;
   if (kKept && kLayout == Layout::aligned && in_bulk) {
     if (first) begin_copies(mine, kept, head.copied);
     __syncthreads();
     // While the copies are under way.
     if (first) head.token = token_input(call, part.row, z);
-    state = copied_statistics(kept, part.length, head.copied, call.k);
+    state = copied_statistics(kept, part.length, head.copied, temperature.k);
   } else {
-    state = thread_statistics<T, kLayout>(mine, part.length, call.k,
+    state = thread_statistics<T, kLayout>(mine, part.length, temperature.k,
                                           [&](int i, const uint4& vector, auto whole) {
                                             if constexpr (kKept)
                                               kept.template keep<whole>(i, vector);
@@ -84,18 +85,18 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   }
   state = merge_row(state, head.states, call.division, part);
   if (first) {
-    const auto scored = score(state, head.token.logit, call.k);
+    const auto scored = score(state, head.token.logit, temperature.k);
     const auto upstream = token_loss(call, part.row, head.token, scored, part.index == 0);
     head.gradient = row_gradient(upstream.logprob, upstream.entropy, scored.entropy, scored.stats,
-                                 call.temperature, head.token.logit, call.k);
+                                 temperature, head.token.logit);
   }
   __syncthreads();
   const int64_t token = head.token.id - part.begin;
   if constexpr (kKept) {
-    write_gradient<T, kLayout>(head.gradient, kept, mine, part.length, token, call.k);
+    write_gradient<T, kLayout>(head.gradient, kept, mine, part.length, token, temperature.k);
   } else {
     const InGlobal<T, kLayout> global{mine, part.length};
-    write_gradient<T, kLayout>(head.gradient, global, mine, part.length, token, call.k);
+    write_gradient<T, kLayout>(head.gradient, global, mine, part.length, token, temperature.k);
   }
 }
 
@@ -111,12 +112,12 @@ void launch_in_place(const Device& device, Call<T>& call) {
 
 LossResults ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
                       OptionalTensor mask, OptionalTensor ref_logprobs, OptionalTensor denominator,
-                      Tensor scalars, int64_t kl_estimator) {
+                      OptionalTensor temperatures, Tensor scalars, int64_t kl_estimator) {
   const Device device(logits);
   return dispatch(logits.scalar_type(), [&](auto type) -> LossResults {
     using T = decltype(type);
-    Loss<T> loss(logits, tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, scalars,
-                 kl_estimator);
+    Loss<T> loss(logits, tokens, old_logprobs, advantages, mask, ref_logprobs, denominator,
+                 temperatures, scalars, kl_estimator);
     written_in_place(logits, [&](const Tensor& target) {
       loss.call.logits = rows<T>(target);
       launch_in_place(device, loss.call);

@@ -29,7 +29,9 @@ def _forward(
     kl_ptr,
     stats_ptr,
     ref_stats_ptr,
+    temperatures_ptr,
     V: tl.int32,
+    temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -37,7 +39,8 @@ def _forward(
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
     ref_start = sweeps.row_start(row, ref_inner, ref_outer_stride, ref_inner_stride)
-    k = math.number(k, kl_ptr.dtype.element_ty)
+    R: tl.constexpr = kl_ptr.dtype.element_ty
+    _, k = math.temperature_of(row, temperatures_ptr, temperature, k, R)
     shift, total, ref_shift, ref_total, cross = sweeps.joint_statistics(
         logits_ptr, ref_logits_ptr, start, ref_start, V, k, L, LAYOUT
     )
@@ -50,7 +53,7 @@ def _forward(
 
 
 @implement("kl_divergence")
-def kl_divergence(logits, ref_logits, scalars):
+def kl_divergence(logits, ref_logits, temperatures, scalars):
     (temperature,) = scalars.tolist()
     shape, real = logits.shape[:-1], result_dtype(logits)
     kl = logits.new_empty(shape, dtype=real)
@@ -61,9 +64,10 @@ def kl_divergence(logits, ref_logits, scalars):
         kl.numel(),
         *laid,
         *ref_laid,
-        *(kl, stats, ref_stats),
+        *(kl, stats, ref_stats, per_token(temperatures)),
         logits.shape[-1],
-        math.LOG2_E / temperature,
+        temperature,
+        math.exponent_scale(temperature),
         LAYOUT=sweeps.layout(laid, ref_laid),
         **sweeps.lanes(logits),
     )
@@ -84,6 +88,7 @@ def _backward(
     kl_ptr,
     stats_ptr,
     ref_stats_ptr,
+    temperatures_ptr,
     grad_ptr,
     V: tl.int32,
     temperature: tl.float64,
@@ -101,7 +106,8 @@ def _backward(
         shift, log2_sum = tl.load(stats_ptr + stats), tl.load(stats_ptr + stats + 1)
         ref_shift = tl.load(ref_stats_ptr + stats)
         ref_log2_sum = tl.load(ref_stats_ptr + stats + 1)
-        weight = g * tl.exp2(-log2_sum) / math.number(temperature, R)
+        tau, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
+        weight = g * tl.exp2(-log2_sum) / tau
         sweeps.kl_gradient(
             logits_ptr,
             ref_logits_ptr,
@@ -110,7 +116,7 @@ def _backward(
             sweeps.row_start(row, ref_inner, ref_outer_stride, ref_inner_stride),
             out_start,
             V,
-            math.number(k, R),
+            scale,
             shift,
             ref_shift,
             weight * ((ref_log2_sum - log2_sum) * math.LN_2 - tl.load(kl_ptr + row)),
@@ -124,7 +130,7 @@ def _backward(
 
 @implement("kl_divergence_backward")
 def kl_divergence_backward(
-    grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats, scalars
+    grad_kl, logits, ref_logits, kl, softmax_stats, ref_softmax_stats, temperatures, scalars
 ):
     (temperature,) = scalars.tolist()
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -135,11 +141,11 @@ def kl_divergence_backward(
         per_token(grad_kl),
         *laid,
         *ref_laid,
-        *map(per_token, (kl, softmax_stats, ref_softmax_stats)),
+        *map(per_token, (kl, softmax_stats, ref_softmax_stats, temperatures)),
         grad_logits,
         logits.shape[-1],
         temperature,
-        math.LOG2_E / temperature,
+        math.exponent_scale(temperature),
         LAYOUT=sweeps.layout(laid, ref_laid, rows(grad_logits)),
         **sweeps.lanes(logits),
     )

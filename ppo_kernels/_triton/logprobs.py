@@ -78,7 +78,9 @@ def _forward(
     logprobs_ptr,
     entropy_ptr,
     stats_ptr,
+    temperatures_ptr,
     V: tl.int32,
+    temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -86,7 +88,7 @@ def _forward(
     R: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-    k = math.number(k, R)
+    _, k = math.temperature_of(row, temperatures_ptr, temperature, k, R)
     token = tl.load(tokens_ptr + row).to(tl.int64)
     shift, log2_sum, _, logprob, entropy = score(logits_ptr, start, V, token, k, L, LAYOUT)
     tl.store(logprobs_ptr + row, logprob)
@@ -96,7 +98,7 @@ def _forward(
 
 
 @implement("token_logprobs")
-def token_logprobs(logits, tokens, scalars):
+def token_logprobs(logits, tokens, temperatures, scalars):
     (temperature,) = scalars.tolist()
     real = result_dtype(logits)
     logprobs, entropy = (logits.new_empty(tokens.shape, dtype=real) for _ in range(2))
@@ -106,9 +108,10 @@ def token_logprobs(logits, tokens, scalars):
         _forward,
         tokens.numel(),
         *laid,
-        *(per_token(tokens), logprobs, entropy, stats),
+        *(per_token(tokens), logprobs, entropy, stats, per_token(temperatures)),
         logits.shape[-1],
-        math.LOG2_E / temperature,
+        temperature,
+        math.exponent_scale(temperature),
         LAYOUT=sweeps.layout(laid),
         **sweeps.lanes(logits),
     )
@@ -126,6 +129,7 @@ def _backward(
     tokens_ptr,
     entropy_ptr,
     stats_ptr,
+    temperatures_ptr,
     grad_ptr,
     V: tl.int32,
     temperature: tl.float64,
@@ -150,6 +154,7 @@ def _backward(
         logit = load_logit(logits_ptr, start, V, token, R)
         # NaN, as the log-probability of a token outside of the row.
         g = tl.where(logit == logit, g, logit)
+        tau, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
         write_gradient(
             logits_ptr,
             grad_ptr,
@@ -163,8 +168,8 @@ def _backward(
             tl.load(entropy_ptr + row),
             tl.load(stats),
             tl.load(stats + 1),
-            math.number(temperature, R),
-            math.number(k, R),
+            tau,
+            scale,
             L,
             LAYOUT,
         )
@@ -174,7 +179,7 @@ def _backward(
 
 @implement("token_logprobs_backward")
 def token_logprobs_backward(
-    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, scalars
+    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, temperatures, scalars
 ):
     (temperature, *_) = scalars.tolist()
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -184,10 +189,11 @@ def token_logprobs_backward(
         tokens.numel(),
         *(per_token(grad_logprobs), per_token(grad_entropy)),
         *laid,
-        *(per_token(tokens), per_token(entropy), per_token(softmax_stats), grad_logits),
+        *map(per_token, (tokens, entropy, softmax_stats, temperatures)),
+        grad_logits,
         logits.shape[-1],
         temperature,
-        math.LOG2_E / temperature,
+        math.exponent_scale(temperature),
         LAYOUT=sweeps.layout(laid, rows(grad_logits)),
         **sweeps.lanes(logits),
     )

@@ -8,7 +8,7 @@ is k times the maximum of what was seen, carried as the very number that was sub
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # The shift of a state that has seen nothing with probability; finite, so that no difference of
@@ -26,6 +26,20 @@ K3 = tl.constexpr(2)
 def number(x, R: tl.constexpr):
     """A number of the call (a double) in the type that the kernel computes in."""
     return tl.full((), x, R)
+
+
+def exponent_scale(temperature):
+    """k of a number, for a launcher."""
+    return LOG2_E.value / temperature
+
+
+@triton.jit
+def temperature_of(row, temperatures_ptr, temperature, k, R: tl.constexpr):
+    """(τ, k) of a row: its own where rows have, NaN where that is no temperature, or the call's."""
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + row).to(tl.float64)
+        k = tl.where(temperature > 0.0, LOG2_E / temperature, float("nan"))
+    return number(temperature, R), number(k, R)
 
 
 @triton.jit

@@ -1,11 +1,9 @@
-"""ppo_loss, ppo_loss_ and the losses of log-probs and values; formulas in ppo_kernels/ppo_loss.py.
+"""ppo_loss and ppo_loss_; formulas in ppo_kernels/ppo_loss.py.
 
 Nothing waits for the device, so nothing raises for what a tensor holds: `loss` is NaN where a
 counted token has no finite log-probability.
 """
 
-import torch
-import triton
 import triton.language as tl
 
 from ppo_kernels._triton import math, sweeps
@@ -18,14 +16,7 @@ from ppo_kernels._triton.common import (
     written_in_place,
 )
 from ppo_kernels._triton.logprobs import score, write_gradient
-from ppo_kernels._triton.means import (
-    BLOCK,
-    counted,
-    load_denominator,
-    means,
-    store_part,
-    which_count,
-)
+from ppo_kernels._triton.means import counted, load_denominator, means
 from ppo_kernels.schemas import result_dtype
 
 
@@ -41,6 +32,7 @@ def _ppo_loss(
     mask_ptr,
     ref_logprobs_ptr,
     denominator_ptr,
+    temperatures_ptr,
     logprobs_ptr,
     entropy_ptr,
     terms_ptr,
@@ -65,7 +57,6 @@ def _ppo_loss(
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     start = sweeps.row_start(tl.program_id(0), inner, outer_stride, inner_stride)
-    k = math.number(k, R)
     counts = True
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row) != 0
@@ -73,8 +64,11 @@ def _ppo_loss(
     logprob, entropy, shift, log2_sum, g, h = zero, zero, zero, zero, zero, zero
     loss, policy, kl, approx_kl, clip = zero, zero, zero, zero, zero
     if counts:
+        tau, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
         token = tl.load(tokens_ptr + row).to(tl.int64)
-        shift, log2_sum, logit, logprob, entropy = score(logits_ptr, start, V, token, k, L, LAYOUT)
+        shift, log2_sum, logit, logprob, entropy = score(
+            logits_ptr, start, V, token, scale, L, LAYOUT
+        )
         policy, g, approx_kl, clipped = math.policy_term(
             logprob - tl.load(old_logprobs_ptr + row).to(R),
             tl.load(advantages_ptr + row).to(R),
@@ -107,8 +101,8 @@ def _ppo_loss(
                 entropy,
                 shift,
                 log2_sum,
-                math.number(temperature, R),
-                k,
+                tau,
+                scale,
                 L,
                 LAYOUT,
             )
@@ -138,6 +132,7 @@ def _run(
     mask,
     ref_logprobs,
     denominator,
+    temperatures,
     scalars,
     kl_estimator,
     saved,
@@ -157,8 +152,9 @@ def _run(
         n,
         *laid,
         *map(per_token, (tokens, old_logprobs, advantages, mask, ref_logprobs)),
-        *(denominator, logprobs, entropy, terms, *saved, n),
-        *(logits.shape[-1], temperature, math.LOG2_E / temperature, *numbers, kl_estimator),
+        *(denominator, per_token(temperatures), logprobs, entropy, terms, *saved, n),
+        *(logits.shape[-1], temperature, math.exponent_scale(temperature)),
+        *(*numbers, kl_estimator),
         LAYOUT=sweeps.layout(laid),
         **lanes,
     )
@@ -210,90 +206,3 @@ def rescale_(grad, scale):
             LAYOUT=sweeps.layout(laid),
             **sweeps.lanes(grad),
         )
-
-
-def _loss_of_blocks(function, sums, inputs, mask, denominator, scalars):
-    """So many means, the loss first, and its gradient in the first of `inputs`, by a kernel over
-    blocks of tokens."""
-    grad = inputs[0].new_empty(inputs[0].shape, dtype=result_dtype(inputs[0]))
-    denominator, n = counted(mask, denominator), grad.numel()
-    parts = grad.new_empty((sums, triton.cdiv(n, BLOCK)), dtype=torch.float64)
-    launch(
-        function,
-        parts.shape[1],
-        *map(per_token, (*inputs, mask)),
-        *(denominator, parts, grad, n, *scalars.tolist()),
-        BLOCK=BLOCK,
-    )
-    return *means(parts, denominator, n, grad.dtype), grad
-
-
-@kernel()
-def _clipped_policy_loss(
-    logprobs_ptr,
-    old_logprobs_ptr,
-    advantages_ptr,
-    mask_ptr,
-    denominator_ptr,
-    parts_ptr,
-    grad_ptr,
-    n: tl.int64,
-    clip_low: tl.float64,
-    clip_high: tl.float64,
-    dual_clip: tl.float64,
-    BLOCK: tl.constexpr,
-):
-    R: tl.constexpr = grad_ptr.dtype.element_ty
-    block, counts, i = which_count(mask_ptr, n, BLOCK)
-    logprob = tl.load(logprobs_ptr + i, mask=counts, other=0.0).to(R)
-    old_logprob = tl.load(old_logprobs_ptr + i, mask=counts, other=0.0).to(R)
-    advantage = tl.load(advantages_ptr + i, mask=counts, other=0.0).to(R)
-    loss, grad, approx_kl, clipped = math.policy_term(
-        logprob - old_logprob,
-        advantage,
-        math.number(clip_low, R),
-        math.number(clip_high, R),
-        math.number(dual_clip, R),
-    )
-    denominator = load_denominator(denominator_ptr, n).to(R)
-    tl.store(grad_ptr + i, tl.where(counts, grad / denominator, 0.0), mask=i < n)
-    store_part(parts_ptr, block, 0, tl.where(counts, loss, 0.0))
-    store_part(parts_ptr, block, 1, tl.where(counts, approx_kl, 0.0))
-    store_part(parts_ptr, block, 2, tl.where(counts, clipped.to(R), 0.0))
-
-
-@implement("clipped_policy_loss")
-def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, denominator, scalars):
-    inputs = logprobs, old_logprobs, advantages
-    return _loss_of_blocks(_clipped_policy_loss, 3, inputs, mask, denominator, scalars)
-
-
-@kernel()
-def _value_loss(
-    values_ptr,
-    old_values_ptr,
-    returns_ptr,
-    mask_ptr,
-    denominator_ptr,
-    parts_ptr,
-    grad_ptr,
-    n: tl.int64,
-    clip: tl.float64,
-    BLOCK: tl.constexpr,
-):
-    R: tl.constexpr = grad_ptr.dtype.element_ty
-    block, counts, i = which_count(mask_ptr, n, BLOCK)
-    value = tl.load(values_ptr + i, mask=counts, other=0.0).to(R)
-    old_value = tl.load(old_values_ptr + i, mask=counts, other=0.0).to(R)
-    target = tl.load(returns_ptr + i, mask=counts, other=0.0).to(R)
-    loss, grad, clipped = math.value_term(value, old_value, target, math.number(clip, R))
-    denominator = load_denominator(denominator_ptr, n).to(R)
-    tl.store(grad_ptr + i, tl.where(counts, grad / denominator, 0.0), mask=i < n)
-    store_part(parts_ptr, block, 0, tl.where(counts, loss, 0.0))
-    store_part(parts_ptr, block, 1, tl.where(counts, clipped.to(R), 0.0))
-
-
-@implement("value_loss")
-def value_loss(values, old_values, returns, mask, denominator, scalars):
-    inputs = values, old_values, returns
-    return _loss_of_blocks(_value_loss, 2, inputs, mask, denominator, scalars)

@@ -102,17 +102,22 @@ def family(op):
 
 def calls(op, every_width):
     """Calls that between them compile the op's kernels in every dtype, in each combination of the
-    optional inputs; if wanted, with none and all of these for the other widths and strided too."""
+    optional inputs, temperatures beside all others only; if wanted, with none and all of these for
+    the other widths and strided too."""
     names = optional(op)
     # A backward is called for at least one upstream gradient.
     fewest = 1 if op == "token_logprobs_backward" else 0
-    subsets = [x for n in range(fewest, len(names) + 1) for x in itertools.combinations(names, n)]
+    # What else is given does not bear on how a row's temperature is read.
+    others = [x for x in names if x != "temperatures"]
+    subsets = [x for n in range(fewest, len(others) + 1) for x in itertools.combinations(others, n)]
+    if others != names:
+        subsets.append(tuple(names))
     extremes = dict.fromkeys((subsets[0], subsets[-1]))
-    *others, last = WIDTHS[family(op)]
+    *narrower, last = WIDTHS[family(op)]
     for dtype in DTYPES:
         for given in subsets:
             yield Call(op, dtype, last, given)
-        for width, given in itertools.product(others if every_width else (), extremes):
+        for width, given in itertools.product(narrower if every_width else (), extremes):
             yield Call(op, dtype, width, given)
         if every_width and op != "rescale_" and family(op) == "logits":
             yield Call(op, dtype, 32_001, subsets[-1], strided=True)

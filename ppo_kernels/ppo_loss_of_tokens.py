@@ -1,0 +1,129 @@
+r"""The losses of PPO when log-probabilities or values are at hand.
+
+The formula of the policy's stands in `ppo_kernels.ppo_loss`, that of the critic at `value_loss`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ppo_kernels import checks, reference
+from ppo_kernels.dispatch import kernels, resolve, scalars
+
+
+class PolicyLoss(NamedTuple):
+    """Scalars; only `loss` carries a gradient."""
+
+    loss: torch.Tensor
+    approx_kl: torch.Tensor
+    clip_fraction: torch.Tensor
+
+
+class ValueLoss(NamedTuple):
+    """Scalars; only `loss` carries a gradient."""
+
+    loss: torch.Tensor
+    clip_fraction: torch.Tensor
+
+
+def chained(upstream, grad):
+    """upstream · grad, with the zeros of `grad` kept under an upstream that is not finite."""
+    return torch.where(grad == 0, 0.0, upstream * grad)
+
+
+class _ScalarLoss(torch.autograd.Function):
+    """A loss whose op gives (loss, …, gradient in the first argument) at once."""
+
+    @staticmethod
+    def forward(ctx, op, x, *rest):
+        *results, grad = op(x, *rest)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.save_for_backward(grad)
+        ctx.dtype, ctx.rest = x.dtype, len(rest)
+        return tuple(results)
+
+    @staticmethod
+    @checks.first_order
+    def backward(ctx, grad_loss, *_):
+        (grad,) = ctx.saved_tensors
+        return None, chained(grad_loss, grad).to(ctx.dtype), *(None,) * ctx.rest
+
+
+def clipped_policy_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask=None,
+    *,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    denominator=None,
+    backend="auto",
+):
+    """The policy term of `ppo_loss` from log-probabilities at hand.
+
+    Args:
+        logprobs: (...) of the policy in training, in nats, differentiable.
+        old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, denominator, backend: as in
+            `ppo_loss`.
+
+    Returns:
+        PolicyLoss (fp32, fp64 for fp64 input).
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    checks.floating("logprobs", logprobs)
+    checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
+    checks.per_token("advantages", advantages, "logprobs", logprobs)
+    checks.boolean("mask", mask, "logprobs", logprobs)
+    checks.clip_range(clip_low, clip_high, dual_clip)
+    tensors = old_logprobs.detach(), advantages.detach(), mask
+    denominator = checks.denominator(denominator, logprobs.device)
+    backend = resolve(backend, logprobs)
+    if backend == "reference":
+        return PolicyLoss(
+            *reference.clipped_policy_loss(
+                logprobs, *tensors, clip_low, clip_high, dual_clip, denominator
+            )
+        )
+    numbers = scalars(clip_low, clip_high, dual_clip)
+    op = kernels(backend).clipped_policy_loss
+    return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, denominator, numbers))
+
+
+def value_loss(
+    values, old_values, returns, mask=None, *, clip=None, denominator=None, backend="auto"
+):
+    """Half the squared error of the critic, pessimistic about moves beyond `clip`.
+
+    Per counted token max((v - R)², (old + clamp(v - old, -clip, clip) - R)²) / 2, summed over the
+    mask and divided by `denominator` (the clipped value loss of the OpenAI baselines).
+
+    Args:
+        values: (...) of the critic in training, differentiable.
+        old_values, returns: (...) values at rollout and GAE returns.
+        mask: (...) bool, True = counts; None counts all.
+        clip: range of the value's move, at least 0; None for the plain squared error.
+        denominator, backend: as in `ppo_loss`.
+
+    Returns:
+        ValueLoss (fp32, fp64 for fp64 input).
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    checks.floating("values", values)
+    checks.per_token("old_values", old_values, "values", values)
+    checks.per_token("returns", returns, "values", values)
+    checks.boolean("mask", mask, "values", values)
+    if clip is not None:
+        checks.number("clip", clip, at_least=0)
+    tensors = old_values.detach(), returns.detach(), mask
+    denominator = checks.denominator(denominator, values.device)
+    backend = resolve(backend, values)
+    if backend == "reference":
+        return ValueLoss(*reference.value_loss(values, *tensors, clip, denominator))
+    op, numbers = kernels(backend).value_loss, scalars(clip)
+    return ValueLoss(*_ScalarLoss.apply(op, values, *tensors, denominator, numbers))
