@@ -1,6 +1,7 @@
 """Fused PPO ops: log-probabilities, entropy, KL, advantages and the clipped loss from logits."""
 
 from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed
+from ppo_kernels.kept import kept_from_mask, kept_token_logprobs_and_entropy
 from ppo_kernels.kl import kl_divergence, kl_estimate
 from ppo_kernels.logprobs import (
     LogprobsAndEntropy,
@@ -29,6 +30,8 @@ __all__ = [
     "clipped_policy_loss",
     "gae",
     "gae_packed",
+    "kept_from_mask",
+    "kept_token_logprobs_and_entropy",
     "kl_divergence",
     "kl_estimate",
     "masked_mean",

@@ -20,7 +20,7 @@ def _accumulate(x):
 def _log_softmax(logits, temperature):
     logits = _accumulate(logits)
     if isinstance(temperature, torch.Tensor):
-        _refuse_no_temperature(temperature)
+        check_temperature(temperature)
         temperature = temperature.detach().to(logits.dtype).unsqueeze(-1)
     return torch.log_softmax(logits / temperature, dim=-1)
 
@@ -40,7 +40,7 @@ def _refuse_out_of_range(tokens, vocabulary):
             )
 
 
-def _refuse_no_temperature(temperature):
+def check_temperature(temperature):
     if _value_checks_run(temperature):
         bad = ~(temperature.isfinite() & (temperature > 0))
         if bad.any():
@@ -82,6 +82,23 @@ def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0):
 
 def token_logprobs(logits, tokens, *, temperature=1.0):
     return token_logprobs_and_entropy(logits, tokens, temperature=temperature)[0]
+
+
+def kept_token_logprobs_and_entropy(
+    logits, tokens, kept_ids, kept_offsets, mask=None, *, temperature=1.0
+):
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    rows = torch.arange(tokens.numel(), device=tokens.device)
+    rows = rows.repeat_interleave(kept_offsets.diff())
+    kept = torch.zeros((tokens.numel(), logits.shape[-1]), dtype=torch.bool, device=tokens.device)
+    kept[rows, kept_ids.long()] = True
+    logits = logits.masked_fill(~kept.view(logits.shape), -torch.inf)
+    logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
+    tokens = tokens.masked_fill(~mask, 0)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.masked_fill(~mask, 1.0)
+    scored = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
+    return tuple(torch.where(mask, x, 0.0) for x in scored)
 
 
 def kl_divergence(logits, ref_logits, *, temperature=1.0):
