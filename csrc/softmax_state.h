@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "ppo_math.h"
 
@@ -35,6 +36,9 @@ struct Temperatures {
     return own ? Temperature<T>::of(own[row]) : common;
   }
 };
+
+// `schemas.ELSEWHERE`: the token of this row is in a part of the vocabulary that another rank has.
+constexpr int64_t kElsewhere = -(int64_t(1) << 31);
 
 template <class T>
 struct SoftmaxState {

@@ -5,11 +5,16 @@ the logits. `scalars` holds the numbers of a call, see `dispatch.scalars`; `temp
 one per token, stand in for the number among them. Estimators are passed as
 indices into `reference.ESTIMATORS`, because a string that crosses the stable ABI is never freed.
 Per-token results are fp32, or fp64 for fp64 inputs.
+
+To `token_logprobs_backward` the id ELSEWHERE says that the row's token lies in a part of the
+vocabulary that another rank has: the row gets the gradient of its probabilities and no 1[j = a].
 """
 
 import torch
 
 NAMESPACE = {"native": "ppo_kernels_native", "triton": "ppo_kernels_triton"}
+
+ELSEWHERE = -(2**31)
 
 _libraries = []
 

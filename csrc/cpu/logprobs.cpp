@@ -68,7 +68,7 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
   const std::pair none(R(0), R(0));
   std::vector<int64_t> rows;
   for (int64_t row = 0; row < z.count; ++row) {
-    if (upstream(row) != none) rows.push_back(row);
+    if (upstream(row) != none && ids[row] != kElsewhere) rows.push_back(row);
   }
   check_ids(ids, rows, z.length, shape(tokens));
   write_rows(z.count, z.length, [&](int64_t row, int64_t begin, int64_t n) {
@@ -79,8 +79,9 @@ Tensor backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_
     }
     const auto [g_row, h_row] = upstream(row);
     const int64_t token = ids[row];
+    const R logit = token == kElsewhere ? R(0) : R(z[row][token]);
     const auto gradient =
-        row_gradient(g_row, h_row, entropy_of[row], stats_of[row], of[row], R(z[row][token]));
+        row_gradient(g_row, h_row, entropy_of[row], stats_of[row], of[row], logit);
     write_gradient(gradient, z[row], grad, begin, n, token, of[row].k);
   });
   return grad_logits;

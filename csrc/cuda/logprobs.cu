@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   }
   const T* z = logits[row];
   const int64_t token = tokens[row];
-  const R logit = logit_of(z, length, token);
+  const R logit = token == kElsewhere ? R(0) : logit_of(z, length, token);
   const auto temperature = temperatures[row];
   // NaN, as the log-probability of a token outside of the row.
   const auto gradient =

@@ -12,7 +12,10 @@ from ppo_kernels._triton.common import (
     per_token,
     rows,
 )
+from ppo_kernels.schemas import ELSEWHERE as ELSEWHERE_ID
 from ppo_kernels.schemas import result_dtype
+
+ELSEWHERE = tl.constexpr(ELSEWHERE_ID)
 
 
 @triton.jit
@@ -153,7 +156,7 @@ def _backward(
         token = tl.load(tokens_ptr + row).to(tl.int64)
         logit = load_logit(logits_ptr, start, V, token, R)
         # NaN, as the log-probability of a token outside of the row.
-        g = tl.where(logit == logit, g, logit)
+        g = tl.where((logit == logit) | (token == ELSEWHERE), g, logit)
         tau, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
         write_gradient(
             logits_ptr,
