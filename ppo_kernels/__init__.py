@@ -10,6 +10,11 @@ from ppo_kernels.logprobs import (
     token_logprobs_and_entropy,
 )
 from ppo_kernels.masked import masked_mean, masked_whiten
+from ppo_kernels.parallel import (
+    vocab_parallel_kl_divergence,
+    vocab_parallel_ppo_loss,
+    vocab_parallel_token_logprobs_and_entropy,
+)
 from ppo_kernels.ppo_loss import PPOLoss, ppo_loss, ppo_loss_
 from ppo_kernels.ppo_loss_of_tokens import (
     PolicyLoss,
@@ -41,4 +46,7 @@ __all__ = [
     "token_logprobs",
     "token_logprobs_and_entropy",
     "value_loss",
+    "vocab_parallel_kl_divergence",
+    "vocab_parallel_ppo_loss",
+    "vocab_parallel_token_logprobs_and_entropy",
 ]

@@ -50,9 +50,23 @@ def check_temperature(temperature):
             )
 
 
-def _refuse_impossible(logprobs, tokens):
+def refuse_impossible(logprobs, tokens):
     if _value_checks_run(tokens):
         check_logprobs(logprobs, tokens)
+
+
+def refuse_unowned(tokens, owners, mask):
+    """`owners`: in how many ranks' slices of the vocabulary each token is."""
+    if _value_checks_run(tokens):
+        bad = owners != 1
+        if mask is not None:
+            bad &= mask
+        if bad.any():
+            where = _first(bad)
+            raise ValueError(
+                f"tokens must be in one rank's slice of the vocabulary, got {tokens[where]} at "
+                f"{list(where)}, which {owners[where]} have: mend it, or vocab_start"
+            )
 
 
 def check_logprobs(logprobs, tokens, mask=None):
@@ -289,7 +303,7 @@ def ppo_loss(
         if isinstance(temperature, torch.Tensor):
             temperature = temperature.masked_fill(~mask, 1.0)
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
-    _refuse_impossible(logprobs, tokens)
+    refuse_impossible(logprobs, tokens)
     terms = _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip)
     policy_loss, approx_kl, clip_fraction = (masked_mean(x, mask, denominator) for x in terms)
     entropy = masked_mean(token_entropy, mask, denominator)

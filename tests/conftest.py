@@ -89,7 +89,11 @@ def pytest_terminal_summary(terminalreporter, config):
             lines.write_line(line)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session", autouse=True, name="interpreter_rounds_as_gpus_do")
+def _interpreter_rounds_as_gpus_do():
+    interpreter_rounds_as_gpus_do()
+
+
 def interpreter_rounds_as_gpus_do():
     """Triton's interpreter cuts fp32 off to bf16; GPUs round to the nearest."""
     if not dispatch.INTERPRETED or dispatch.why_not("triton", "cpu") is not None:

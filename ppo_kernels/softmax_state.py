@@ -1,0 +1,131 @@
+"""Mergeable states of softmaxes over slices of a row, in PyTorch: the dialect of
+csrc/softmax_state.h for slices on several ranks; formulas in ppo_kernels/parallel.py.
+
+A state is a tensor (..., 4) of shift, Σ 2^t, Σ 2^t t and the exponent t of the token; that of two
+softmaxes (..., 5) of shift, Σ 2^t, shift_ref, Σ 2^t_ref and Σ 2^t (t - t_ref). The shift of a slice
+with nothing of probability is -inf.
+"""
+
+import torch
+
+from ppo_kernels.schemas import result_dtype
+
+LN_2 = 0.6931471805599453
+# Kernels say by a shift of at most this that a slice has nothing with probability.
+_NOTHING = -1e30
+# The exponent of a token on ranks that have it not; exponents are at most 0, or little above.
+_ELSEWHERE = torch.inf
+
+
+def of_nothing(logits):
+    """State of a slice of no elements."""
+    return _constant(logits, (-torch.inf, 0.0, 0.0, _ELSEWHERE))
+
+
+def joint_of_nothing(logits):
+    return _constant(logits, (-torch.inf, 0.0, -torch.inf, 0.0, 0.0))
+
+
+def _constant(logits, state):
+    state = torch.stack([logits.new_full((), x, dtype=result_dtype(logits)) for x in state])
+    return state.expand(*logits.shape[:-1], -1)
+
+
+def from_kernel(logprobs, entropy, stats, here):
+    """State from what a kernel gives of a slice; `here` (...): the token is in it."""
+    nothing, shift, log2_sum, total = _of_stats(stats)
+    weighted = torch.where(nothing, 0.0, total * (log2_sum - entropy / LN_2))
+    exponent = torch.where(nothing, -torch.inf, logprobs / LN_2 + log2_sum)
+    return torch.stack((shift, total, weighted, torch.where(here, exponent, _ELSEWHERE)), -1)
+
+
+def joint_from_kernel(kl, stats, ref_stats):
+    nothing, shift, log2_sum, total = _of_stats(stats)
+    ref_nothing, ref_shift, ref_log2_sum, ref_total = _of_stats(ref_stats)
+    cross = total * (kl / LN_2 + log2_sum - ref_log2_sum)
+    # The reference excludes all of this slice, and so what p allows in it.
+    cross = torch.where(ref_nothing & ~total.isnan(), torch.inf, cross)
+    cross = torch.where(nothing & ~ref_total.isnan(), 0.0, cross)
+    return torch.stack((shift, total, ref_shift, ref_total, cross), -1)
+
+
+def _of_stats(stats):
+    """(nothing, shift, log2 Σ 2^t, Σ 2^t) from a kernel's `softmax_stats`."""
+    shift, log2_sum = stats.unbind(-1)
+    nothing = (shift <= _NOTHING) & ~log2_sum.isnan()
+    shift = torch.where(nothing, -torch.inf, shift)
+    return nothing, shift, log2_sum, torch.where(nothing, 0.0, log2_sum.exp2())
+
+
+def plain(logits, ids, here, temperature):
+    """State of a slice by PyTorch alone, differentiable."""
+    t, shift = _exponents(logits, temperature)
+    powers = t.exp2()
+    weighted = (powers * t.masked_fill(t == -torch.inf, 0.0)).sum(-1)
+    exponent = t.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
+    exponent = torch.where(here, exponent, _ELSEWHERE)
+    return torch.stack((shift, powers.sum(-1), weighted, exponent), -1).to(result_dtype(logits))
+
+
+def joint_plain(logits, ref_logits, temperature):
+    t, shift = _exponents(logits, temperature)
+    t_ref, ref_shift = _exponents(ref_logits, temperature)
+    powers, ref_powers = t.exp2(), t_ref.exp2()
+    cross = (powers * (t - t_ref).masked_fill(powers == 0, 0.0)).sum(-1)
+    state = (shift, powers.sum(-1), ref_shift, ref_powers.sum(-1), cross)
+    return torch.stack(state, -1).to(result_dtype(logits))
+
+
+def _exponents(logits, temperature):
+    """t (..., V + 1) and the shift (...) in fp64, the shift a number of the state's type."""
+    # An excluded token more: a slice may have none.
+    z = torch.nn.functional.pad(logits.double(), (0, 1), value=-torch.inf) / temperature / LN_2
+    shift = z.detach().amax(-1).to(result_dtype(logits)).double()
+    return z - torch.where(shift == -torch.inf, 0.0, shift).unsqueeze(-1), shift
+
+
+def merged(states):
+    """(logprobs, entropy, stats, owners) of rows from states (ranks, ..., 4); `owners` counts the
+    ranks that have the token, and the log-prob is NaN unless it is one."""
+    shift, total, weighted, exponent = states.unbind(-1)
+    top, change = _changes(shift)
+    weighted = _in_order(_weighed(change, weighted + change * total))
+    total = _in_order(change.exp2() * total)
+    here = exponent != _ELSEWHERE
+    owners = here.sum(0)
+    exponent = _in_order(torch.where(here, exponent + change, 0.0))
+    log2_sum = total.log2()
+    logprobs = torch.where(owners == 1, LN_2 * (exponent - log2_sum), torch.nan)
+    entropy = LN_2 * (log2_sum - weighted / total)
+    return logprobs, entropy, torch.stack((top, log2_sum), -1), owners
+
+
+def joint_merged(states):
+    """(kl, stats, ref_stats) of rows from states (ranks, ..., 5)."""
+    shift, total, ref_shift, ref_total, cross = states.unbind(-1)
+    top, change = _changes(shift)
+    ref_top, ref_change = _changes(ref_shift)
+    cross = _in_order(_weighed(change, cross + (change - ref_change) * total))
+    total = _in_order(change.exp2() * total)
+    ref_total = _in_order(ref_change.exp2() * ref_total)
+    log2_sum, ref_log2_sum = total.log2(), ref_total.log2()
+    kl = LN_2 * (cross / total - log2_sum + ref_log2_sum)
+    return kl, torch.stack((top, log2_sum), -1), torch.stack((ref_top, ref_log2_sum), -1)
+
+
+def _changes(shift):
+    """The largest of shifts (ranks, ...), and the change of each to it; 0 for -inf."""
+    shift = shift.detach()
+    top = shift.amax(0)
+    return top, torch.where(shift == -torch.inf, 0.0, shift - top)
+
+
+def _weighed(change, x):
+    """2^change x, and 0 for a power of 0, though x may have overflowed."""
+    power = change.exp2()
+    return torch.where(power == 0, 0.0, power * x)
+
+
+def _in_order(terms):
+    """Their sum in the order of ranks; that of `terms.sum(0)` may depend on the batch's shape."""
+    return sum(terms.unbind())

@@ -1,0 +1,359 @@
+"""The vocabulary split over processes (gloo), judged by fp64 truth and the ops on whole rows."""
+
+import datetime
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import ppo_kernels
+from ppo_kernels import dispatch, schemas
+from tests import ROOT, emulator
+from tests.conftest import (
+    DTYPES,
+    EMULATED,
+    assert_as_exact_as_eager,
+    interpreter_rounds_as_gpus_do,
+    loss_inputs,
+    ppo_loss_truth,
+    softmax_truth,
+)
+
+RANKS = 3
+BACKENDS = ("reference", "native", EMULATED, "triton")
+# Where the slices of a vocabulary of 7 and of 1031 begin and end, by the number of ranks.
+CUTS = {
+    7: {1: (0, 7), 2: (0, 4, 7), 3: (0, 3, 3, 7)},
+    1031: {1: (0, 1031), 2: (0, 1000, 1031), 3: (0, 344, 688, 1031)},
+}
+LOSS_OPTIONS = {
+    "clip_high": 0.3,
+    "dual_clip": 1.5,
+    "entropy_coef": 0.1,
+    "kl_coef": 0.2,
+    "temperature": 0.8,
+    "denominator": 5,
+}
+
+
+def rows(vocabulary, dtype):
+    """(logits, ref_logits, tokens, upstreams): what may stand in one slice and not in another."""
+    torch.manual_seed(vocabulary)
+    logits, ref_logits = 3 * torch.randn(2, 8, vocabulary)
+    part = max(CUTS[vocabulary][2][1], CUTS[vocabulary][3][2])
+    logits[1, :part] = ref_logits[1, :part] = -torch.inf
+    logits[2, part:] = -torch.inf
+    ref_logits[3, : vocabulary // 2] += 60
+    logits[4, -1] = 80  # the others are as good as excluded
+    logits[5] += 1000
+    logits[6] = torch.finfo(torch.float16).min
+    logits[6, 2] = ref_logits[6, 2] = 1
+    tokens = torch.tensor([0, vocabulary - 1, 2, 1, vocabulary - 2, 3, 2, vocabulary // 2])
+    return logits.to(dtype), ref_logits.to(dtype), tokens, torch.randn(3, 8)
+
+
+def loss_of(vocabulary):
+    """Arguments of the loss; the rows that do not count hold what may not be looked at."""
+    torch.manual_seed(0)
+    inputs = loss_inputs(2, 5, vocabulary)
+    inputs["logits"][~inputs["mask"]] = torch.nan
+    inputs["tokens"][~inputs["mask"]] = -100
+    return inputs
+
+
+class Rank:
+    """What the processes do; a method is a case, run for each backend and number of ranks."""
+
+    def __init__(self, group, ranks, backend):
+        self.group, self.ranks, self.backend = group, ranks, backend
+        self.rank = dist.get_rank(group)
+
+    def cut(self, logits):
+        """(this rank's slice as a leaf, what says where it is): a view of strided rows."""
+        begin, end = CUTS[logits.shape[-1]][self.ranks][self.rank : self.rank + 2]
+        place = {"group": self.group, "backend": self.backend}
+        return logits[..., begin:end].detach().requires_grad_(), place | {"vocab_start": begin}
+
+    def scores(self, vocabulary, dtype):
+        logits, _, tokens, (g, h, _) = rows(vocabulary, dtype)
+        leaf, place = self.cut(logits)
+        scored = ppo_kernels.vocab_parallel_token_logprobs_and_entropy(
+            leaf, tokens, temperature=0.8, **place
+        )
+        (scored.logprobs * g + scored.entropy * h).sum().backward()
+        return {"same": [x.detach() for x in scored], "grad": leaf.grad}
+
+    def kl(self, vocabulary, dtype):
+        logits, ref_logits, _, (*_, g) = rows(vocabulary, dtype)
+        leaf, place = self.cut(logits)
+        ref, _ = self.cut(ref_logits)
+        del place["vocab_start"]
+        kl = ppo_kernels.vocab_parallel_kl_divergence(leaf, ref, temperature=0.8, **place)
+        (kl * g).sum().backward()
+        assert ref.grad is None
+        return {"same": [kl.detach()], "grad": leaf.grad}
+
+    def loss(self):
+        inputs = loss_of(7)
+        leaf, place = self.cut(inputs.pop("logits"))
+        loss = ppo_kernels.vocab_parallel_ppo_loss(leaf, **inputs, **place, **LOSS_OPTIONS)
+        loss.loss.backward()
+        assert not any(x.requires_grad for x in loss[1:])
+        return {"same": [x.detach() for x in loss], "grad": leaf.grad}
+
+    def head(self):
+        """hidden @ weight.T with a DTensor's weight sharded over the vocabulary."""
+        mesh = dist.device_mesh.DeviceMesh.from_group(self.group, "cpu")
+        hidden, weight = head()
+        hidden = hidden.requires_grad_()
+        weight = distribute_tensor(weight, mesh, (Shard(0),)).requires_grad_()
+        logits = DTensor.from_local(hidden, mesh) @ weight.T
+        inputs = loss_of(7)
+        del inputs["logits"]
+        loss = ppo_kernels.vocab_parallel_ppo_loss(
+            logits, **inputs, backend=self.backend, **LOSS_OPTIONS
+        )
+        kl = ppo_kernels.vocab_parallel_kl_divergence(
+            logits, logits.detach() * 0.5, backend=self.backend
+        )
+        (loss.loss + kl.sum()).backward()
+        assert weight.grad.placements == (Shard(0),)
+        same = [loss.loss.detach(), hidden.grad, weight.grad.full_tensor()]
+        return {"same": same, "grad": weight.grad.to_local()}
+
+    def no_tokens(self):
+        leaf, place = self.cut(torch.zeros(0, 7))
+        tokens, empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        loss = ppo_kernels.vocab_parallel_ppo_loss(leaf, tokens, empty, empty, **place)
+        loss.loss.backward()
+        return {"same": [x.detach() for x in loss], "grad": leaf.grad}
+
+    def errors(self):
+        """Messages, each of all ranks; a rank left waiting would end the run."""
+        scored = ppo_kernels.vocab_parallel_token_logprobs_and_entropy
+        inputs = loss_of(7)
+        leaf, place = self.cut(inputs.pop("logits"))
+        ordinary, _ = self.cut(torch.randn(2, 5, 7))
+        tokens = torch.full((2, 5), 5)
+        odd = tokens.clone()
+        odd[1, 2] = 7
+        impossible = torch.zeros(2, 5, 7)
+        impossible[0, 1, 5] = -torch.inf
+        calls = {
+            "unowned": lambda: scored(ordinary, odd, **place),
+            "shared": lambda: scored(torch.zeros(2, 5, 7), odd - 1, **place | {"vocab_start": 0}),
+            "unowned and counted": lambda: ppo_kernels.vocab_parallel_ppo_loss(
+                leaf, **inputs | {"tokens": inputs["tokens"].masked_fill(inputs["mask"], 8)}, **place
+            ),
+            "impossible": lambda: ppo_kernels.vocab_parallel_ppo_loss(
+                self.cut(impossible)[0], tokens, torch.zeros(2, 5), torch.zeros(2, 5), **place
+            ),
+            "differentiated twice": lambda: torch.autograd.grad(
+                scored(ordinary, tokens, **place).entropy.sum(), ordinary, create_graph=True
+            ),
+        }
+        messages = {}
+        for name, call in calls.items():
+            try:
+                call()
+            except (ValueError, RuntimeError) as error:
+                messages[name] = f"{type(error).__name__}: {error}"
+        return {"messages": messages}
+
+
+def head():
+    torch.manual_seed(1)
+    return torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+
+
+SCORED = [(7, dtype) for dtype in DTYPES] + [(1031, torch.float32)]
+CASES = [("loss",), ("head",), ("no_tokens",), ("errors",)]
+CASES += [(name, *arguments) for name in ("scores", "kl") for arguments in SCORED]
+
+
+def backends():
+    """Those that run here, "native" being the emulator while it is that one's turn."""
+    for backend in BACKENDS:
+        if backend == EMULATED:
+            try:
+                emulator.load().device(shared_per_sm=12 << 10)
+            except emulator.Unavailable:
+                continue
+            native = schemas.NAMESPACE["native"], dispatch._MISSING["native"]
+            schemas.NAMESPACE["native"], dispatch._MISSING["native"] = "ppo_kernels_emulated", None
+            yield backend, "native"
+            schemas.NAMESPACE["native"], dispatch._MISSING["native"] = native
+        elif dispatch.why_not(backend, "cpu") is None:
+            yield backend, backend
+
+
+def run(folder, rank):
+    """All cases on one of RANKS processes; what comes of them goes to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in (1, 2, RANKS)}
+    results = {}
+    for backend, name in backends():
+        for ranks, group in groups.items():
+            if rank < ranks:
+                worker = Rank(group, ranks, name)
+                for case, *arguments in CASES:
+                    result = getattr(worker, case)(*arguments)
+                    results[backend, ranks, case, *arguments] = result
+    torch.save(results, f"{folder}/rank-{rank}")
+    dist.destroy_process_group()
+
+
+def main(folder):
+    """Forked, so that PyTorch and kernels are loaded once."""
+    interpreter_rounds_as_gpus_do()
+    for _ in backends():
+        pass
+    children = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            try:
+                run(folder, rank)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    sys.exit(max(os.waitpid(child, 0)[1] for child in children) != 0)
+
+
+@pytest.fixture(scope="module")
+def of_all_ranks(tmp_path_factory):
+    """(backend, number of ranks, case) -> what each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.test_parallel", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [torch.load(folder / f"rank-{rank}") for rank in range(RANKS)]
+    return lambda *case: [x[case] for x in results[: case[1]]]
+
+
+@pytest.fixture(params=BACKENDS)
+def found(request, of_all_ranks, record_property):
+    def of(ranks, *case):
+        try:
+            results = of_all_ranks(request.param, ranks, *case)
+        except KeyError:
+            pytest.skip(f"{request.param} cannot run here")
+        record_property("backend", request.param)
+        return results
+
+    return of
+
+
+def joined(results):
+    """The results, bitwise the same on all ranks, and their slices of the gradient as one."""
+    for other in results[1:]:
+        for mine, others in zip(results[0]["same"], other["same"], strict=True):
+            assert torch.equal(mine.nan_to_num(7), others.nan_to_num(7))
+    return *results[0]["same"], torch.cat([x["grad"] for x in results], -1)
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), SCORED, ids=str)
+@pytest.mark.parametrize("ranks", (1, 2, RANKS))
+def test_scores(found, ranks, vocabulary, dtype):
+    results = joined(found(ranks, "scores", vocabulary, dtype))
+    logits, _, tokens, (g, h, _) = rows(vocabulary, dtype)
+    logprobs, entropy, grad_logprobs, grad_entropy = softmax_truth(logits, tokens, 0.8)
+    truth = logprobs, entropy, g[:, None] * grad_logprobs + h[:, None] * grad_entropy
+    leaf = logits.clone().requires_grad_()
+    whole = ppo_kernels.token_logprobs_and_entropy(
+        leaf, tokens, temperature=0.8, backend="reference"
+    )
+    (whole.logprobs * g + whole.entropy * h).sum().backward()
+    for result, eager, true in zip(
+        results, (*(x.detach() for x in whole), leaf.grad), truth, strict=True
+    ):
+        assert result.dtype == eager.dtype
+        assert_as_exact_as_eager(result, eager, true)
+    assert (results[-1][logits == -torch.inf] == 0).all()
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), SCORED, ids=str)
+@pytest.mark.parametrize("ranks", (1, 2, RANKS))
+def test_kl(found, ranks, vocabulary, dtype):
+    kl, grad = joined(found(ranks, "kl", vocabulary, dtype))
+    logits, ref_logits, _, (*_, g) = rows(vocabulary, dtype)
+    leaf = logits.double().requires_grad_()
+    truth = ppo_kernels.kl_divergence(
+        leaf, ref_logits.double(), temperature=0.8, backend="reference"
+    )
+    (truth * g).sum().backward()
+    assert_as_exact_as_eager(kl, truth.detach().float(), truth.detach(), scale=kl.abs().max())
+    assert_as_exact_as_eager(grad, leaf.grad.to(dtype), leaf.grad, scale=kl.abs().max())
+
+
+@pytest.mark.parametrize("ranks", (1, 2, RANKS))
+def test_loss(found, ranks):
+    *fields, grad = joined(found(ranks, "loss"))
+    inputs = loss_of(7)
+    truth, grad_truth = ppo_loss_truth(**inputs, **LOSS_OPTIONS)
+    for name, field, true in zip(truth._fields, fields, truth, strict=True):
+        torch.testing.assert_close(field.double(), true, atol=2e-6, rtol=2e-6, msg=name)
+    torch.testing.assert_close(grad.double(), grad_truth, atol=1e-6, rtol=1e-5)
+    assert (grad[~inputs["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("ranks", (1, 2, RANKS))
+def test_gradient_of_a_sharded_head(found, ranks):
+    results = found(ranks, "head")
+    loss, grad_hidden, grad_weight, _ = joined(
+        [{"same": x["same"], "grad": x["grad"].T} for x in results]
+    )
+    hidden, weight = (x.requires_grad_() for x in head())
+    logits = hidden @ weight.T
+    inputs = loss_of(7) | {"logits": logits}
+    truth = ppo_kernels.ppo_loss(**inputs, **LOSS_OPTIONS, backend="reference").loss
+    kl = ppo_kernels.kl_divergence(logits, logits.detach() * 0.5, backend="reference")
+    (truth + kl.sum()).backward()
+    for result, true in zip(
+        (loss, grad_hidden, grad_weight), (truth, hidden.grad, weight.grad), strict=True
+    ):
+        torch.testing.assert_close(result, true.detach(), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", (1, 2, RANKS))
+def test_no_tokens(found, ranks):
+    *fields, grad = joined(found(ranks, "no_tokens"))
+    assert [x.sum().item() for x in fields] == [0] * 8
+    assert grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("ranks", (2, RANKS))
+def test_errors_come_to_all_ranks(found, ranks):
+    messages = [x["messages"] for x in found(ranks, "errors")]
+    assert all(x == messages[0] for x in messages)
+    one_slice = "ValueError: tokens must be in one rank's slice of the vocabulary, got"
+    expected = {
+        "unowned": f"{one_slice} 7 at [1, 2], which 0 have",
+        "shared": f"{one_slice} 4 at [0, 0], which {ranks} have",
+        "unowned and counted": f"{one_slice} 8 at [0, 0], which 0 have",
+        "impossible": "ValueError: tokens must have finite log-probability, got -inf for token 5",
+        "differentiated twice": "RuntimeError: ppo_kernels ops can be differentiated once",
+    }
+    assert messages[0].keys() == expected.keys()
+    for name, message in expected.items():
+        assert messages[0][name].startswith(message)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
