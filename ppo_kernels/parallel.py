@@ -37,10 +37,10 @@ from ppo_kernels.ppo_loss_of_tokens import clipped_policy_loss
 
 def _gathered(state, group):
     """(ranks, ...) from the state (...) of each rank."""
-    ranks = dist.get_world_size(group)
-    states = state.new_empty((ranks * state.numel(),))
-    dist.all_gather_into_tensor(states, state.reshape(-1), group=group)
-    return states.view(ranks, *state.shape)
+    state = state.contiguous()
+    states = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(states, state, group=group)
+    return torch.stack(states)
 
 
 class _Gather(torch.autograd.Function):
@@ -137,7 +137,8 @@ def _slice(logits, group):
     if not isinstance(logits, DTensor):
         return logits, group, None
     if group is not None:
-        raise ValueError(f"group must be left out with DTensor logits, which tell it, got {group}")
+        got = type(group).__name__
+        raise ValueError(f"group must be left out with DTensor logits, which tell it, got {got}")
     mesh, dim = logits.device_mesh, logits.ndim - 1
     if logits.placements != (Shard(dim),):
         raise ValueError(
@@ -282,6 +283,7 @@ def vocab_parallel_ppo_loss(
     checks.number("entropy_coef", entropy_coef, at_least=0)
     checks.number("kl_coef", kl_coef, at_least=0)
     checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
+    denominator = checks.denominator(denominator, logits.device)
     if ref_logprobs is not None:
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
     elif kl_coef > 0:
