@@ -1,5 +1,6 @@
 """Fused PPO ops: log-probabilities, entropy, KL, advantages and the clipped loss from logits."""
 
+from ppo_kernels import objectives
 from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed
 from ppo_kernels.kept import kept_from_mask, kept_token_logprobs_and_entropy
 from ppo_kernels.kl import kl_divergence, kl_estimate
@@ -41,6 +42,7 @@ __all__ = [
     "kl_estimate",
     "masked_mean",
     "masked_whiten",
+    "objectives",
     "ppo_loss",
     "ppo_loss_",
     "token_logprobs",

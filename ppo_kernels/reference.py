@@ -231,11 +231,14 @@ def _all_reduce(x, group):
     return x
 
 
-def _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip):
-    """Per token: the clipped loss, the estimate of KL(old || new), and whether clipping acts."""
+def log_ratio(logprobs, old_logprobs):
     logprobs = _accumulate(logprobs)
-    log_ratio = logprobs - old_logprobs.detach().to(logprobs.dtype)
-    advantages = advantages.detach().to(logprobs.dtype)
+    return logprobs - old_logprobs.detach().to(logprobs.dtype)
+
+
+def policy_terms(log_ratio, advantages, mask, clip_low, clip_high, dual_clip):
+    """Per token: the clipped loss, the estimate of KL(old || new), and whether clipping acts."""
+    advantages = advantages.detach().to(log_ratio.dtype)
     if mask is not None:
         log_ratio = log_ratio.masked_fill(~mask, 0.0)
         advantages = advantages.masked_fill(~mask, 0.0)
@@ -246,7 +249,7 @@ def _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high,
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     approx_kl = (torch.expm1(log_ratio) - log_ratio).detach()
-    return loss, approx_kl, (clipped > unclipped).to(logprobs.dtype)
+    return loss, approx_kl, (clipped > unclipped).to(log_ratio.dtype)
 
 
 def clipped_policy_loss(
@@ -259,7 +262,8 @@ def clipped_policy_loss(
     dual_clip=None,
     denominator=None,
 ):
-    terms = _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip)
+    moved = log_ratio(logprobs, old_logprobs)
+    terms = policy_terms(moved, advantages, mask, clip_low, clip_high, dual_clip)
     return tuple(masked_mean(x, mask, denominator) for x in terms)
 
 
@@ -304,7 +308,8 @@ def ppo_loss(
             temperature = temperature.masked_fill(~mask, 1.0)
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     refuse_impossible(logprobs, tokens)
-    terms = _policy_terms(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip)
+    moved = log_ratio(logprobs, old_logprobs)
+    terms = policy_terms(moved, advantages, mask, clip_low, clip_high, dual_clip)
     policy_loss, approx_kl, clip_fraction = (masked_mean(x, mask, denominator) for x in terms)
     entropy = masked_mean(token_entropy, mask, denominator)
     if ref_logprobs is None:
