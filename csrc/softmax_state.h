@@ -110,6 +110,51 @@ PPO_HD Scored<T> score(const SoftmaxState<T>& state, T logit, T k) {
   return {{state.shift, log2}, T(kLn2) * (std::fma(k, logit, -state.shift) - log2), entropy(state)};
 }
 
+// What `token_statistics` sums up besides.
+template <class T>
+struct Moments : SoftmaxState<T> {
+  T squares;  // Σ 2^2t
+  T second;   // Σ 2^t t²
+  T largest;  // logit
+
+  PPO_HD static Moments empty() { return {SoftmaxState<T>::empty(), T(0), T(0), -T(INFINITY)}; }
+};
+
+template <class T>
+PPO_HD T shifted_second(const Moments<T>& m, T change, T factor) {
+  return weighed(factor, m.second + change * (T(2) * m.weighted + change * m.sum));
+}
+
+template <class T>
+PPO_HD Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
+  const SoftmaxState<T>&first = a, &other = b;
+  const SoftmaxState<T> both = merge(first, other);
+  const T da = shift_change(a.shift, both.shift), db = shift_change(b.shift, both.shift);
+  const T fa = std::exp2(da), fb = std::exp2(db);
+  return {both, fa * fa * a.squares + fb * fb * b.squares,
+          shifted_second(a, da, fa) + shifted_second(b, db, fb),
+          a.largest > b.largest ? a.largest : b.largest};
+}
+
+// A row as its token and its distribution tell; formulas in ppo_kernels/statistics.py.
+template <class T>
+struct TokenStatistics {
+  T logprob, entropy, max_prob, sum_sq_probs, varentropy;
+  bool top1;
+};
+
+template <class T>
+PPO_HD TokenStatistics<T> token_statistics(const Moments<T>& m, T logit, T k) {
+  const Scored<T> scored = score(m, logit, k);
+  const T mean = m.weighted / m.sum, variance = m.second / m.sum - mean * mean;
+  return {scored.logprob,
+          scored.entropy,
+          std::exp2(std::fma(k, m.largest, -m.shift)) / m.sum,
+          m.squares / m.sum / m.sum,
+          T(kLn2 * kLn2) * (variance < T(0) ? T(0) : variance),
+          logit == m.largest && !std::isnan(scored.logprob)};
+}
+
 // Gradient of g logprob + h entropy in one row of logits:
 //   (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ = 2^t_j (a + b t_j) + 1[j = a] g / τ
 template <class T>

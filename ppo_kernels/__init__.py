@@ -23,6 +23,7 @@ from ppo_kernels.ppo_loss_of_tokens import (
     clipped_policy_loss,
     value_loss,
 )
+from ppo_kernels.statistics import TokenStatistics, token_statistics
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "PPOLoss",
     "PolicyLoss",
+    "TokenStatistics",
     "ValueLoss",
     "check_logprobs",
     "clipped_policy_loss",
@@ -47,6 +49,7 @@ __all__ = [
     "ppo_loss_",
     "token_logprobs",
     "token_logprobs_and_entropy",
+    "token_statistics",
     "value_loss",
     "vocab_parallel_kl_divergence",
     "vocab_parallel_ppo_loss",

@@ -115,6 +115,18 @@ def kept_token_logprobs_and_entropy(
     return tuple(torch.where(mask, x, 0.0) for x in scored)
 
 
+@torch.no_grad()
+def token_statistics(logits, tokens, *, temperature=1.0):
+    logprobs, entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
+    log_p = _log_softmax(logits, temperature)
+    p = log_p.exp()
+    deviation = log_p.masked_fill(p == 0, 0.0) + entropy.unsqueeze(-1)
+    chosen = logits.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+    top1 = (chosen == logits.amax(-1)) & ~logprobs.isnan()
+    varentropy = (p * deviation.square()).sum(-1)
+    return logprobs, entropy, p.amax(-1), p.square().sum(-1), top1, varentropy
+
+
 def kl_divergence(logits, ref_logits, *, temperature=1.0):
     log_p = _log_softmax(logits, temperature)
     log_q = _log_softmax(ref_logits.detach(), temperature)

@@ -46,6 +46,11 @@ def _token_logprobs_backward(
     return logits.new_empty(logits.shape)
 
 
+def _token_statistics(logits, tokens, temperatures, scalars):
+    top1 = torch.empty_like(tokens, dtype=torch.bool, memory_format=torch.contiguous_format)
+    return *(_row(logits) for _ in range(4)), top1, _row(logits)
+
+
 def _kl_divergence(logits, ref_logits, temperatures, scalars):
     return _row(logits), _stats(logits), _stats(logits)
 
@@ -120,6 +125,12 @@ SCHEMAS = {
         "Tensor entropy, Tensor softmax_stats, Tensor? temperatures, Tensor scalars)"
         " -> Tensor grad_logits",
         _token_logprobs_backward,
+    ),
+    "token_statistics": (
+        "(Tensor logits, Tensor tokens, Tensor? temperatures, Tensor scalars)"
+        " -> (Tensor logprobs, Tensor entropy, Tensor max_prob, Tensor sum_sq_probs, "
+        "Tensor top1, Tensor varentropy)",
+        _token_statistics,
     ),
     "kl_divergence": (
         "(Tensor logits, Tensor ref_logits, Tensor? temperatures, Tensor scalars)"

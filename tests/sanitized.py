@@ -17,6 +17,7 @@ from ppo_kernels import (
     ppo_loss,
     ppo_loss_,
     token_logprobs_and_entropy,
+    token_statistics,
 )
 from tests.conftest import loss_inputs
 from tests.test_registered_ops import _samples
@@ -40,6 +41,7 @@ def sweep(vocabulary, dtype):
     for logits in (inputs["logits"], whole[:, :-1]):
         leaf = logits.detach().requires_grad_()
         per_token = token_logprobs_and_entropy(leaf, inputs["tokens"], **NATIVE)
+        token_statistics(logits, inputs["tokens"], **NATIVE)
         kl = kl_divergence(leaf, inputs["logits"], **NATIVE)
         loss = ppo_loss(**(inputs | {"logits": leaf}), **NATIVE).loss
         torch.autograd.grad(sum(per_token).sum() + kl.sum() + loss, leaf)

@@ -19,6 +19,7 @@ SWEEPS = {
     "ppo_loss.saved": False,
     "ppo_loss_in_place.in_place": True,
     "ppo_loss_in_place.rescale": True,
+    "statistics.forward": False,
 }
 # In their template arguments: rows begin at multiples of 16 bytes; in place: they stay on chip.
 ALIGNED, KEPT = "Layout 2", ", true"

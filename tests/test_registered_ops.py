@@ -40,6 +40,10 @@ def _samples(backend):
             (None, y, logits, tokens, entropy, stats, None, cool),
             (x, None, logits, tokens, entropy, stats, varied, cool),
         ],
+        "token_statistics": [
+            (logits, tokens, None, cool),
+            (strided.bfloat16(), tokens.int(), varied, cool),
+        ],
         "kl_divergence": [
             (logits, other, None, cool),
             (logits.double(), other.double(), varied, cool),
@@ -120,6 +124,10 @@ def _public(backend):
             lambda z, s: sum(
                 op["token_logprobs_and_entropy"](z, tokens, temperature=s, backend=backend)
             ),
+            logits,
+        ),
+        "token_statistics": (
+            lambda z, s: sum(op["token_statistics"](z, tokens, temperature=s, backend=backend)),
             logits,
         ),
         "kl_divergence": (

@@ -24,6 +24,8 @@ template <class T>
 struct Sweeps {
   using R = Real<T>;
   SoftmaxState<R> (*statistics)(const T* z, int64_t n, R k);
+  // With the bits of `statistics` where it has them.
+  Moments<R> (*moments)(const T* z, int64_t n, R k);
   // grad_j = 2^t_j (a + b t_j); `grad` may be `z`.
   void (*gradient)(const T* z, T* grad, int64_t n, R k, R shift, R a, R b);
   JointState<R> (*joint_statistics)(const T* z, const T* ref, int64_t n, R k);

@@ -111,36 +111,78 @@ PPO_INLINE void add(V (&sum)[N], const V (&x)[N]) {
   for (int u = 0; u < N; ++u) sum[u] += x[u];
 }
 
+// What packs of 2^t and t add up to.
+template <class V>
+struct SoftmaxSums {
+  V sum[kPack] = {}, weighted[kPack] = {};
+
+  PPO_INLINE void absorb(const V (&e)[kPack], const V (&t)[kPack]) {
+    add(sum, e);
+    for (int u = 0; u < kPack; ++u) weighted[u] = fma(e[u], t[u], weighted[u]);
+  }
+  PPO_INLINE void absorb(const SoftmaxSums& block) {
+    add(sum, block.sum);
+    add(weighted, block.weighted);
+  }
+  template <class R>
+  PPO_INLINE SoftmaxState<R> state(R shift, R) const {
+    return {shift, total(sum), total(weighted)};
+  }
+};
+
+// The sums of second order in half as many vectors, or there would not be registers for them.
+template <class V>
+struct MomentSums {
+  SoftmaxSums<V> softmax;
+  V squares[kPack / 2] = {}, second[kPack / 2] = {};
+
+  PPO_INLINE void absorb(const V (&e)[kPack], const V (&t)[kPack]) {
+    softmax.absorb(e, t);
+    for (int u = 0; u < kPack; ++u) {
+      V &square = squares[u % (kPack / 2)], &product = second[u % (kPack / 2)];
+      square = fma(e[u], e[u], square);
+      product = fma(e[u] * t[u], t[u], product);
+    }
+  }
+  PPO_INLINE void absorb(const MomentSums& block) {
+    softmax.absorb(block.softmax);
+    add(squares, block.squares);
+    add(second, block.second);
+  }
+  template <class R>
+  PPO_INLINE Moments<R> state(R shift, R largest) const {
+    return {softmax.state(shift, largest), total(squares), total(second), largest};
+  }
+};
+
 // The state relative to `centre`; `centre` becomes the true maximum. A NaN among the logits makes
 // `weighted` NaN.
-template <class T>
-PPO_INLINE SoftmaxState<Real<T>> statistics_about(const T* z, int64_t n, Real<T> k,
-                                                  Real<T>& centre) {
+template <template <class> class Sums, class T>
+PPO_INLINE auto state_about(const T* z, int64_t n, Real<T> k, Real<T>& centre) {
   using V = typename VectorOf<T>::type;
   const Real<T> shift = k * centre;
   const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
-  V sum[kPack] = {}, weighted[kPack] = {}, largest[kPack];
+  Sums<V> sums;
+  V largest[kPack];
   for (V& m : largest) m = broadcast<V>(centre);
   for_blocks(n, [&](int64_t begin, int64_t size) PPO_LAMBDA {
-    V block_sum[kPack] = {}, block_weighted[kPack] = {};
+    Sums<V> block;
     for_packs<V>(size, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
       V x[kPack], t[kPack], e[kPack];
       load<tail.value>(z + begin + i, count, x);
       raise(largest, x);
       exponents(x, scale, offset, t);
       exp2(t, e);
-      add(block_sum, e);
-      for (int u = 0; u < kPack; ++u) block_weighted[u] = fma(e[u], t[u], block_weighted[u]);
+      block.absorb(e, t);
     });
-    add(sum, block_sum);
-    add(weighted, block_weighted);
+    sums.absorb(block);
   });
   centre = maximum(largest);
-  return {shift, total(sum), total(weighted)};
+  return sums.state(shift, centre);
 }
 
-template <class T>
-SoftmaxState<Real<T>> statistics(const T* z, int64_t n, Real<T> k) {
+template <template <class> class Sums, class T>
+PPO_INLINE auto state_of(const T* z, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
   R centre = maximum<V>(z, std::min(n, kSample));
@@ -148,11 +190,24 @@ SoftmaxState<Real<T>> statistics(const T* z, int64_t n, Real<T> k) {
   // Excluded throughout, or so far below what fp32 holds that it might as well be.
   const bool excluded = k * centre == -R(INFINITY);
   if (excluded) centre = R(0);
-  SoftmaxState<R> state = statistics_about(z, n, k, centre);
-  if (!(centre < R(INFINITY)) || std::isnan(state.weighted)) return {R(NAN), R(NAN), R(NAN)};
-  if (excluded) return SoftmaxState<R>::empty();
-  if (k * centre - state.shift > R(kHeadroom)) state = statistics_about(z, n, k, centre);
-  return state;
+  auto state = state_about<Sums>(z, n, k, centre);
+  // Before the sums are asked for NaN, which may be what 2^t is beyond its range.
+  if (k * centre - state.shift > R(kHeadroom)) state = state_about<Sums>(z, n, k, centre);
+  if (!(centre < R(INFINITY)) || std::isnan(state.weighted)) {
+    state.shift = state.sum = state.weighted = R(NAN);
+    return state;
+  }
+  return excluded ? decltype(state)::empty() : state;
+}
+
+template <class T>
+SoftmaxState<Real<T>> statistics(const T* z, int64_t n, Real<T> k) {
+  return state_of<SoftmaxSums>(z, n, k);
+}
+
+template <class T>
+Moments<Real<T>> moments(const T* z, int64_t n, Real<T> k) {
+  return state_of<MomentSums>(z, n, k);
 }
 
 template <class T>
@@ -317,7 +372,8 @@ GAECarry<R> gae(const R* rewards, const R* values, R* advantages, R* returns, in
 
 template <class T>
 constexpr Sweeps<T> sweeps_of() {
-  return {statistics<T>, gradient<T>, joint_statistics<T>, kl_gradient<T>, gae<Real<T>>};
+  return {statistics<T>,       moments<T>,     gradient<T>,
+          joint_statistics<T>, kl_gradient<T>, gae<Real<T>>};
 }
 
 constexpr SweepTable sweep_table_of(const char* level) {

@@ -59,9 +59,9 @@ struct Part {
 };
 
 // The states on their way to that of the row, in shared memory.
-template <class R>
+template <class R, template <class> class State = SoftmaxState>
 struct States {
-  SoftmaxState<R> warps[kMostThreads / kWarp], parts[kMostParts];
+  State<R> warps[kMostThreads / kWarp], parts[kMostParts];
 };
 
 // By all threads before they look at their part of a row.
@@ -72,9 +72,9 @@ __device__ __forceinline__ void begin_row(const Division& division) {
 // The state of a row, in the first warp of each of its CTAs, from those of all threads. What the
 // first thread read before is read before anything is written after, also by another CTA: it is one
 // of those that fence.
-template <class R>
-__device__ SoftmaxState<R> merge_row(SoftmaxState<R> state, States<R>& states,
-                                     const Division& division, const Part& part) {
+template <class R, template <class> class State>
+__device__ State<R> merge_row(State<R> state, States<R, State>& states, const Division& division,
+                              const Part& part) {
   state = merge_threads(state, states.warps);
   if (division.parts == 1) return state;
   cluster_wait();  // All have begun and can be written to.

@@ -109,6 +109,42 @@ __device__ __forceinline__ void absorb(SoftmaxState<Real<T>>& state, const uint4
 }
 
 template <class R>
+__device__ __forceinline__ void nothing_seen(Moments<R>& m) {
+  m = {{kNothing<R>, R(0), R(0)}, R(0), R(0), R(-INFINITY)};
+}
+
+template <class R>
+__device__ __forceinline__ Moments<R> shifted(const Moments<R>& m, R shift) {
+  const SoftmaxState<R>& softmax = m;
+  const R change = m.shift - shift, factor = fast_exp2(change);
+  return {shifted(softmax, shift), factor * factor * m.squares, shifted_second(m, change, factor),
+          m.largest};
+}
+
+// The state of softmax has the bits that it has alone.
+template <class T, int kCount>
+__device__ __forceinline__ void absorb(Moments<Real<T>>& m, const uint4* vectors, Real<T> k) {
+  using R = Real<T>;
+  const R found = largest<T, kCount>(vectors);
+  m = shifted(m, R(std::fmax(m.shift, k * found)));
+  m.largest = std::fmax(m.largest, found);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    R x[kVector<T>];
+    unpack_vector<T>(vectors[i], x);
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) {
+      const R t = exponent(x[j], k, m.shift);
+      const R e = fast_exp2(t);
+      m.sum += e;
+      m.weighted = std::fma(e, t, m.weighted);
+      m.squares = std::fma(e, e, m.squares);
+      m.second = std::fma(e * t, t, m.second);
+    }
+  }
+}
+
+template <class R>
 __device__ __forceinline__ R warp_max(R x) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     x = std::fmax(x, __shfl_xor_sync(kAllLanes, x, distance));
@@ -121,6 +157,15 @@ template <class R>
 __device__ SoftmaxState<R> merge_lanes(SoftmaxState<R> state) {
   state = shifted(state, warp_max(state.shift));
   return {state.shift, warp_sum(state.sum), warp_sum(state.weighted)};
+}
+
+template <class R>
+__device__ Moments<R> merge_lanes(Moments<R> m) {
+  m = shifted(m, warp_max(m.shift));
+  return {{m.shift, warp_sum(m.sum), warp_sum(m.weighted)},
+          warp_sum(m.squares),
+          warp_sum(m.second),
+          warp_max(m.largest)};
 }
 
 // The state with its exponents relative to shifts that are not smaller; a cross of inf stays inf.

@@ -1,5 +1,13 @@
 """The ops of `schemas.py` in Triton, for NVIDIA and AMD. Importing this registers them."""
 
-from ppo_kernels._triton import gae, kl, logprobs, masked, ppo_loss, ppo_loss_of_tokens
+from ppo_kernels._triton import (
+    gae,
+    kl,
+    logprobs,
+    masked,
+    ppo_loss,
+    ppo_loss_of_tokens,
+    statistics,
+)
 
-__all__ = ["gae", "kl", "logprobs", "masked", "ppo_loss", "ppo_loss_of_tokens"]
+__all__ = ["gae", "kl", "logprobs", "masked", "ppo_loss", "ppo_loss_of_tokens", "statistics"]

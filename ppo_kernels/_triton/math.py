@@ -179,6 +179,53 @@ def merge(shift, total, weighted):
 
 
 @triton.jit
+def _shifted_moments(total, weighted, squares, second, change):
+    """`_shifted` with Σ 2^2t and Σ 2^t t²."""
+    factor = tl.exp2(change)
+    second = weighed(factor, tl.fma(change, tl.fma(change, total, 2.0 * weighted), second))
+    total, weighted = _shifted(total, weighted, change)
+    return total, weighted, factor * factor * squares, second
+
+
+@triton.jit
+def moments_absorb(shift, total, weighted, squares, second, largest, x, k):
+    """`absorb` with the sums of second order and the largest logit."""
+    x = x.to(shift.dtype)
+    found = tl.max(x, axis=1)
+    top = tl.maximum(shift, k * found)
+    t = exponents(x, k, top[:, None])
+    e = tl.exp2(t)
+    total, weighted, squares, second = _shifted_moments(
+        total, weighted, squares, second, shift - top
+    )
+    total += tl.sum(e, axis=1)
+    weighted += tl.sum(e * t, axis=1)
+    squares += tl.sum(e * e, axis=1)
+    second += tl.sum(e * (t * t), axis=1)
+    return top, total, weighted, squares, second, tl.maximum(largest, found)
+
+
+@triton.jit
+def moments_merge(shift, total, weighted, squares, second, largest):
+    """Lane states -> the state of the row."""
+    top = tl.max(shift, axis=0)
+    total, weighted, squares, second = _shifted_moments(
+        total, weighted, squares, second, shift - top
+    )
+    total, weighted = tl.sum(total, axis=0), tl.sum(weighted, axis=0)
+    squares, second = tl.sum(squares, axis=0), tl.sum(second, axis=0)
+    return top, total, weighted, squares, second, tl.max(largest, axis=0)
+
+
+@triton.jit
+def varentropy(total, weighted, second):
+    """Σ p (log p + H)² in nats²."""
+    mean = weighted / total
+    variance = second / total - mean * mean
+    return tl.where(variance < 0.0, 0.0, variance) * (LN_2 * LN_2)
+
+
+@triton.jit
 def entropy(total, weighted):
     """H = -Σ p log p in nats."""
     return (tl.log2(total) - weighted / total) * LN_2

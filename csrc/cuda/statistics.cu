@@ -1,0 +1,73 @@
+// token_statistics; formulas in ppo_kernels/statistics.py.
+#include "logprobs.cuh"
+
+namespace ppo::cuda {
+namespace {
+
+// Where the results of all rows go.
+template <class R>
+struct Results {
+  R *logprobs, *entropy, *max_prob, *sum_sq_probs;
+  bool* top1;
+  R* varentropy;
+};
+
+template <class T, Layout kLayout>
+__global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
+    forward(Rows<T> logits, Ids tokens, int length, Division division,
+            Temperatures<Real<T>> temperatures, Results<Real<T>> results) {
+  using R = Real<T>;
+  const Part part(division, length);
+  begin_row(division);
+  const T* z = logits[part.row];
+  const R k = temperatures[part.row].k;
+  auto moments =
+      thread_statistics<T, kLayout, Moments<R>>(z + part.begin, part.length, k, KeepNothing{});
+  const bool writes = threadIdx.x == 0 && part.index == 0;
+  const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
+  auto& states = *reinterpret_cast<States<R, Moments>*>(shared_memory());
+  moments = merge_row(moments, states, division, part);
+  if (!writes) return;
+  const auto of = ppo::token_statistics(moments, logit, k);
+  results.logprobs[part.row] = of.logprob;
+  results.entropy[part.row] = of.entropy;
+  results.max_prob[part.row] = of.max_prob;
+  results.sum_sq_probs[part.row] = of.sum_sq_probs;
+  results.top1[part.row] = of.top1;
+  results.varentropy[part.row] = of.varentropy;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(
+    Tensor logits, Tensor tokens, OptionalTensor temperatures, Tensor scalars) {
+  const Device device(logits);
+  const auto own = as<double>(temperatures);
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using R = Real<T>;
+    const auto out_shape = shape(tokens);
+    const Tensor logprobs = empty<R>(logits, out_shape), entropy = empty<R>(logits, out_shape);
+    const Tensor max_prob = empty<R>(logits, out_shape), sum_sq = empty<R>(logits, out_shape);
+    const Tensor top1 = torch::stable::new_empty(logits, out_shape, ScalarType::Bool);
+    const Tensor varentropy = empty<R>(logits, out_shape);
+    const Results<R> results{data<R>(logprobs), data<R>(entropy), data<R>(max_prob),
+                             data<R>(sum_sq),   data<bool>(top1), data<R>(varentropy)};
+    const Tensor held = readable(logits), ids = packed(tokens);
+    const auto z = rows<T>(held);
+    const int64_t length = logits.size(-1);
+    with_layout(layout_of(length, z), [&](auto layout) {
+      const auto kernel = forward<T, layout>;
+      const auto division = division_of<T>(device, length, device.has_sm90(kernel));
+      device.launch(kernel, division.grid(tokens.numel(), sizeof(States<R, Moments>)), z, Ids(ids),
+                    length, division, temperatures_of<R>(own, scalars), results);
+    });
+    return std::tuple(logprobs, entropy, max_prob, sum_sq, top1, varentropy);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
+  m.impl("token_statistics", TORCH_BOX(&token_statistics));
+}
+
+}  // namespace ppo::cuda

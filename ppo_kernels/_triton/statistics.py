@@ -1,0 +1,70 @@
+"""token_statistics; formulas in ppo_kernels/statistics.py."""
+
+import torch
+import triton.language as tl
+
+from ppo_kernels._triton import math, sweeps
+from ppo_kernels._triton.common import implement, kernel, launch, per_token, rows
+from ppo_kernels._triton.logprobs import load_logit
+from ppo_kernels.schemas import result_dtype
+
+
+@kernel("logits_ptr")
+def _forward(
+    logits_ptr,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    tokens_ptr,
+    temperatures_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    max_prob_ptr,
+    sum_sq_probs_ptr,
+    top1_ptr,
+    varentropy_ptr,
+    V: tl.int32,
+    temperature: tl.float64,
+    k: tl.float64,
+    L: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    R: tl.constexpr = logprobs_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    start = sweeps.row_start(row, inner, outer_stride, inner_stride)
+    _, k = math.temperature_of(row, temperatures_ptr, temperature, k, R)
+    token = tl.load(tokens_ptr + row).to(tl.int64)
+    logit = load_logit(logits_ptr, start, V, token, R)
+    shift, total, weighted, squares, second, largest = sweeps.moments(
+        logits_ptr, start, V, k, L, LAYOUT
+    )
+    logprob = (tl.fma(logit, k, -shift) - tl.log2(total)) * math.LN_2
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(entropy_ptr + row, math.entropy(total, weighted))
+    tl.store(max_prob_ptr + row, tl.exp2(tl.fma(largest, k, -shift)) / total)
+    tl.store(sum_sq_probs_ptr + row, squares / total / total)
+    tl.store(top1_ptr + row, (logit == largest) & (logprob == logprob))
+    tl.store(varentropy_ptr + row, math.varentropy(total, weighted, second))
+
+
+@implement("token_statistics")
+def token_statistics(logits, tokens, temperatures, scalars):
+    (temperature,) = scalars.tolist()
+    real = result_dtype(logits)
+    logprobs, entropy, max_prob, sum_sq_probs, varentropy = (
+        logits.new_empty(tokens.shape, dtype=real) for _ in range(5)
+    )
+    top1 = logits.new_empty(tokens.shape, dtype=torch.bool)
+    results = logprobs, entropy, max_prob, sum_sq_probs, top1, varentropy
+    laid = rows(logits)
+    launch(
+        _forward,
+        tokens.numel(),
+        *(*laid, per_token(tokens), per_token(temperatures), *results),
+        logits.shape[-1],
+        temperature,
+        math.exponent_scale(temperature),
+        LAYOUT=sweeps.layout(laid),
+        **sweeps.lanes(logits),
+    )
+    return results
