@@ -110,9 +110,18 @@ class _KLDivergence(torch.autograd.Function):
         return grad_logits, *(None,) * (len(rest) - 1)
 
 
+def _temperature(temperature, *like):
+    """`checks.temperature` with values looked at here: where a rank has an empty slice no kernel
+    would, and the others would wait for it."""
+    temperatures, number = checks.temperature(temperature, *like)
+    if temperatures is not None:
+        reference.check_temperature(temperatures)
+    return temperatures, number
+
+
 def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backend):
     """(logprobs, entropy) of a checked slice; every counted token must have one owner."""
-    checks.number("temperature", temperature, above=0)
+    temperatures, number = _temperature(temperature, tokens)
     backend = resolve(backend, logits)
     ids = tokens - vocab_start
     here = (ids >= 0) & (ids < logits.shape[-1])
@@ -124,7 +133,7 @@ def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backe
         logprobs, entropy, _, owners = softmax_state.merged(_Gather.apply(state, group))
     else:
         logprobs, entropy, owners = _TokenLogprobs.apply(
-            logits, ids, here, group, backend, scalars(temperature)
+            logits, ids, here, group, backend, temperatures, scalars(number)
         )
     reference.refuse_unowned(tokens, owners, mask)
     return LogprobsAndEntropy(logprobs, entropy)
@@ -190,7 +199,7 @@ def vocab_parallel_token_logprobs_and_entropy(
         tokens: (...) int64 or int32 ids in [0, V) of the whole vocabulary.
         group: the process group; None for the default one, or the mesh of a DTensor.
         vocab_start: id of the first token of this rank's slice; to be left out with a DTensor.
-        temperature: > 0.
+        temperature: > 0, a number or (...) one per token, of which no gradient is taken.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -231,12 +240,15 @@ def vocab_parallel_kl_divergence(
         raise TypeError(
             f"ref_logits must have dtype {logits.dtype} like logits, got {ref_logits.dtype}"
         )
-    checks.number("temperature", temperature, above=0)
+    temperatures, number = _temperature(
+        temperature, logits.new_empty(logits.shape[:-1]), "logits without its last dimension"
+    )
     backend, ref_logits = resolve(backend, logits), ref_logits.detach()
     if backend == "reference":
         state = softmax_state.joint_plain(logits, ref_logits, temperature)
         return softmax_state.joint_merged(_Gather.apply(state, group))[0]
-    return _KLDivergence.apply(logits, ref_logits, group, backend, scalars(temperature))
+    numbers = temperatures, scalars(number)
+    return _KLDivergence.apply(logits, ref_logits, group, backend, *numbers)
 
 
 def vocab_parallel_ppo_loss(
@@ -288,6 +300,8 @@ def vocab_parallel_ppo_loss(
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
     elif kl_coef > 0:
         raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
+    if mask is not None and isinstance(temperature, torch.Tensor):
+        temperature = temperature.masked_fill(~mask, 1.0)
     logprobs, token_entropy = _token_logprobs(
         logits, tokens, mask, group, start, temperature, backend
     )

@@ -78,6 +78,8 @@ def joint_plain(logits, ref_logits, temperature):
 
 def _exponents(logits, temperature):
     """t (..., V + 1) and the shift (...) in fp64, the shift a number of the state's type."""
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.double().unsqueeze(-1)
     # An excluded token more: a slice may have none.
     z = torch.nn.functional.pad(logits.double(), (0, 1), value=-torch.inf) / temperature / LN_2
     shift = z.detach().amax(-1).to(result_dtype(logits)).double()
