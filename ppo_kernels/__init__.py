@@ -4,6 +4,11 @@ from ppo_kernels import objectives
 from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed
 from ppo_kernels.kept import kept_from_mask, kept_token_logprobs_and_entropy
 from ppo_kernels.kl import kl_divergence, kl_estimate
+from ppo_kernels.linear import (
+    linear_ppo_loss,
+    linear_token_logprobs,
+    linear_token_logprobs_and_entropy,
+)
 from ppo_kernels.logprobs import (
     LogprobsAndEntropy,
     check_logprobs,
@@ -42,6 +47,9 @@ __all__ = [
     "kept_token_logprobs_and_entropy",
     "kl_divergence",
     "kl_estimate",
+    "linear_ppo_loss",
+    "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy",
     "masked_mean",
     "masked_whiten",
     "objectives",

@@ -36,7 +36,7 @@ import torch
 
 from ppo_kernels import checks, reference, schemas
 from ppo_kernels.masked import masked_mean
-from ppo_kernels.ppo_loss import PolicyLoss
+from ppo_kernels.ppo_loss_of_tokens import PolicyLoss
 
 # exp of it is finite in fp32, so that a clipped token's gradient is 0 and not 0 · inf.
 _MOST_LOG_RATIO = 80.0

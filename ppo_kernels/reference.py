@@ -30,7 +30,7 @@ def _value_checks_run(x):
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
 
 
-def _refuse_out_of_range(tokens, vocabulary):
+def refuse_out_of_range(tokens, vocabulary):
     if _value_checks_run(tokens):
         bad = (tokens < 0) | (tokens >= vocabulary)
         if bad.any():
@@ -86,7 +86,7 @@ def _first(bad):
 
 
 def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0):
-    _refuse_out_of_range(tokens, logits.shape[-1])
+    refuse_out_of_range(tokens, logits.shape[-1])
     log_p = _log_softmax(logits, temperature)
     logprobs = log_p.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
     # p log p -> 0 as p -> 0; the product itself would be 0 * -inf.
@@ -125,6 +125,11 @@ def token_statistics(logits, tokens, *, temperature=1.0):
     top1 = (chosen == logits.amax(-1)) & ~logprobs.isnan()
     varentropy = (p * deviation.square()).sum(-1)
     return logprobs, entropy, p.amax(-1), p.square().sum(-1), top1, varentropy
+
+
+def linear_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
+    logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def kl_divergence(logits, ref_logits, *, temperature=1.0):

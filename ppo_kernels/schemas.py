@@ -83,6 +83,27 @@ def _ppo_loss(logits, *_):
     return *_ppo_loss_(logits), _stats(logits), _row(logits), _row(logits)
 
 
+def _linear_token_logprobs(hidden, *_):
+    return _row(hidden), _row(hidden), _stats(hidden)
+
+
+def _linear_gradients(hidden, weight, wanted, sum_dtype=None):
+    dtypes = hidden.dtype, sum_dtype or weight.dtype, result_dtype(weight)
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
+    return tuple(
+        hidden.new_empty(shape, dtype=dtype) if wants else hidden.new_empty(0)
+        for shape, dtype, wants in zip(shapes, dtypes, wanted, strict=True)
+    )
+
+
+def _linear_token_logprobs_backward(grad_logprobs, grad_entropy, hidden, weight, bias, *rest):
+    return _linear_gradients(hidden, weight, rest[-4:-1])
+
+
+def _linear_ppo_loss(hidden, weight, bias, *rest):
+    return *_ppo_loss_(hidden), *_linear_gradients(hidden, weight, rest[-5:-2], rest[-2])
+
+
 def _rescale_(grad, scale):
     return None
 
@@ -113,6 +134,10 @@ _PPO_LOSS_RESULTS = (
     "Tensor loss, Tensor policy_loss, Tensor entropy, Tensor kl, Tensor approx_kl, "
     "Tensor clip_fraction, Tensor logprobs, Tensor token_entropy"
 )
+# `head_scalars` are logit_scale and softcap. Gradients that are not wanted come empty.
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor head_scalars"
+_WANTED = "bool wants_hidden, bool wants_weight, bool wants_bias"
+_HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
     "token_logprobs": (
@@ -131,6 +156,22 @@ SCHEMAS = {
         " -> (Tensor logprobs, Tensor entropy, Tensor max_prob, Tensor sum_sq_probs, "
         "Tensor top1, Tensor varentropy)",
         _token_statistics,
+    ),
+    "linear_token_logprobs": (
+        f"({_HEAD}, Tensor tokens, Tensor? temperatures, Tensor scalars, int chunk_bytes)"
+        " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
+        _linear_token_logprobs,
+    ),
+    "linear_token_logprobs_backward": (
+        f"(Tensor? grad_logprobs, Tensor? grad_entropy, {_HEAD}, Tensor tokens, Tensor entropy, "
+        f"Tensor softmax_stats, Tensor? temperatures, Tensor scalars, {_WANTED}, int chunk_bytes)"
+        f" -> ({_HEAD_GRADIENTS})",
+        _linear_token_logprobs_backward,
+    ),
+    "linear_ppo_loss": (
+        f"({_HEAD}, {_PPO_LOSS_ARGUMENTS}, {_WANTED}, ScalarType? sum_dtype, int chunk_bytes)"
+        f" -> ({_PPO_LOSS_RESULTS}, {_HEAD_GRADIENTS})",
+        _linear_ppo_loss,
     ),
     "kl_divergence": (
         "(Tensor logits, Tensor ref_logits, Tensor? temperatures, Tensor scalars)"

@@ -31,6 +31,8 @@ CUTS = {
     7: {1: (0, 7), 2: (0, 4, 7), 3: (0, 3, 3, 7)},
     1031: {1: (0, 1031), 2: (0, 1000, 1031), 3: (0, 344, 688, 1031)},
 }
+# One for all rows, or one of each.
+TEMPERATURES = {7: 0.8, 1031: torch.linspace(0.5, 2, 8)}
 LOSS_OPTIONS = {
     "clip_high": 0.3,
     "dual_clip": 1.5,
@@ -93,7 +95,7 @@ class Rank:
         logits, _, tokens, (g, h, _) = rows(vocabulary, dtype)
         leaf, place = self.cut(logits)
         scored = ppo_kernels.vocab_parallel_token_logprobs_and_entropy(
-            leaf, tokens, temperature=0.8, **place
+            leaf, tokens, temperature=TEMPERATURES[vocabulary], **place
         )
         (scored.logprobs * g + scored.entropy * h).sum().backward()
         return {"same": [x.detach() for x in scored], "grad": leaf.grad}
@@ -103,7 +105,9 @@ class Rank:
         leaf, place = self.cut(logits)
         ref, _ = self.cut(ref_logits)
         del place["vocab_start"]
-        kl = ppo_kernels.vocab_parallel_kl_divergence(leaf, ref, temperature=0.8, **place)
+        kl = ppo_kernels.vocab_parallel_kl_divergence(
+            leaf, ref, temperature=TEMPERATURES[vocabulary], **place
+        )
         (kl * g).sum().backward()
         assert ref.grad is None
         return {"same": [kl.detach()], "grad": leaf.grad}
@@ -322,11 +326,13 @@ def test_scores(run, found):
     *_, vocabulary, dtype = run
     results = joined(found)
     logits, _, tokens, (g, h, _) = rows(vocabulary, dtype)
-    logprobs, entropy, grad_logprobs, grad_entropy = softmax_truth(logits, tokens, 0.8)
+    temperature = TEMPERATURES[vocabulary]
+    own = torch.as_tensor(temperature).expand(8).double()[:, None]
+    logprobs, entropy, grad_logprobs, grad_entropy = softmax_truth(logits, tokens, own)
     truth = logprobs, entropy, g[:, None] * grad_logprobs + h[:, None] * grad_entropy
     leaf = logits.clone().requires_grad_()
     whole = ppo_kernels.token_logprobs_and_entropy(
-        leaf, tokens, temperature=0.8, backend="reference"
+        leaf, tokens, temperature=temperature, backend="reference"
     )
     (whole.logprobs * g + whole.entropy * h).sum().backward()
     for result, eager, true in zip(
@@ -344,7 +350,7 @@ def test_kl(run, found):
     logits, ref_logits, _, (*_, g) = rows(vocabulary, dtype)
     leaf = logits.double().requires_grad_()
     truth = ppo_kernels.kl_divergence(
-        leaf, ref_logits.double(), temperature=0.8, backend="reference"
+        leaf, ref_logits.double(), temperature=TEMPERATURES[vocabulary], backend="reference"
     )
     (truth * g).sum().backward()
     assert_as_exact_as_eager(kl, truth.detach().float(), truth.detach(), scale=kl.abs().max())

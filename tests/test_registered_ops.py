@@ -29,6 +29,12 @@ def _samples(backend):
     plain = (None, None, None, None, dispatch.scalars(1.0, 0.2, 0.2, math.inf, 0.0, 0.0), K3)
     full = (mask, ref_logprobs, count, varied, dispatch.scalars(0.7, 0.1, 0.3, 1.5, 0.1, 0.2), K3)
     strided = torch.randn(2, 4, 11)[:, :-1]
+    hidden, weight, bias = torch.randn(2, 4, 5)[:, :-1], torch.randn(11, 5), torch.randn(11)
+    plain_head = hidden, weight, None, dispatch.scalars(1.0, math.inf)
+    full_head = hidden, weight, bias, dispatch.scalars(0.5, 3.0)
+    linear_plain = kernels.linear_token_logprobs(*plain_head, tokens, None, cool, 100)[1:]
+    linear_full = kernels.linear_token_logprobs(*full_head, tokens, varied, cool, 1000)[1:]
+    all_wanted, none_wanted = (True, True, True), (False, False, False)
     decay, bounds = dispatch.scalars(0.9, 0.8), torch.tensor([0, 2, 3])
     return {
         "token_logprobs": [
@@ -50,6 +56,22 @@ def _samples(backend):
         ],
         "kl_divergence_backward": [
             (x, logits, other, kl, kl_stats, ref_stats, of, cool) for of in (None, varied)
+        ],
+        "linear_token_logprobs": [
+            (*plain_head, tokens, None, cool, 100),
+            (*full_head, tokens, varied, cool, 1000),
+        ],
+        "linear_token_logprobs_backward": [
+            (x, None, *plain_head, tokens, *linear_plain, None, cool, True, False, False, 100),
+            (x, y, *full_head, tokens, *linear_full, varied, cool, *all_wanted, 1000),
+        ],
+        "linear_ppo_loss": [
+            (*plain_head, tokens, *per_token, *plain, *none_wanted, None, 100),
+            (*full_head, tokens, *per_token, *full, *all_wanted, None, 1000),
+            (
+                *(x.bfloat16() for x in full_head[:3]),
+                *(full_head[3], tokens, *per_token, *full, *all_wanted, torch.float32, 100),
+            ),
         ],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],
         "gae": [(x, y, None, None, None, decay), (x, y, mask, ~mask, x[:, 0], decay)],
@@ -115,6 +137,43 @@ def _public(backend):
         return call
 
     op = {name: getattr(ppo_kernels, name) for name in ppo_kernels.__all__}
+    hidden, weight, bias = torch.randn(2, 3, 5), torch.randn(11, 5), torch.randn(11)
+    head = {"bias": bias, "chunk_bytes": 100, "backend": backend}
+
+    def linear_logprobs(name):
+        def call(weight, scale):
+            result = op[name](
+                hidden,
+                weight,
+                tokens,
+                temperature=scale,
+                softcap=3 * scale,
+                logit_scale=scale,
+                **head,
+            )
+            return sum(result) if isinstance(result, tuple) else result
+
+        return call
+
+    def linear_loss(weight, scale):
+        return op["linear_ppo_loss"](
+            hidden,
+            weight,
+            tokens,
+            old_logprobs,
+            advantages,
+            mask,
+            clip_low=0.1 * scale,
+            entropy_coef=0.1 * scale,
+            kl_coef=0.1 * scale,
+            ref_logprobs=ref_logprobs,
+            temperature=scale,
+            softcap=3 * scale,
+            logit_scale=scale,
+            denominator=3.0 * scale,
+            **head,
+        ).loss
+
     return {
         "token_logprobs": (
             lambda z, s: op["token_logprobs"](z, tokens, temperature=s, backend=backend),
@@ -130,6 +189,11 @@ def _public(backend):
             lambda z, s: sum(op["token_statistics"](z, tokens, temperature=s, backend=backend)),
             logits,
         ),
+        **{
+            name: (linear_logprobs(name), weight)
+            for name in ("linear_token_logprobs", "linear_token_logprobs_and_entropy")
+        },
+        "linear_ppo_loss": (linear_loss, weight),
         "kl_divergence": (
             lambda z, s: op["kl_divergence"](z, z.flip(-1), temperature=s, backend=backend),
             logits,

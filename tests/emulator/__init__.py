@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ppo_kernels import schemas
+from ppo_kernels import linear_chunks, schemas
 from tests import ROOT, build_folder, setup_py
 
 HERE = Path(__file__).parent
@@ -141,6 +141,7 @@ def _loaded():
         schemas.NAMESPACE["emulated"] = "ppo_kernels_emulated"
         schemas.define("emulated")
         torch.ops.load_library(path)
+        linear_chunks.register("emulated")
     except (RuntimeError, OSError) as error:
         return error
     return Emulator(path)
