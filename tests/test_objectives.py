@@ -25,7 +25,7 @@ OPTIONS = {
     "ppo": {"clip_low": EPS_LOW, "clip_high": EPS_HIGH},
     "dual_clip": {"clip_low": EPS_LOW, "clip_high": EPS_HIGH, "bound": 1.4},
     "dapo": {"clip_low": EPS_LOW, "clip_high": EPS_HIGH},
-    "gspo": {"clip_low": EPS_LOW, "clip_high": EPS_HIGH},
+    "gspo": {"clip_low": 0.02, "clip_high": 0.03},
     "cispo": {"clip_low": EPS_LOW, "clip_high": EPS_HIGH},
     "tis": {"clip_low": EPS_LOW, "clip_high": EPS_HIGH, "cap": 1.2},
 }
@@ -71,8 +71,8 @@ def by_hand(name, logprobs, old, advantages, mask, rollout, average, **options):
                 advantage = advantage * min(weight, options["cap"])
             bounded = min(max(ratio.item(), low), high)
             clipped = bounded * advantage
-            objective = torch.minimum(ratio * advantage, clipped)
             acts = (clipped < ratio * advantage).item()
+            objective = clipped if acts else ratio * advantage
             if name == "dual_clip" and advantage < 0:
                 objective = torch.maximum(objective, options["bound"] * advantage)
             if name == "cispo":
