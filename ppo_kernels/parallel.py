@@ -309,9 +309,9 @@ def vocab_parallel_ppo_loss(
         logprobs, token_entropy = (x.masked_fill(~mask, 0.0) for x in (logprobs, token_entropy))
     reference.refuse_impossible(logprobs, tokens)
     # Where nothing raises, on a GPU, the loss says it.
-    logprobs = torch.where(logprobs.isfinite(), logprobs, torch.nan)
+    finite = torch.where(logprobs.isfinite(), logprobs, torch.nan)
     policy = clipped_policy_loss(
-        logprobs,
+        finite,
         old_logprobs,
         advantages,
         mask,
@@ -325,8 +325,9 @@ def vocab_parallel_ppo_loss(
     if ref_logprobs is None:
         kl = torch.zeros_like(entropy)
     else:
-        kl = kl_estimate(logprobs, ref_logprobs.detach(), estimator=kl_estimator, backend=backend)
+        kl = kl_estimate(finite, ref_logprobs.detach(), estimator=kl_estimator, backend=backend)
         kl = masked_mean(kl, mask, denominator, backend=backend)
     loss = policy.loss - entropy_coef * entropy + kl_coef * kl
-    rest = (*policy[:1], entropy, kl, *policy[1:], logprobs, token_entropy)
+    policy_loss, *of_clipping = policy
+    rest = (policy_loss, entropy, kl, *of_clipping, logprobs, token_entropy)
     return PPOLoss(loss, *(x.detach() for x in rest))
