@@ -23,7 +23,8 @@ A sequence in which nothing counts is none. Every objective takes::
     advantages    (B, T), or (B,) one per sequence, a constant
     mask          (B, T) bool, True = counts; None counts all; what else is there may be anything
     aggregate     a function of (x, mask): one of those above, or `functools.partial` of it with a
-                  denominator, such as the global count for gradient accumulation
+                  denominator, such as the global count for gradient accumulation; it is given
+                  finite x also where the mask is False
 
 and gives PolicyLoss, fp32 (fp64 for fp64 input): the loss, the k3 estimate of KL(old || new) per
 token and the share of tokens where clipping acts, all three averaged by `aggregate`. A ratio beyond

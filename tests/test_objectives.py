@@ -207,6 +207,18 @@ def test_aggregations_by_hand():
         torch.testing.assert_close(grad, truth)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_aggregation_may_multiply_by_the_mask(name):
+    """Terms that do not count are finite, whatever is there."""
+    logprobs, old, advantages, mask, rollout = batch()
+    rollout[~mask] = math.nan
+    extra = {"rollout_logprobs": rollout} if name == "tis" else {}
+    call = partial(OBJECTIVES[name], logprobs, old, advantages, mask, **extra)
+    own = call(aggregate=lambda x, mask: (x * mask).sum() / mask.sum())
+    for mine, expected in zip(own, call(aggregate=token_mean), strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-13, rtol=1e-13)
+
+
 def test_micro_batches_sum_to_the_whole():
     """With the denominators of the whole batch."""
     logprobs, old, advantages, mask, _ = batch()

@@ -257,7 +257,7 @@ def run(folder, rank):
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=300),
     )
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in (1, 2, RANKS)}
     results = {}
