@@ -18,7 +18,7 @@ from tests.conftest import (
     waits_for_nothing,
 )
 
-VOCABULARIES = (1, 2, 7, 1031, 16385, 50257, 151936)
+VOCABULARIES = (1, 2, 7, 1031, 16385, 50257)
 
 
 def truth_of(logits, tokens, temperature=1.0):
@@ -55,14 +55,19 @@ def eager(logits, tokens, temperature=1.0):
 
 
 def assert_exact(result, plain, truth):
-    """Each is as exact as eager's, with 32 roundings of its largest value; the varentropy, a
-    difference of second moments about the maximum, with 32 roundings of these."""
-    moments = (truth["entropy"] + truth["max_prob"].log()).square() + truth["varentropy"]
-    for name, theirs in plain.items():
-        scale = moments.max().item() if name == "varentropy" else 0.0
-        # A probability has the error of its logarithm, of which the shift takes no digits.
-        scale = max(scale, truth[name].abs().max().item())
-        assert_as_exact_as_eager(getattr(result, name), theirs, truth[name], scale=scale)
+    """Each is as exact as eager's, give or take 32 roundings (of fp64 more): of 1 nat, of the
+    largest probability, or of the second moment about the maximum, of which the varentropy is what
+    the square of the first leaves; the maximum's own exponent is rounded too."""
+    about_maximum = (truth["entropy"] + truth["max_prob"].log()).square() + truth["varentropy"]
+    scales = {
+        "logprobs": 1.0,
+        "entropy": 1.0,
+        "max_prob": 0.0,
+        "sum_sq_probs": 0.0,
+        "varentropy": about_maximum.max().item() + 1e-9,
+    }
+    for name, scale in scales.items():
+        assert_as_exact_as_eager(getattr(result, name), plain[name], truth[name], scale=scale)
     assert torch.equal(result.top1, truth["top1"])
 
 
@@ -95,7 +100,7 @@ def test_as_exact_as_eager(backend, vocabulary, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocabulary", (130, 40000))
+@pytest.mark.parametrize("vocabulary", (130, 20001))
 def test_awkward_rows(backend, vocabulary, dtype):
     for row in awkward_rows(vocabulary).to(dtype):
         logits = row.expand(2, -1)
@@ -165,9 +170,11 @@ def test_sampled_token_of_minus_infinity(backend):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("vocabulary", (130, 4099, 40000))
+@pytest.mark.parametrize("vocabulary", (130, 4104, 20001))
 def test_bits_of_the_log_probabilities_are_those_of_the_other_op(backend, vocabulary, dtype):
     logits = torch.cat([awkward_rows(vocabulary), 4 * torch.randn(3, vocabulary)]).to(dtype)
+    if emulates_a_gpu(backend):
+        logits = logits[::3]
     tokens = torch.randint(vocabulary, (len(logits),))
     expected = token_logprobs_and_entropy(logits, tokens, temperature=0.7, backend=backend)
     result = token_statistics(logits, tokens, temperature=0.7, backend=backend)
@@ -178,12 +185,12 @@ def test_bits_of_the_log_probabilities_are_those_of_the_other_op(backend, vocabu
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_row_is_bitwise_the_same_wherever_it_stands(fused, dtype, set_threads):
     """One row is split over threads, many are not: the chunks merge in the same order."""
-    row, token = (4 * torch.randn(40009)).to(dtype), 12345
-    filler = torch.randn(20, 40009).to(dtype)
+    row, token = (4 * torch.randn(20009)).to(dtype), 12345
+    filler = torch.randn(20, 20009).to(dtype)
     seen = []
     for threads in thread_counts(fused):
         set_threads(threads)
-        for before, after in ((0, 0), (0, 0), (1, 2), (17, 3)):
+        for before, after in ((0, 0), (0, 0), (1, 2), (9, 1)):
             logits = torch.cat((filler[:before], row[None], filler[:after]))
             result = token_statistics(logits, torch.full((len(logits),), token), backend=fused)
             seen.append([x[before] for x in result])
@@ -192,12 +199,12 @@ def test_a_row_is_bitwise_the_same_wherever_it_stands(fused, dtype, set_threads)
 
 
 def test_views_and_strided_tokens_give_what_their_copies_give(backend):
-    base, tokens = torch.randn(3, 5, 1200), torch.randint(1000, (4, 3)).t()
+    base, tokens = torch.randn(2, 3, 260), torch.randint(260, (2, 2)).t()
     for view in (
         base[:, :-1],
-        base[:, 1:, 100:1101],
-        base[:, :4, ::2],
-        base[:1, :4].expand(3, 4, -1),
+        base[:, 1:, 100:201],
+        base[:, :2, ::2],
+        base[:1, :2].expand(2, 2, -1),
     ):
         ids = tokens % view.shape[-1]
         expected = token_statistics(view.contiguous(), ids.contiguous(), backend=backend)
@@ -217,7 +224,7 @@ def test_shapes(backend, shape):
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_a_temperature_for_each_token(backend, dtype):
-    logits, tokens = 3 * torch.randn(3, 2, 5000), torch.randint(5000, (2, 3)).t()
+    logits, tokens = 3 * torch.randn(3, 2, 1000), torch.randint(1000, (2, 3)).t()
     temperature = torch.tensor([[0.5, 1.0, 2.0], [0.25, 1.5, 4.0]]).to(dtype).t()
     result = token_statistics(
         logits, tokens, temperature=temperature.requires_grad_(), backend=backend
@@ -288,3 +295,14 @@ def test_bad_arguments_are_named(backend, arguments, error, message):
     good = dict(logits=torch.randn(3, 5), tokens=torch.tensor([0, 1, 4]), backend=backend)
     with pytest.raises(error, match=message):
         token_statistics(**good | on_default_device(arguments))
+
+
+@pytest.mark.parametrize("op", (token_statistics, token_logprobs_and_entropy))
+def test_outliers_after_the_first_elements_are_no_nan(op):
+    """However far above them: 2^t far beyond its range is anything, NaN too."""
+    logits, tokens = torch.randn(400, 600), torch.full((400,), 599)
+    logits[:, 599] = torch.logspace(0.5, 5, 400)
+    logprobs, entropy, *_ = op(logits, tokens, temperature=0.7)
+    truth = softmax_truth(logits, tokens, 0.7)
+    torch.testing.assert_close(logprobs.double(), truth[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), truth[1], atol=1e-5, rtol=1e-5)
