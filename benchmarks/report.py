@@ -52,6 +52,7 @@ OPS = (
     "ppo_loss",
     "token_logprobs_and_entropy",
     "token_logprobs_and_entropy backward",
+    "token_statistics",
     "kl_divergence",
     "kl_divergence backward",
     "gae",

@@ -33,11 +33,11 @@ def _forward(
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
     _, k = math.temperature_of(row, temperatures_ptr, temperature, k, R)
-    token = tl.load(tokens_ptr + row).to(tl.int64)
-    logit = load_logit(logits_ptr, start, V, token, R)
     shift, total, weighted, squares, second, largest = sweeps.moments(
         logits_ptr, start, V, k, L, LAYOUT
     )
+    token = tl.load(tokens_ptr + row).to(tl.int64)
+    logit = load_logit(logits_ptr, start, V, token, R)
     logprob = (tl.fma(logit, k, -shift) - tl.log2(total)) * math.LN_2
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, math.entropy(total, weighted))
