@@ -126,21 +126,6 @@ PPO_HD TokenTerms<T> token_terms(const Objective<T>& objective, T logprob, T old
   return terms;
 }
 
-// What a GAE scan hands to the token before.
-template <class T>
-struct GAECarry {
-  T value;
-  T advantage;
-};
-
-// One step backwards; the advantage of this token is the `advantage` of the result.
-template <class T>
-PPO_HD GAECarry<T> gae_step(T reward, T value, bool done, T gamma, T gamma_lam, GAECarry<T> next) {
-  const T next_value = done ? T(0) : next.value;
-  const T next_advantage = done ? T(0) : next.advantage;
-  return {value, reward + gamma * next_value - value + gamma_lam * next_advantage};
-}
-
 // All that a token hands to those before it is one number, G = γ V + γ λ A. Tokens in a row are a
 // map of the G that comes to them, g + c G; past a done it is g alone, and c is NaN: no number that
 // arithmetic could arrive at, and kept by products.

@@ -4,34 +4,7 @@
 namespace ppo::cpu {
 namespace {
 
-// Inputs as contiguous arrays of one type; mask and dones may be null.
-template <class R>
-struct Scan {
-  const R *rewards, *values;
-  const bool *mask, *dones;
-  R gamma, gamma_lam;
-  R *advantages, *returns;
-
-  // Walks back from run to run of counted tokens, a done token being the last of its run.
-  void row(int64_t begin, int64_t length, R bootstrap) const {
-    GAECarry<R> next{bootstrap, R(0)};
-    for (int64_t end = begin + length; end > begin;) {
-      if (mask && !mask[end - 1]) {
-        --end;
-        advantages[end] = returns[end] = R(0);
-        continue;
-      }
-      if (dones && dones[end - 1]) next = {R(0), R(0)};
-      int64_t first = end - 1;
-      while (first > begin && (!mask || mask[first - 1]) && (!dones || !dones[first - 1])) --first;
-      next = sweeps<R>().gae(rewards + first, values + first, advantages + first, returns + first,
-                             end - first, gamma, gamma_lam, next);
-      end = first;
-    }
-  }
-};
-
-// f(scan, bootstrap of row i) on the inputs; returns (advantages, returns).
+// f(row) on the inputs, where row(i, begin, length) scans row i; returns (advantages, returns).
 template <class R, class F>
 std::tuple<Tensor, Tensor> scan(const Tensor& rewards, const Tensor& values,
                                 const OptionalTensor& mask, double gamma, double lam,
@@ -40,9 +13,12 @@ std::tuple<Tensor, Tensor> scan(const Tensor& rewards, const Tensor& values,
   const Tensor r = as<R>(rewards), v = as<R>(values);
   const OptionalTensor m = packed(mask), d = packed(dones), bootstrap = as<R>(bootstrap_values);
   const Tensor advantages = empty<R>(shape(r)), returns = empty<R>(shape(r));
-  f(Scan<R>{data<R>(r), data<R>(v), data_or_null<bool>(m), data_or_null<bool>(d), R(gamma),
-            R(gamma * lam), data<R>(advantages), data<R>(returns)},
-    [&](int64_t i) { return bootstrap ? data<R>(*bootstrap)[i] : R(0); });
+  const GAEScan<R> scan{data<R>(r), data<R>(v),     data_or_null<bool>(m), data_or_null<bool>(d),
+                        R(gamma),   R(gamma * lam), data<R>(advantages),   data<R>(returns)};
+  f([&](int64_t i, int64_t begin, int64_t length) {
+    const R G = bootstrap ? scan.gamma * data<R>(*bootstrap)[i] : R(0);
+    sweeps<R>().gae(scan, begin, length, G);
+  });
   return {advantages, returns};
 }
 
@@ -64,9 +40,8 @@ std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTensor mas
                                Tensor scalars) {
   const int64_t batch = rewards.size(0), length = rewards.size(1);
   return scan_in_result_type(
-      rewards, values, mask, dones, bootstrap_values, scalars,
-      [&](const auto& scan, const auto& bootstrap) {
-        parallel(batch, length, [&](int64_t i) { scan.row(i * length, length, bootstrap(i)); });
+      rewards, values, mask, dones, bootstrap_values, scalars, [&](const auto& row) {
+        parallel(batch, length, [&](int64_t i) { row(i, i * length, length); });
       });
 }
 
@@ -85,12 +60,11 @@ std::tuple<Tensor, Tensor> gae_packed(Tensor rewards, Tensor values, Tensor cu_s
                   i + 1);
     }
   }
-  return scan_in_result_type(rewards, values, mask, dones, bootstrap_values, scalars,
-                             [&](const auto& scan, const auto& bootstrap) {
-                               parallel(batch, total / std::max<int64_t>(1, batch), [&](int64_t i) {
-                                 scan.row(bounds[i], bounds[i + 1] - bounds[i], bootstrap(i));
-                               });
-                             });
+  return scan_in_result_type(
+      rewards, values, mask, dones, bootstrap_values, scalars, [&](const auto& row) {
+        parallel(batch, total / std::max<int64_t>(1, batch),
+                 [&](int64_t i) { row(i, bounds[i], bounds[i + 1] - bounds[i]); });
+      });
 }
 
 }  // namespace

@@ -19,6 +19,15 @@ using torch::headeronly::Half;
 // short enough to share a row of a large vocabulary out over several threads.
 constexpr int64_t kChunk = 16384;
 
+// Inputs and outputs of gae as contiguous arrays; mask and dones may be null.
+template <class R>
+struct GAEScan {
+  const R *rewards, *values;
+  const bool *mask, *dones;
+  R gamma, gamma_lam;
+  R *advantages, *returns;
+};
+
 // With t_j = k z_j - shift and q_j = k ref_j - ref_shift, over n elements:
 template <class T>
 struct Sweeps {
@@ -32,9 +41,8 @@ struct Sweeps {
   // grad_j = 2^t_j (a + b (t_j - q_j))
   void (*kl_gradient)(const T* z, const T* ref, T* grad, int64_t n, R k, R shift, R ref_shift, R a,
                       R b);
-  // Of n tokens that all count and of which none is done; takes and gives what is carried back.
-  GAECarry<R> (*gae)(const R* rewards, const R* values, R* advantages, R* returns, int64_t n,
-                     R gamma, R gamma_lam, GAECarry<R> next);
+  // Scans tokens [begin, begin + n), a row, from the G that is handed to its last one.
+  void (*gae)(const GAEScan<R>& scan, int64_t begin, int64_t n, R G);
 };
 
 struct SweepTable {

@@ -317,58 +317,7 @@ void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T
   });
 }
 
-// The vector moved down by kStep lanes, zeros moving in.
-template <int kStep, class V, int... kLane>
-PPO_INLINE V shifted_down(V x, std::integer_sequence<int, kLane...>) {
-  constexpr int L = kLanes<V>;
-  return __builtin_shufflevector(x, V{}, (kLane + kStep < L ? kLane + kStep : L)...);
-}
-
-// Local scan by doubling, y_j = Σ_i c^i x_(j+i) over the vector; lanes beyond it count as 0.
-template <int kStep = 1, class V, class S>
-PPO_INLINE V suffix_sums(V x, S c) {
-  if constexpr (kStep < kLanes<V>) {
-    const V moved = shifted_down<kStep>(x, std::make_integer_sequence<int, kLanes<V>>());
-    return suffix_sums<2 * kStep>(fma(moved, broadcast<V>(c), x), c * c);
-  } else {
-    return x;
-  }
-}
-
-// Generalised advantages of an unbroken run of n tokens; formula in ppo_kernels/gae.py.
-template <class R>
-GAECarry<R> gae(const R* rewards, const R* values, R* advantages, R* returns, int64_t n, R gamma,
-                R gamma_lam, GAECarry<R> next) {
-  using V = typename VectorOf<R>::type;
-  constexpr int L = kLanes<V>;
-  int64_t t = n;
-  // To whole vectors, each with the value after it in memory.
-  while (t > 0 && (t == n || t % L != 0)) {
-    --t;
-    next = gae_step(rewards[t], values[t], false, gamma, gamma_lam, next);
-    advantages[t] = next.advantage;
-    returns[t] = next.advantage + values[t];
-  }
-  if (t == 0) return next;
-  V decay;  // (γλ)^(L - lane), of the advantage after the vector
-  R power = gamma_lam;
-  for (int lane = L; lane-- > 0; power *= gamma_lam) decay[lane] = power;
-  V carry = broadcast<V>(next.advantage);
-  do {
-    t -= L;
-    V reward, value, next_value;
-    memcpy(&reward, rewards + t, sizeof(V));
-    memcpy(&value, values + t, sizeof(V));
-    memcpy(&next_value, values + t + 1, sizeof(V));
-    const V delta = fma(broadcast<V>(gamma), next_value, reward) - value;
-    const V advantage = fma(decay, carry, suffix_sums(delta, gamma_lam));
-    const V result = advantage + value;
-    memcpy(advantages + t, &advantage, sizeof(V));
-    memcpy(returns + t, &result, sizeof(V));
-    carry = broadcast<V>(advantage[0]);
-  } while (t > 0);
-  return {values[0], carry[0]};
-}
+#include "gae_sweep.h"
 
 template <class T>
 constexpr Sweeps<T> sweeps_of() {
