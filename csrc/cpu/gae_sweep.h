@@ -12,20 +12,22 @@ PPO_INLINE V shifted_down(V x, V filling) {
   return shifted_down<kStep>(x, filling, std::make_integer_sequence<int, kLanes<V>>());
 }
 
-// Vectors of maps, a token's in each lane.
-template <class V>
+// Vectors of maps, a token's in each lane; without kDones none is past a done.
+template <bool kDones, class V>
 struct Maps {
   V g, c;
 };
 
-template <class V>
-PPO_INLINE V apply(const Maps<V>& maps, V G) {
-  return maps.c != maps.c ? maps.g : fma(maps.c, G, maps.g);
+template <bool kDones, class V>
+PPO_INLINE V apply(const Maps<kDones, V>& maps, V G) {
+  const V mapped = fma(maps.c, G, maps.g);
+  if constexpr (kDones) return maps.c != maps.c ? maps.g : mapped;
+  return mapped;
 }
 
 // Scan by doubling: a lane's map becomes that of its token and all later ones of the vector.
-template <int kStep = 1, class V>
-PPO_INLINE void compose(Maps<V>& maps) {
+template <int kStep = 1, bool kDones, class V>
+PPO_INLINE void compose(Maps<kDones, V>& maps) {
   if constexpr (kStep < kLanes<V>) {
     maps.g = apply(maps, shifted_down<kStep>(maps.g, V{}));
     maps.c *= shifted_down<kStep>(maps.c, broadcast<V>(1));
@@ -66,7 +68,7 @@ void gae_row(const GAEScan<R>& scan, int64_t begin, int64_t n, R G) {
     memcpy(&reward, rewards + t, sizeof(V));
     memcpy(&value, values + t, sizeof(V));
     const V delta = reward - value;
-    Maps<V> maps{fma(gamma_lam, delta, gamma * value), gamma_lam};
+    Maps<kMarked, V> maps{fma(gamma_lam, delta, gamma * value), gamma_lam};
     decltype(V{} == V{}) done{}, skipped{};
     if constexpr (kMarked) {
       if (dones) done = marks<V>(dones + t);

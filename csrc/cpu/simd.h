@@ -40,7 +40,7 @@ constexpr int kPack = 2;
 
 template <class V, class T>
 PPO_INLINE V broadcast(T x) {
-  return V{} + static_cast<std::remove_reference_t<decltype(V{}[0])>>(x);
+  return static_cast<std::remove_reference_t<decltype(V{}[0])>>(x) - V{};  // exact for -0, too
 }
 
 #if defined(PPO_AVX512)
