@@ -27,10 +27,13 @@ demo: install
 test: install
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest
 
+# JSON is the file of the figures, beside which a page and its plots are written; PEERS a folder from
+# which trl, torchrl and pufferlib may be imported where they are not installed.
+JSON ?= .benchmarks/latest.json
 bench: install
-	mkdir -p .benchmarks
-	$(VENV)/bin/python -m pytest benchmarks --benchmark-quiet --benchmark-json=.benchmarks/latest.json
-	$(VENV)/bin/python -m benchmarks.report .benchmarks/latest.json
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-quiet --results $(JSON) \
+		$(if $(PEERS),--peers $(PEERS)); status=$$?; \
+		$(VENV)/bin/python -m benchmarks.report $(JSON) && exit $$status
 
 # On a machine with a GPU: build, test and measure there, with that machine's own torch and Triton and
 # without network, in under ten minutes. RESULTS is a folder for the figures, PEERS one from which

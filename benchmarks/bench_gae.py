@@ -1,9 +1,19 @@
 """Generalised advantage estimation, against the loop over tokens in Python and, on a GPU, against a
-compiled scan."""
+compiled scan.
 
+Some rows are whole trajectories, some hold many, as those of environments that start again: with
+one token in 50 done at random, 41 in a row of 2,048, and with one in 4, where nothing is left to a
+kernel that runs from done to done. torchrl and PufferLib take part on the CPU where they are
+importable.
+"""
+
+import functools
+
+import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Contest, check_accuracy, check_agreement
 from ppo_kernels import gae, gae_packed, reference
 
@@ -25,33 +35,37 @@ def compiled_scan(rewards, values, *, gamma, lam):
     return advantages, advantages + values
 
 
-def make_gae(shape, dtype, setting):
+def make_gae(shape, dtype, setting, tokens_per_done=None):
     rewards, values = torch.randn(2, *shape, device=setting.device).to(dtype)
-    baselines = {}
+    dones, baselines = None, {}
+    if tokens_per_done is not None:
+        dones = torch.rand(shape, device=setting.device) * tokens_per_done < 1
     if shape[1] <= MOST_EAGER_COLUMNS:
-        baselines["eager"] = lambda: reference.gae(rewards, values, **FACTORS)
-    if setting.name != "cpu":
+        baselines["eager"] = lambda: reference.gae(rewards, values, dones=dones, **FACTORS)
+        baselines |= peers.gae(setting, rewards, values, dones, **FACTORS)
+    if setting.name != "cpu" and dones is None:
         baselines["compile"] = lambda: compiled_scan(rewards, values, **FACTORS)
 
     def op():
-        return gae(rewards, values, **FACTORS, backend=setting.backend)
+        return gae(rewards, values, dones=dones, **FACTORS, backend=setting.backend)
 
     def check():
-        tail = [x[:, -CHECKED_COLUMNS:] for x in (rewards, values)]
-        eager = reference.gae(*tail, **FACTORS)
-        truth = reference.gae(*(x.double() for x in tail), **FACTORS)
+        tail = [None if x is None else x[:, -CHECKED_COLUMNS:] for x in (rewards, values, dones)]
+        eager = reference.gae(*tail[:2], dones=tail[2], **FACTORS)
+        truth = reference.gae(*(x.double() for x in tail[:2]), dones=tail[2], **FACTORS)
         results = op()
         for name, got, *expected in zip(results._fields, results, eager, truth, strict=True):
             check_accuracy(name, got[:, -CHECKED_COLUMNS:], *expected)
-        if "compile" in baselines:
-            for x, y in zip(baselines["compile"](), results, strict=True):
+        for baseline in baselines.values():
+            # PufferLib has advantages only.
+            for x, y in zip(baseline(), results, strict=False):
                 check_agreement(x, y)
 
     return Contest(
         op=op,
         baselines=baselines,
         copied=torch.stack([rewards, values]),
-        moved_bytes=4 * rewards.nbytes,
+        moved_bytes=4 * rewards.nbytes + (0 if dones is None else dones.nbytes),
         check=check,
     )
 
@@ -87,6 +101,13 @@ def make_gae_packed(shape, dtype, setting):
 
 def test_gae(measure, gae_shape):
     measure("gae", make_gae, gae_shape, torch.float32)
+
+
+@pytest.mark.parametrize("tokens_per_done", [50, 4])
+def test_gae_with_dones(measure, gae_shape, tokens_per_done):
+    op = f"gae, 1 in {tokens_per_done} done"
+    make = functools.partial(make_gae, tokens_per_done=tokens_per_done)
+    measure(op, make, gae_shape, torch.float32)
 
 
 def test_gae_packed(measure, gae_shape):

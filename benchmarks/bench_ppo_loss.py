@@ -154,3 +154,7 @@ def test_ppo_loss(measure, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ppo_loss_in_place(measure, shape, dtype):
     measure("ppo_loss_", make_ppo_loss_in_place, shape, dtype)
+
+
+def test_ppo_loss_in_place_as_tokens_grow(measure, growing_shape):
+    measure("ppo_loss_", make_ppo_loss_in_place, growing_shape, torch.float32)

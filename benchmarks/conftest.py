@@ -17,6 +17,7 @@ import torch
 from benchmarks import peers
 from benchmarks.harness import (
     GAE_SIZES,
+    GROWING_SIZES,
     ROUNDS,
     SIZES,
     Rounds,
@@ -45,7 +46,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--no-baselines", action="store_true", help="measure ppo_kernels and the copy only"
     )
-    parser.addoption("--peers", help="folder from which trl and liger_kernel may be imported")
+    parser.addoption(
+        "--peers",
+        help="folder of other packages to measure beside, "
+        "where they are not installed: trl, liger_kernel, torchrl, pufferlib",
+    )
     parser.addoption(
         "--results", type=Path, help="JSON file of figures, complete after every benchmark"
     )
@@ -56,7 +61,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("peers") is not None:
-        sys.path.insert(0, config.getoption("peers"))
+        # Last: a torch beside them must not take the place of this one.
+        sys.path.append(os.path.abspath(config.getoption("peers")))
     if config.getoption("results") is not None:
         config.pluginmanager.register(Results(config.getoption("results"), machine(config)))
 
@@ -103,6 +109,7 @@ def machine(config):
         "threads": torch.get_num_threads(),
         "gpu": _gpu(_setting(config)),
         "backend": config.getoption("backend"),
+        "peers": peers.versions() if _setting(config).peers else None,
         "load before": LOAD_BEFORE,
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -147,9 +154,10 @@ class Results:
 
 def pytest_generate_tests(metafunc):
     name = _setting(metafunc.config).name
-    for fixture, sizes in (("shape", SIZES[name]), ("gae_shape", GAE_SIZES[name])):
+    by_fixture = {"shape": SIZES, "growing_shape": GROWING_SIZES, "gae_shape": GAE_SIZES}
+    for fixture, sizes in by_fixture.items():
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, sizes, ids=str)
+            metafunc.parametrize(fixture, sizes[name], ids=str)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -38,14 +38,14 @@ COLUMNS = {
     **{f"cost_{name}": Column(f"time / {title}", "{:.2f}", True) for name, title in PARTS.items()},
     "memory": Column("extra memory", "{:.5f}", True),
     "memory_without_gradients": Column("without gradients", "{:.5f}", True),
-    **{f"memory_{name}": Column(f"of {title}", "{:.2f}", True) for name, title in BASELINES.items()},
+    **{f"memory_{name}": Column(f"of {of}", "{:.2f}", True) for name, of in BASELINES.items()},
     "gb_per_s": Column("GB/s", "{:.1f}", False),
     "copy_gb_per_s": Column("of copy", "{:.1f}", False),
     "bandwidth_share": Column("share", "{:.0%}", False),
     "call_us": Column("call µs", "{:,.1f}", True),
     **{f"{phase}_seconds": Column(f"{phase} s", "{:.2f}", True) for phase in PHASES},
     "tokens_per_second": Column("tokens/s", "{:,.0f}", False),
-    **{f"{phase}_tokens_per_second": Column(f"{phase} tokens/s", "{:,.0f}", False) for phase in PHASES},
+    **{f"{x}_tokens_per_second": Column(f"{x} tokens/s", "{:,.0f}", False) for x in PHASES},
     "peak_mb": Column("peak MB", "{:,.0f}", True),
 }  # fmt: skip
 CAPTION = (

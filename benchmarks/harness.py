@@ -35,6 +35,12 @@ SIZES = {
     "cuda": [(tokens, V) for tokens in (8192, 133, 1, 65537) for V in VOCABULARIES],
     "rehearsal": [(3, 67), (1, 1032)],
 }
+# More tokens and fewer, to show what a call costs as they grow.
+GROWING_SIZES = {
+    "cpu": [(tokens, 32000) for tokens in (1, 8, 64, 2048)],
+    "cuda": [(tokens, 32000) for tokens in (8, 64, 512)],
+    "rehearsal": [(2, 67)],
+}
 # (rows, length) of rewards.
 GAE_SIZES = {
     "cpu": [(512, 2048), (16, 131072)],
@@ -272,15 +278,15 @@ def _peak_bytes_cuda(function: Callable[[], object], device: torch.device) -> in
 
 
 def extra_memory(contest: Contest) -> dict[str, float]:
-    """Peak bytes of the op and of eager PyTorch beyond their inputs, divided by those of `copied`.
+    """Peak bytes of the op and of its baselines beyond their inputs, divided by those of `copied`;
+    compiled PyTorch aside, whose compiling takes minutes.
 
     On a CPU it must run in the process that `memory_process` makes: a profiler of PyTorch's
     allocator would not see what C++ allocates for itself.
     """
     device, size = contest.copied.device, contest.copied.numel() * contest.copied.element_size()
     functions = {"memory": contest.op}
-    if "eager" in contest.baselines:
-        functions["memory_eager"] = contest.baselines["eager"]
+    functions |= {f"memory_{name}": f for name, f in contest.baselines.items() if name != "compile"}
     ratios = {}
     for name, function in functions.items():
         contest.reset()

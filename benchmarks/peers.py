@@ -1,9 +1,12 @@
-"""Kernels of TRL and Liger for the same ops, where they can be imported; their code is not here.
+"""What other packages have for the same ops, where they can be imported; their code is not here.
 
 Liger's losses have no entropy, and its GRPO loss one advantage for a sequence, whose last logits it
-leaves out: it takes part with less to do.
+leaves out: it takes part with less to do. So does PufferLib, whose advantages come without returns.
+Its C++ for the CPU, one file of version 3, is compiled here alone.
 """
 
+import functools
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable
@@ -30,8 +33,22 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+PACKAGES = ("trl", "liger_kernel", "torchrl", "pufferlib")
+
+
 def installed() -> bool:
-    return _installed("trl") or _installed("liger_kernel")
+    return any(map(_installed, PACKAGES))
+
+
+def versions() -> str:
+    """ "trl 1.12.0, torchrl": those that are importable, with their version where it is known."""
+    names = {}
+    for name in filter(_installed, PACKAGES):
+        try:
+            names[name] = f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            names[name] = name
+    return ", ".join(names.values())
 
 
 def _trl_on_cpu(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,3 +129,47 @@ def liger_losses(
     if setting.name == "cpu" or len(tokens) < 2:
         return {}
     return {"liger": LigerLoss(logits, tokens, old_logprobs, advantages, inplace=inplace)}
+
+
+@functools.cache
+def _pufferlib_gae() -> Callable:
+    from torch.utils.cpp_extension import load
+
+    (folder,) = importlib.util.find_spec("pufferlib").submodule_search_locations
+    source = Path(folder, "extensions", "pufferlib.cpp")
+    load("pufferlib_cpp", [str(source)], extra_cflags=["-O3"], is_python_module=False)
+    return torch.ops.pufferlib.compute_puff_advantage
+
+
+def gae(setting: Setting, rewards, values, dones, *, gamma, lam) -> dict[str, Callable]:
+    """Functions that give advantages and, PufferLib's aside, returns. `dones` may be None."""
+    functions = {}
+    if not setting.peers or setting.name != "cpu":
+        return functions
+    ends = torch.zeros_like(rewards, dtype=torch.bool) if dones is None else dones
+    before = rewards.new_zeros(len(rewards), 1)
+    if _installed("torchrl"):
+        from torchrl.objectives.value import functional
+
+        following = torch.cat([values[:, 1:], before], dim=1)
+        inputs = [x[..., None] for x in (values, following, rewards, ends, ends)]
+        loop, vectorised = (
+            functional.generalized_advantage_estimate,
+            functional.vec_generalized_advantage_estimate,
+        )
+        functions["torchrl"] = lambda: loop(gamma, lam, *inputs)
+        functions["torchrl_vec"] = lambda: vectorised(gamma, lam, *inputs)
+    if _installed("pufferlib"):
+        function = _pufferlib_gae()
+        # The value at t has its reward and done at t + 1; the last column has no advantage.
+        columns = [(values, before), (before, rewards), (before, ends.float())]
+        inputs = [torch.cat(pair, dim=1) for pair in columns]
+        ratio = torch.ones_like(inputs[0])  # importance: with ratio and clips at 1 it is plain GAE
+
+        def pufferlib():
+            advantages = torch.empty_like(ratio)
+            function(*inputs, ratio, advantages, gamma, lam, 1.0, 1.0)
+            return (advantages[:, :-1],)
+
+        functions["pufferlib"] = pufferlib
+    return functions

@@ -42,7 +42,8 @@ def _backends(runs: list[Run]) -> dict[str, tuple[list[Figures], str]]:
 
 def _bars(runs: list[Run], path: Path, own: str, other: Callable, label: str, line: float) -> bool:
     """A panel for each op and dtype, a group of bars for each vocabulary."""
-    dtypes = [d for d in ("float32", "bfloat16") if any(f.dtype == d for r in runs for f in r.figures)]  # fmt: skip
+    measured = {f.dtype for run in runs for f in run.figures}
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if dtype in measured]
     panels = [(op, dtype) for dtype in dtypes for op in PLOTTED]
     drawn = {}
     for op, dtype in panels:
@@ -75,7 +76,10 @@ def _bars(runs: list[Run], path: Path, own: str, other: Callable, label: str, li
         ax.set_xlabel("vocabulary")
     for row in axes:
         row[0].set_ylabel(label)
-    entries = {t: h for ax in axes.flat for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    legends = [ax.get_legend_handles_labels() for ax in axes.flat]
+    entries = {
+        title: bar for bars, titles in legends for title, bar in zip(titles, bars, strict=True)
+    }
     fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
     return _save(fig, path)
 

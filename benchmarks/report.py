@@ -1,10 +1,10 @@
 """`python -m benchmarks.report FILE...`: what runs of `pytest benchmarks --results FILE` (or
 `--benchmark-json=FILE`) measured.
 
-On the terminal tables of each file: beside a figure that has a goal stands the goal, and whether it is
-reached. And a page per machine, FILE with the ending .md, with plots in the folder FILE without its
-ending: runs with several backends on one machine share it. Without FILE: every file in
-benchmarks/results.
+On the terminal stand tables of each file: beside a figure that has a goal the goal, and whether it
+is reached. A page for each machine, FILE with the ending .md, has them too, and plots, which lie in
+the folder FILE without ending; runs with several backends on one machine share it. Without FILE:
+every file in benchmarks/results.
 """
 
 import argparse
