@@ -157,18 +157,18 @@ def gae(setting: Setting, rewards, values, dones, *, gamma, lam) -> dict[str, Ca
             functional.generalized_advantage_estimate,
             functional.vec_generalized_advantage_estimate,
         )
-        functions["torchrl"] = lambda: loop(gamma, lam, *inputs)
-        functions["torchrl_vec"] = lambda: vectorised(gamma, lam, *inputs)
+        functions["torchrl"] = lambda: [x[..., 0] for x in loop(gamma, lam, *inputs)]
+        functions["torchrl_vec"] = lambda: [x[..., 0] for x in vectorised(gamma, lam, *inputs)]
     if _installed("pufferlib"):
         function = _pufferlib_gae()
         # The value at t has its reward and done at t + 1; the last column has no advantage.
         columns = [(values, before), (before, rewards), (before, ends.float())]
-        inputs = [torch.cat(pair, dim=1) for pair in columns]
-        ratio = torch.ones_like(inputs[0])  # importance: with ratio and clips at 1 it is plain GAE
+        padded = [torch.cat(pair, dim=1) for pair in columns]
+        ratio = torch.ones_like(padded[0])  # importance: with ratio and clips at 1 it is plain GAE
 
         def pufferlib():
             advantages = torch.empty_like(ratio)
-            function(*inputs, ratio, advantages, gamma, lam, 1.0, 1.0)
+            function(*padded, ratio, advantages, gamma, lam, 1.0, 1.0)
             return (advantages[:, :-1],)
 
         functions["pufferlib"] = pufferlib
