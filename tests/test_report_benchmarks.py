@@ -144,7 +144,9 @@ def test_a_file_that_is_no_run_is_named(tmp_path, monkeypatch, capsys, content):
 
 def test_backends_of_a_machine_share_a_page(write, made):
     native = write(LOSS, machine=CPU | {"backend": "native"}, name="machine-native.json")
-    other = write(LOSS, machine=CPU | {"processor": "Testium 8"}, name="other.json")
+    other = write(
+        LOSS, machine=CPU | {"processor": "Testium 8", "backend": "triton"}, name="other.json"
+    )
     again = write(LOSS, name="zagain.json")
     _, page = made(write(LOSS), native, other, again)
     assert "# Backend auto" in page and "# Backend native" in page
