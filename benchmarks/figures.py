@@ -27,7 +27,7 @@ BASELINES = {
 # Baselines that do less than the op: their figure is the op's time in units of theirs.
 PARTS = {
     "matmuls": "three matmuls",
-    "token_logprobs_and_entropy": "token_logprobs_and_entropy",
+    "logprobs": "token_logprobs_and_entropy",
 }
 PHASES = ("sample", "evaluate", "update")
 
@@ -72,7 +72,7 @@ FAMILIES = {
 }
 OPS = tuple(itertools.chain(*FAMILIES.values()))
 
-# (op, rows, row's length) -> figure -> goal, on a CPU with two cores.
+# (label, rows, row's length) -> figure -> goal, on a CPU with two cores.
 GOALS = {
     ("gae", 512, 2048): {"copies": 3.0, "times_eager": 50},
     ("gae", 16, 131072): {"copies": 2.0},
@@ -88,7 +88,7 @@ GOALS = {
         "times_compile": 1,
         "times_eager": 1.5,
     },
-    ("PPO iteration", 64, 64): {"update_seconds": 1.2},
+    ("PPO iteration, V = 1,024", 64, 64): {"update_seconds": 1.2},
 }
 for size in ((512, 32000), (256, 128256)):
     GOALS |= {
@@ -100,7 +100,7 @@ for size in ((512, 32000), (256, 128256)):
         },
         ("ppo_loss", *size): {"copies": 2.2},
         ("token_logprobs_and_entropy", *size): {"copies": 1.2},
-        ("token_statistics", *size): {"cost_token_logprobs_and_entropy": 1.15},
+        ("token_statistics", *size): {"cost_logprobs": 1.15},
         ("kl_divergence", *size): {"copies": 1.6},
     }
 # The same on a GPU.
@@ -117,19 +117,15 @@ for size in itertools.product((8192, 65537), (32000, 50257, 128256, 151936)):
 
 
 class Figures(NamedTuple):
-    """What was measured of one op at one size."""
+    """What was measured of one op at one size; `label` is the op, and its variant if it has one."""
 
     op: str
-    variant: str | None
+    label: str
     shape: tuple[int, ...]
     dtype: str
     values: dict[str, float]
     why_no_memory: str | None
     goals: dict[str, float]
-
-    @property
-    def label(self) -> str:
-        return self.op if self.variant is None else f"{self.op}, {self.variant}"
 
     @property
     def size(self) -> str:
@@ -219,15 +215,16 @@ def read(path: Path) -> Run:
     for benchmark in benchmarks:
         info = benchmark["extra_info"]
         op, shape = info["op"], tuple(info["shape"])
+        label = f"{op}, {info['variant']}" if "variant" in info else op
         figures.append(
             Figures(
                 op,
-                info.get("variant"),
+                label,
                 shape,
                 info["dtype"],
                 _values(benchmark),
                 info.get("memory_not_measured"),
-                goals.get((op, shape[0], shape[-1]), {}),
+                goals.get((label, shape[0], shape[-1]), {}),
             )
         )
         if "peers_failed" in info:
@@ -241,7 +238,7 @@ def goals_of(run: Run) -> list[Goal]:
     """Every goal of this kind of machine, those of ops that were not measured included."""
     goals, seen = [], set()
     for f in run.figures:
-        seen.add((f.op, f.shape[0], f.shape[-1]))
+        seen.add((f.label, f.shape[0], f.shape[-1]))
         for name, goal in f.goals.items():
             measured, reason = None, ""
             if name in f.values:
@@ -251,9 +248,9 @@ def goals_of(run: Run) -> list[Goal]:
             reached = measured is not None and f.reaches(name)
             what = f"{f.label} {f.size}: {COLUMNS[name].title}"
             goals.append(Goal(what, goal_text(name, goal), measured, reached, reason))
-    for (op, *size), names in run.goals.items():
-        if (op, *size) not in seen:
+    for (label, *size), names in run.goals.items():
+        if (label, *size) not in seen:
             for name, goal in names.items():
-                what = f"{op} {' × '.join(f'{n:,}' for n in size)}: {COLUMNS[name].title}"
+                what = f"{label} {' × '.join(f'{n:,}' for n in size)}: {COLUMNS[name].title}"
                 goals.append(Goal(what, goal_text(name, goal), None, False, ""))
     return goals
