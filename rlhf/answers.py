@@ -15,16 +15,11 @@ from rlhf.data import Prompts, load_prompts, tokenize_prompts
 from rlhf.errors import UserError
 from rlhf.files import disk_errors, write_file
 from rlhf.generation import Stopping
+from rlhf.heads import LogitsHead
 from rlhf.models import autocast, check_fits, freeze, load_causal_lm, load_tokenizer
 from rlhf.options import ResponseOptions
 from rlhf.progress import hooked, num_passes
-from rlhf.rollout import (
-    Draws,
-    Responses,
-    decode_responses,
-    response_logits,
-    sample_responses,
-)
+from rlhf.rollout import Draws, Responses, decode_responses, sample_responses
 from rlhf.scores import Samples
 
 
@@ -69,15 +64,13 @@ def exact_kl(policy: Policy, reference: Policy, responses: Responses) -> float |
     with different vocabularies."""
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return None
-    config, total = policy.config, 0.0
+    config, head, total = policy.config, LogitsHead(policy.stopping), 0.0
     rows = torch.arange(len(responses.tokens), device=responses.tokens.device)
     for _, part in responses.by_length(rows, config.per_device_eval_batch_size):
         with autocast(config.bf16):
             logits, ref_logits = (
                 # A model may have more rows than their tokenizer has tokens.
-                response_logits(side.model, part, policy.stopping)[
-                    ..., : policy.stopping.vocab_size
-                ]
+                head(side.model, *part.inputs)[0].logits[..., : policy.stopping.vocab_size]
                 for side in (policy, reference)
             )
             kl = kl_divergence(logits, ref_logits, temperature=config.temperature)

@@ -32,6 +32,7 @@ REPORTERS = ("tensorboard", "none")
 OPTIMIZERS = ("adamw", "adamw_tensorflow")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 ADAPTIVE_KL = ("none", "sequence", "token")
+LOGITS_FROM = ("auto", "hidden", "logits")
 SCORE_SCALINGS = ("none", "running", "reference")
 PROMPTS = (
     "Prompts, as for PPO: a .jsonl, .json, .csv or .parquet file, a folder that datasets saved, or "
@@ -120,9 +121,7 @@ class TrainConfig(DataOptions, ModelOptions):
         self._check(
             "must be >= 0", lambda x: x >= 0, "eval_steps", "save_steps", "save_total_limit"
         )
-        self._check(f"must be one of {SCHEDULERS}", SCHEDULERS.__contains__, "lr_scheduler_type")
-        self._check(f"must be one of {REPORTERS}", REPORTERS.__contains__, "report_to")
-        self._check(f"must be one of {OPTIMIZERS}", OPTIMIZERS.__contains__, "optim")
+        self._check_choices(lr_scheduler_type=SCHEDULERS, report_to=REPORTERS, optim=OPTIMIZERS)
         if self.warmup_ratio and self.lr_scheduler_type == "constant":
             raise UserError(
                 "lr_scheduler_type constant has no warm-up: take constant_with_warmup, or leave "
@@ -210,6 +209,13 @@ class PPOConfig(ResponseOptions, RewardOptions, TrainConfig):
         "the number of processes).",
     )
 
+    logits_from: str = hardware(
+        "auto",
+        "What log-probs and the loss are made of: last hidden states, so that no pass holds logits "
+        "of all tokens, or logits; auto: hidden for a vocabulary of 32,000 and more, if the head "
+        f"allows it: {', '.join(LOGITS_FROM)}.",
+    )
+
     reward_weights: list[float] | None = rewards(
         None, "Weight of each of reward_funcs (default: 1 each)."
     )
@@ -279,10 +285,10 @@ class PPOConfig(ResponseOptions, RewardOptions, TrainConfig):
             self.critic_learning_rate = self.learning_rate
         self._check(
             "must be >= 1",
-            lambda x: x >= 1,
+            lambda x: x is None or x >= 1,
             *("total_episodes", "num_ppo_epochs", "num_mini_batches", "kl_horizon"),
+            "rollout_batch_size",
         )
-        self._check("must be >= 1", lambda x: x is None or x >= 1, "rollout_batch_size")
         self._check("must be >= 0", lambda x: x >= 0, "critic_warmup")
         self._check(
             "must be >= 0 and finite",
@@ -293,18 +299,12 @@ class PPOConfig(ResponseOptions, RewardOptions, TrainConfig):
         self._check("must be in [0, 1)", lambda x: 0 <= x < 1, "cliprange")
         self._check("must be in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam")
         self._check("must be > 0", lambda x: 0 < x < math.inf, "cliprange_value")
-        self._check(
-            "must be > 0",
-            lambda x: x is None or x > 0,
-            *("score_clip", "early_stop_kl", "target_kl"),
-        )
+        optional = "score_clip", "early_stop_kl", "target_kl"
+        self._check("must be > 0", lambda x: x is None or x > 0, *optional)
         self._check("must be > 1", lambda x: x is None or x > 1, "dual_clip")
         self._check("must be finite", lambda x: x is None or math.isfinite(x), "missing_eos_score")
-        self._check(f"must be one of {KL_ESTIMATORS}", KL_ESTIMATORS.__contains__, "kl_estimator")
-        self._check(f"must be one of {ADAPTIVE_KL}", ADAPTIVE_KL.__contains__, "adaptive_kl")
-        self._check(
-            f"must be one of {SCORE_SCALINGS}", SCORE_SCALINGS.__contains__, "score_scaling"
-        )
+        self._check_choices(kl_estimator=KL_ESTIMATORS, adaptive_kl=ADAPTIVE_KL)
+        self._check_choices(score_scaling=SCORE_SCALINGS, logits_from=LOGITS_FROM)
         self._check(
             "must be finite numbers",
             lambda x: x is None or all(map(math.isfinite, x)),

@@ -132,45 +132,6 @@ def token_values(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return scalar_head(model, hidden)
 
 
-class ActorCritic(nn.Module):
-    """A policy and its critic as one module, which DistributedDataParallel can wrap.
-
-    The critic is a scorer of its own, or one whose trunk is the policy's (`value_head`).
-    """
-
-    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel):
-        super().__init__()
-        self.policy = policy
-        self.critic = critic
-
-    @property
-    def shares_trunk(self) -> bool:
-        return self.critic.base_model is self.policy.base_model
-
-    def critic_parameters(self) -> list[nn.Parameter]:
-        """The critic's parameters that are not the policy's."""
-        shared = set(self.policy.parameters())
-        return [parameter for parameter in self.critic.parameters() if parameter not in shared]
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, num_tokens: int
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (B, num_tokens, V) and fp32 values (B, num_tokens) at the last positions."""
-        outputs = self.policy(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions(attention_mask),
-            use_cache=False,
-            logits_to_keep=num_tokens,
-            output_hidden_states=self.shares_trunk,
-        )
-        if self.shares_trunk:
-            values = scalar_head(self.critic, outputs.hidden_states[-1])
-        else:
-            values = token_values(self.critic, input_ids, attention_mask)
-        return outputs.logits, values[:, -num_tokens:]
-
-
 def value_head(policy: PreTrainedModel) -> PreTrainedModel:
     """A critic on the policy's own trunk; its new head gives 0 everywhere."""
     config = deepcopy(policy.config)

@@ -75,6 +75,10 @@ class Options:
             if not holds(value):
                 raise UserError(f"{name} {rule}, got {value!r}")
 
+    def _check_choices(self, **choices: tuple[str, ...]) -> None:
+        for name, allowed in choices.items():
+            self._check(f"must be one of {allowed}", allowed.__contains__, name)
+
 
 @dataclass(kw_only=True)
 class ModelOptions(Options):

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_kernels import kl_estimate, token_logprobs, token_logprobs_and_entropy
+from ppo_kernels import kl_estimate
 from rlhf import distributed
 from rlhf.batches import pad
 from rlhf.config import PPOConfig
 from rlhf.generation import Stopping, generate
-from rlhf.models import ActorCritic, autocast, positions
+from rlhf.heads import ActorCritic
+from rlhf.models import autocast
 from rlhf.options import ResponseOptions
 
 
@@ -84,6 +85,11 @@ class Responses(NamedTuple):
     def attention_mask(self) -> Tensor:
         return torch.cat([self.prompt_mask, self.mask], dim=1)
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, int]:
+        """Ids, mask and T of a pass of which the last T positions score the response tokens."""
+        return self.input_ids[:, :-1], self.attention_mask[:, :-1], self.tokens.shape[1]
+
 
 class Experience(NamedTuple):
     """What policy, reference and critic say of the responses, each (B, T), 0 where masked out."""
@@ -137,37 +143,11 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Responses) -
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def response_logits(model: PreTrainedModel, responses: Responses, stopping: Stopping) -> Tensor:
-    """Logits (B, T, V) that score the response tokens, what ends a response suppressed as in
-    sampling."""
-    mask = responses.attention_mask[:, :-1]
-    logits = model(
-        input_ids=responses.input_ids[:, :-1],
-        attention_mask=mask,
-        position_ids=positions(mask),
-        use_cache=False,
-        logits_to_keep=responses.tokens.shape[1],
-    ).logits
-    return stopping.suppress_(logits)
-
-
-def response_logits_and_values(
-    model: ActorCritic, responses: Responses, stopping: Stopping
-) -> tuple[Tensor, Tensor]:
-    """The policy's logits (B, T, V), and values (B, T) of the states in which the response tokens
-    were chosen."""
-    logits, values = model(
-        responses.input_ids[:, :-1], responses.attention_mask[:, :-1], responses.tokens.shape[1]
-    )
-    return stopping.suppress_(logits), values
-
-
 @torch.no_grad()
 def evaluate_responses(
     model: ActorCritic,
     reference: PreTrainedModel,
     responses: Responses,
-    stopping: Stopping,
     config: PPOConfig,
 ) -> Experience:
     """One pass of each model over the responses, divided among the processes.
@@ -181,12 +161,12 @@ def evaluate_responses(
     parts = responses.by_length(rows, config.per_device_train_batch_size)
     for index, part in distributed.my_share(parts):
         with autocast(config.bf16):
-            logits, values = response_logits_and_values(model, part, stopping)
-            logprobs, entropy = token_logprobs_and_entropy(
-                logits, part.tokens, temperature=config.temperature
+            policy, values = model(*part.inputs)
+            logprobs, entropy = policy.logprobs_and_entropy(
+                part.tokens, temperature=config.temperature
             )
-            logits = response_logits(reference, part, stopping)
-            ref_logprobs = token_logprobs(logits, part.tokens, temperature=config.temperature)
+            ref, _ = model.head(reference, *part.inputs)
+            ref_logprobs = ref.logprobs(part.tokens, temperature=config.temperature)
         results = Experience(logprobs, ref_logprobs, entropy, values)
         for whole, result in zip(experience, results, strict=True):
             whole[index, : part.tokens.shape[1]] = result.masked_fill(~part.mask, 0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ppo_kernels import gae, masked_mean, masked_whiten, ppo_loss_, value_loss
+from ppo_kernels import gae, masked_mean, masked_whiten, value_loss
 from rlhf import distributed
 from rlhf.adaptive import KLController, ScoreScaler
 from rlhf.batches import pad
@@ -24,9 +24,9 @@ from rlhf.config import PPOConfig
 from rlhf.data import Prompts, load_prompts
 from rlhf.errors import UserError
 from rlhf.generation import Stopping
+from rlhf.heads import ActorCritic, make_head
 from rlhf.iteration import Batch
 from rlhf.models import (
-    ActorCritic,
     autocast,
     check_fits,
     checkpointed,
@@ -45,7 +45,6 @@ from rlhf.rollout import (
     Responses,
     decode_responses,
     evaluate_responses,
-    response_logits_and_values,
     sample_responses,
     shaped_scores,
     token_rewards,
@@ -92,7 +91,8 @@ class PPOTrainer:
         # Dropout stays off in training too, or the first ratio would not be 1.
         self.policy = load_causal_lm(config.model_name_or_path).eval()
         self.reference = freeze(load_causal_lm(config.model_name_or_path))
-        self.model = ActorCritic(self.policy, self._load_critic()).eval()
+        head = make_head(config.logits_from, self.policy, self.stopping)
+        self.model = ActorCritic(self.policy, self._load_critic(), head).eval()
         self._check_lengths()
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.policy)
@@ -162,9 +162,7 @@ class PPOTrainer:
         self, prompts: Prompts, rows: list[int], responses: Responses
     ) -> tuple[Experience, Scores]:
         """What the models and the reward functions say of the responses."""
-        experience = evaluate_responses(
-            self.model, self.reference, responses, self.stopping, self.config
-        )
+        experience = evaluate_responses(self.model, self.reference, responses, self.config)
         mine = distributed.my_rows(len(rows))
         samples = self.samples(prompts, rows[mine], responses.rows(mine))
         scores = distributed.together(lambda: score_samples(self.rewards, samples))
@@ -259,22 +257,21 @@ class PPOTrainer:
         config = self.config
         columns = slice(0, part.tokens.shape[1])
         old_logprobs = batch.experience.logprobs[index, columns]
-        with autocast(config.bf16):
-            logits, values = response_logits_and_values(self.parallel, part, self.stopping)
         try:
-            policy_loss = ppo_loss_(
-                logits,
-                part.tokens,
-                old_logprobs,
-                batch.advantages[index, columns],
-                part.mask,
-                clip_low=config.cliprange,
-                clip_high=config.cliprange_high,
-                dual_clip=config.dual_clip,
-                entropy_coef=config.entropy_coef,
-                temperature=config.temperature,
-                denominator=denominator,
-            )
+            with autocast(config.bf16):
+                tokens, values = self.parallel(*part.inputs)
+                policy_loss = tokens.ppo_loss(
+                    part.tokens,
+                    old_logprobs,
+                    batch.advantages[index, columns],
+                    part.mask,
+                    clip_low=config.cliprange,
+                    clip_high=config.cliprange_high,
+                    dual_clip=config.dual_clip,
+                    entropy_coef=config.entropy_coef,
+                    temperature=config.temperature,
+                    denominator=denominator,
+                )
         except ValueError as error:  # of the logits, that is of the weights
             raise UserError(f"training diverged, {error}: lower learning_rate") from error
         critic_loss = value_loss(

@@ -94,11 +94,16 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_whitening_is_centred_across_ranks(config_file, tmp_path):
+def test_whitening_is_centred_across_ranks(config_file, tmp_path, world):
     """Over all responses the advantages have mean 0 and deviation 1; over one rank's they do not.
-    And a NaN that only the second rank's reward returns ends both, with the sample named."""
+    A NaN that only the second rank's reward returns ends both, with the sample named. And the
+    gradients that the ranks share out are those of the logits where they are made of hidden states,
+    with a head tied to the embeddings or not."""
     script = Path(__file__).with_name("two_ranks.py")
     file = config_file(reward_funcs=[f"{script}:odd_one_out"], per_device_train_batch_size=4)
+    for model in ("llama", "gpt2"):
+        for name in (model, f"{model}-reward"):
+            (tmp_path / name).symlink_to(world / name)
     run = torchrun(2, str(script), str(file), str(tmp_path))
     assert run.returncode == 0, run.stderr
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
@@ -108,6 +113,9 @@ def test_whitening_is_centred_across_ranks(config_file, tmp_path):
     assert min(abs(first["mine"][0]), abs(second["mine"][0])) > 1e-3
     assert first["error"] == second["error"]
     assert "nan" in first["error"] and "prompt '" in first["error"]
+    assert first["from hidden"] == second["from hidden"]
+    assert first["from hidden"].keys() == {"llama", "gpt2"}
+    assert max(first["from hidden"].values()) < 1e-5
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])

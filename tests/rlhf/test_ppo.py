@@ -22,7 +22,6 @@ from rlhf.ppo import train_ppo
 from rlhf.rollout import (
     Draws,
     Responses,
-    response_logits_and_values,
     sample_responses,
     shaped_scores,
     token_rewards,
@@ -100,7 +99,7 @@ def test_ratio_is_one_at_the_first_minibatch(ppo_config, any_model, tmp_path, ch
 def test_padding_invariance_of_logits_values_and_scores(make_trainer, any_model):
     trainer = make_trainer(**any_model)
     responses = sample(trainer, [[3], [4, 5], [3, 5, 7, 8], [6]] * 4)
-    logits, values = response_logits_and_values(trainer.model, responses, trainer.stopping)
+    tokens, values = trainer.model(*responses.inputs)
     scores = sequence_scores(
         trainer.rewards[0].model, responses.input_ids, responses.attention_mask
     )
@@ -109,7 +108,8 @@ def test_padding_invariance_of_logits_values_and_scores(make_trainer, any_model)
         ids = torch.tensor([prompt + response])
         span = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
         alone = trainer.policy(ids).logits[0, span]
-        torch.testing.assert_close(logits[row, : len(response)], alone, atol=1e-5, rtol=1e-5)
+        actual = tokens.logits[row, : len(response)]
+        torch.testing.assert_close(actual, alone, atol=1e-5, rtol=1e-5)
         alone = token_values(trainer.model.critic, ids, torch.ones_like(ids))[0]
         torch.testing.assert_close(values[row, : len(response)], alone[span], atol=1e-5, rtol=1e-5)
         alone = trainer.rewards[0].model.score(
@@ -322,8 +322,8 @@ def test_gradient_is_that_of_the_textbook_loss(make_trainer):
     experience = batch.experience._replace(logprobs=old_logprobs, values=old_values)
     batch = batch._replace(experience=experience)
 
-    logits, values = response_logits_and_values(trainer.model, responses, trainer.stopping)
-    logits = logits / 0.8
+    tokens, values = trainer.model(*responses.inputs)
+    logits = tokens.logits / 0.8
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     logprobs = logprobs.gather(-1, responses.tokens[..., None])[..., 0]

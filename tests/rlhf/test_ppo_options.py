@@ -15,7 +15,9 @@ from transformers import (
 
 from rlhf.adaptive import KLController, ScoreScaler
 from rlhf.errors import UserError
-from rlhf.models import ActorCritic, load_causal_lm, token_values, value_head
+from rlhf.generation import Stopping
+from rlhf.heads import ActorCritic, make_head
+from rlhf.models import load_causal_lm, token_values, value_head
 from rlhf.ppo import train_ppo
 from rlhf.rollout import token_rewards
 from rlhf.trainer import PPOTrainer
@@ -223,9 +225,13 @@ def test_only_the_critic_learns_during_its_warmup(make_trainer, share_trunk):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_shared_trunk_gives_the_values_of_its_own_scorer(world, name):
+@pytest.mark.parametrize("logits_from", ["logits", "hidden"])
+def test_a_shared_trunk_gives_the_values_of_its_own_scorer(
+    world, tokenizer, ppo_config, name, logits_from
+):
     policy = load_causal_lm(str(world / name)).eval()
-    model = ActorCritic(policy, value_head(policy)).eval()
+    head = make_head(logits_from, policy, Stopping(tokenizer, ppo_config(output_dir="-")))
+    model = ActorCritic(policy, value_head(policy), head).eval()
     assert model.shares_trunk
     torch.nn.init.normal_(model.critic.score.weight, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[0, 3, 5, 7, 4], [4, 5, 7, 8, 9]])

@@ -21,11 +21,9 @@ odd_one_out.calls = 0
 
 
 def observe(config_file: str, folder: str) -> None:
-    from rlhf.cli import parse_config
     from rlhf.errors import UserError
-    from rlhf.trainer import PPOTrainer
 
-    trainer = PPOTrainer(parse_config("ppo", ["--config", config_file]))
+    trainer = load(config_file)
     batch = collect(trainer)
     mine = distributed.my_rows(trainer.batch_size)
     result = {}
@@ -37,7 +35,40 @@ def observe(config_file: str, folder: str) -> None:
         collect(trainer)
     except UserError as error:
         result["error"] = str(error)
+    result["from hidden"] = {
+        model: gradients_differ(config_file, model) for model in ("llama", "gpt2")
+    }
     Path(folder, f"rank-{distributed.rank()}.json").write_text(json.dumps(result))
+
+
+def load(config_file: str, **changes: str):
+    from rlhf.cli import parse_config
+    from rlhf.trainer import PPOTrainer
+
+    options = [text for name, value in changes.items() for text in (f"--{name}", value)]
+    return PPOTrainer(parse_config("ppo", ["--config", config_file, *options]))
+
+
+def gradients_differ(config_file: str, model: str) -> float:
+    """By how much the gradients of a step from hidden states differ from those from logits,
+    relative to the largest. The GPT-2 ties its head, the Llama does not."""
+    import torch
+
+    path = str(Path(config_file).with_name(model))
+    gradients = []
+    for kind in ("logits", "hidden"):
+        trainer = load(
+            config_file,
+            model_name_or_path=path,
+            critic_model_path=f"{path}-reward",
+            logits_from=kind,
+            min_response_length="2",
+            reward_funcs=f"{path}-reward",
+        )
+        trainer._gradient(collect(trainer), torch.arange(trainer.batch_size))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    logits, hidden = gradients
+    return ((logits - hidden).abs().max() / logits.abs().max()).item()
 
 
 def collect(trainer):
