@@ -1,0 +1,83 @@
+"""The ops inside other people's trainers: functions of their names, and `patch` to swap them in.
+
+`trl`, `verl`, `openrlhf` and `torchrl` hold functions with the names, signatures and results of
+that package's own, on `ppo_kernels`; each says which version it mirrors. None imports the package.
+"""
+
+import contextlib
+import importlib
+import inspect
+import sys
+
+from ppo_kernels import checks
+from ppo_kernels.integrations import openrlhf, torchrl, trl, verl
+
+_PEERS = {"trl": trl, "verl": verl, "openrlhf": openrlhf, "torchrl": torchrl}
+
+
+def _parameters(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def _original(path, ours):
+    """The function at `path` that `ours` stands in for."""
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise ImportError(f"patch needs {path}, which cannot be imported: {error}") from error
+    theirs = getattr(module, ours.__name__, None)
+    if theirs is None:
+        raise AttributeError(f"{path} has no {ours.__name__}: this version is not supported")
+    if _parameters(theirs) != _parameters(ours):
+        raise TypeError(
+            f"{path}.{ours.__name__} must have the signature {inspect.signature(ours)}, got "
+            f"{inspect.signature(theirs)}: this version is not supported"
+        )
+    return theirs
+
+
+def _replace(package, old, new):
+    """In all modules of a package that are imported, and in their dicts (verl's registries)."""
+    for name, module in list(sys.modules.items()):
+        if module is None or name.partition(".")[0] != package:
+            continue
+        names = vars(module)
+        for holder in (names, *[x for x in names.values() if type(x) is dict]):
+            for key in [key for key, value in holder.items() if value is old]:
+                holder[key] = new
+
+
+@contextlib.contextmanager
+def patch(peer):
+    """Within `with patch(peer):` (or a function decorated so) the peer's trainers run on our ops.
+
+    Every module of the peer that holds one of the functions, under whatever name, holds ours, also
+    one that is first imported within; all have their own back afterwards, whatever was raised.
+    `patch` may be nested and repeated. What copied a function elsewhere keeps it: your own
+    `from trl... import`, a `torch.compile(function)` or `partial` that an object made when it was
+    built. So build trainers within. Modules belong to the process: all its threads see the change,
+    and worker processes (Ray's, torchrun's) each need a `patch` of their own.
+
+    Args:
+        peer: "trl", "verl", "openrlhf" or "torchrl".
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: the peer, or what it needs, is not installed.
+        AttributeError, TypeError: its version has not got the function, or with other parameters.
+    """
+    checks.choice("peer", peer, tuple(_PEERS))
+    swaps = [
+        (_original(path, ours), ours)
+        for path, functions in _PEERS[peer].REPLACES.items()
+        for ours in functions
+    ]
+    # Within another patch they are ours already, and the outer one gives them back.
+    swaps = [(theirs, ours) for theirs, ours in swaps if theirs is not ours]
+    try:
+        for theirs, ours in swaps:
+            _replace(peer, theirs, ours)
+        yield
+    finally:
+        for theirs, ours in swaps:
+            _replace(peer, ours, theirs)

@@ -1,0 +1,27 @@
+"""Functions of OpenRLHF 0.11.2's `openrlhf.models.utils`.
+
+Results have OpenRLHF's shapes and dtype, that of the logits; in half precision they are the exact
+ones rounded once. Where its entropy is NaN, at -inf logits, these are finite.
+"""
+
+from ppo_kernels.integrations.entropy import entropy
+from ppo_kernels.logprobs import token_logprobs
+
+
+def log_probs_from_logits(logits, labels, temperature=1.0):
+    """log softmax(logits / temperature) at `labels`: (..., V), (...) -> (...), differentiable.
+
+    As in OpenRLHF a temperature other than 1 divides the logits in place, and who reads them
+    afterwards finds them divided.
+    """
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return token_logprobs(logits, labels).to(logits.dtype)
+
+
+def compute_entropy(logits):
+    """Entropy of each row, in nats: (..., V) -> (...), differentiable."""
+    return entropy(logits).to(logits.dtype)
+
+
+REPLACES = {"openrlhf.models.utils": (log_probs_from_logits, compute_entropy)}

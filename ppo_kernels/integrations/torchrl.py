@@ -1,0 +1,116 @@
+r"""Functions of torchrl 0.14.1's `torchrl.objectives.value.functional`.
+
+torchrl has a next value of its own for each step, which at a truncated one is not the value of the
+step that follows, and two ends: `terminated` cuts the value, `done` cuts the advantage::
+
+    δ_t = r_t + γ ¬terminated_t V'_t - V_t        A_t = δ_t + γ λ ¬done_t A_{t+1}
+
+The second is `ppo_kernels.gae` with δ for rewards and values of zero, whatever V' is. Cuts are made
+by selection, so that nothing non-finite crosses them (in torchrl 0·NaN does).
+"""
+
+import torch
+
+from ppo_kernels.gae import gae
+
+
+class _Advantages(torch.autograd.Function):
+    """(N, T) δ -> A. Its transpose is the same scan forwards, each cut one step later."""
+
+    @staticmethod
+    def forward(ctx, delta, done, gamma, lam):
+        ctx.save_for_backward(done)
+        ctx.factors = {"gamma": gamma, "lam": lam}
+        return gae(delta, torch.zeros_like(delta), dones=done, **ctx.factors).advantages
+
+    @staticmethod
+    def backward(ctx, grad):
+        (done,) = ctx.saved_tensors
+        cuts = done.roll(1, 1).flip(1)
+        grad = grad.flip(1)
+        grad = gae(grad, torch.zeros_like(grad), dones=cuts, **ctx.factors).advantages
+        return grad.flip(1), None, None, None
+
+
+def _number(name, x):
+    if isinstance(x, torch.Tensor) and (x.numel() != 1 or x.requires_grad):
+        kind = f"shape {tuple(x.shape)}, requires_grad={x.requires_grad}"
+        raise ValueError(f"{name} must be one number without gradient, got a tensor of {kind}")
+    return float(x)
+
+
+def generalized_advantage_estimate(
+    gamma,
+    lmbda,
+    state_value,
+    next_state_value,
+    reward,
+    done,
+    terminated=None,
+    *,
+    time_dim=-2,
+):
+    """Advantages and value targets; see the module for the formula.
+
+    Args:
+        gamma, lmbda: numbers in [0, 1], or tensors of one element (a GPU is waited for then).
+        state_value, next_state_value, reward: (..., T, F) floating, each feature a trajectory.
+        done, terminated: (..., T, F) bool; terminated is done when None.
+        time_dim: where T stands.
+
+    Returns:
+        advantage, value_target = advantage + state_value: (..., T, F), differentiable; the
+        advantage has the dtype of next_state_value.
+
+    Raises:
+        RuntimeError: shapes differ, as in torchrl.
+        ValueError: gamma or lmbda of a step each, which torchrl takes in its vectorised form.
+        TypeError, ValueError: as `ppo_kernels.gae`.
+    """
+    gamma, lmbda = _number("gamma", gamma), _number("lmbda", lmbda)
+    terminated = done if terminated is None else terminated
+    shapes = [tuple(x.shape) for x in (state_value, next_state_value, reward, done, terminated)]
+    if len(set(shapes)) != 1:
+        raise RuntimeError(
+            "state_value, next_state_value, reward, done and terminated must have one shape, got "
+            + ", ".join(map(str, shapes))
+        )
+    delta = reward + gamma * next_state_value.masked_fill(terminated, 0) - state_value
+    rows = delta.movedim(time_dim, -1)
+    done = done.movedim(time_dim, -1)
+    length = rows.shape[-1]
+    advantage = _Advantages.apply(rows.reshape(-1, length), done.reshape(-1, length), gamma, lmbda)
+    advantage = advantage.reshape(rows.shape).movedim(-1, time_dim).to(next_state_value.dtype)
+    return advantage, advantage + state_value
+
+
+def vec_generalized_advantage_estimate(
+    gamma,
+    lmbda,
+    state_value,
+    next_state_value,
+    reward,
+    done,
+    terminated=None,
+    *,
+    time_dim=-2,
+):
+    """`generalized_advantage_estimate`, under the name that torchrl's `GAE` calls by default."""
+    return generalized_advantage_estimate(
+        gamma,
+        lmbda,
+        state_value,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        time_dim=time_dim,
+    )
+
+
+REPLACES = {
+    "torchrl.objectives.value.functional": (
+        generalized_advantage_estimate,
+        vec_generalized_advantage_estimate,
+    )
+}
