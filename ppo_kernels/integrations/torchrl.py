@@ -9,8 +9,11 @@ The second is `ppo_kernels.gae` with δ for rewards and values of zero, whatever
 by selection, so that nothing non-finite crosses them (in torchrl 0·NaN does).
 """
 
+import math
+
 import torch
 
+from ppo_kernels import checks
 from ppo_kernels.gae import gae
 
 
@@ -63,23 +66,19 @@ def generalized_advantage_estimate(
         advantage has the dtype of next_state_value.
 
     Raises:
-        RuntimeError: shapes differ, as in torchrl.
         ValueError: gamma or lmbda of a step each, which torchrl takes in its vectorised form.
-        TypeError, ValueError: as `ppo_kernels.gae`.
+        TypeError, ValueError: naming the argument, the rule and the value.
     """
     gamma, lmbda = _number("gamma", gamma), _number("lmbda", lmbda)
     terminated = done if terminated is None else terminated
-    shapes = [tuple(x.shape) for x in (state_value, next_state_value, reward, done, terminated)]
-    if len(set(shapes)) != 1:
-        raise RuntimeError(
-            "state_value, next_state_value, reward, done and terminated must have one shape, got "
-            + ", ".join(map(str, shapes))
-        )
+    for name, x in (("state_value", state_value), ("next_state_value", next_state_value)):
+        checks.per_token(name, x, "reward", reward)
+    checks.boolean("done", done, "reward", reward)
+    checks.boolean("terminated", terminated, "reward", reward)
     delta = reward + gamma * next_state_value.masked_fill(terminated, 0) - state_value
-    rows = delta.movedim(time_dim, -1)
-    done = done.movedim(time_dim, -1)
-    length = rows.shape[-1]
-    advantage = _Advantages.apply(rows.reshape(-1, length), done.reshape(-1, length), gamma, lmbda)
+    rows, done = delta.movedim(time_dim, -1), done.movedim(time_dim, -1)
+    batch = math.prod(rows.shape[:-1]), rows.shape[-1]
+    advantage = _Advantages.apply(rows.reshape(batch), done.reshape(batch), gamma, lmbda)
     advantage = advantage.reshape(rows.shape).movedim(-1, time_dim).to(next_state_value.dtype)
     return advantage, advantage + state_value
 

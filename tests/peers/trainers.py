@@ -20,20 +20,19 @@ SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>"}
 
 
 class Run(NamedTuple):
-    """What a trainer logged, its weights, the process's CPU seconds in its steps (PPO's updates;
-    GRPO's with their rollouts), wall seconds of all, and the peak of memory beyond the start's."""
+    """What a trainer logged, its weights, wall seconds and the process's CPU seconds, those of
+    PPO's updates alone, and the peak of memory beyond the start's."""
 
     logs: list[dict[str, float]]
     weights: list[torch.Tensor]
-    step_cpu_s: float
     wall_s: float
+    cpu_s: float
+    update_cpu_s: float
     peak_mib: float
 
     def __str__(self):
-        return (
-            f"steps {self.step_cpu_s:.2f} s of CPU, all {self.wall_s:.2f} s of wall time, "
-            f"peak +{self.peak_mib:.0f} MiB"
-        )
+        cost = f"{self.wall_s:.2f} s ({self.cpu_s:.2f} s of CPU), peak +{self.peak_mib:.0f} MiB"
+        return f"{cost}, updates {self.update_cpu_s:.2f} s of CPU" if self.update_cpu_s else cost
 
 
 def tokenizer_of(vocabulary):
@@ -71,28 +70,28 @@ def _resident_mib(field):
 
 
 def _measured(trainer):
-    """Train, timing what runs within `accelerator.accumulate`."""
-    seconds = 0.0
-    enter = trainer.accelerator.accumulate
+    """Train. TRL's PPO makes its updates within `accelerator.accumulate`, and nothing else."""
+    updates = 0.0
+    accumulate = trainer.accelerator.accumulate
 
     @contextlib.contextmanager
-    def timed(*args, **kwargs):
-        nonlocal seconds
+    def timed(*models):
+        nonlocal updates
         start = time.process_time()
-        with enter(*args, **kwargs) as value:
-            yield value
-        seconds += time.process_time() - start
+        with accumulate(*models):
+            yield
+        updates += time.process_time() - start
 
     trainer.accelerator.accumulate = timed
     Path("/proc/self/clear_refs").write_text("5")  # The peak starts from here.
-    before = _resident_mib("VmRSS")
-    start = time.perf_counter()
+    resident = _resident_mib("VmRSS")
+    wall, cpu = time.perf_counter(), time.process_time()
     set_seed(0)
     trainer.train()
-    total = time.perf_counter() - start
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = _resident_mib("VmHWM") - resident
     weights = [x.detach().clone() for x in trainer.model.parameters()]
-    peak = _resident_mib("VmHWM") - before
-    return Run(trainer.state.log_history, weights, seconds, total, peak)
+    return Run(trainer.state.log_history, weights, wall, cpu, updates, peak)
 
 
 def ppo(folder, vocabulary, *, response_length=16, batch=16, steps=2, epochs=2):

@@ -1,0 +1,303 @@
+"""Functions of other packages on our ops, against formulas, and `patch` on a package made here.
+
+`tests/peers` has the real packages, where they are installed.
+"""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from ppo_kernels import integrations
+from ppo_kernels.integrations import openrlhf, torchrl, trl, verl
+
+PEER = """
+def selective_log_softmax(logits, index):
+    return "theirs"
+
+def entropy_from_logits(logits: float, chunk_size: int = 128):
+    return "theirs"
+
+REGISTRY = {"entropy": entropy_from_logits}
+"""
+TRAINER = "from somepeer.utils import selective_log_softmax as scored, entropy_from_logits\n"
+
+
+@pytest.fixture
+def somepeer(tmp_path, monkeypatch):
+    """A package whose functions are named as TRL's, one module of it not imported yet."""
+    folder = tmp_path / "somepeer"
+    folder.mkdir()
+    sources = {"__init__": "", "utils": PEER, "trainer": TRAINER, "late": TRAINER}
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    replaces = {"somepeer.utils": (trl.selective_log_softmax, trl.entropy_from_logits)}
+    peer = types.SimpleNamespace(REPLACES=replaces)
+    monkeypatch.setitem(integrations._PEERS, "somepeer", peer)
+    import somepeer.trainer
+
+    yield somepeer
+    for name in [name for name in sys.modules if name.partition(".")[0] == "somepeer"]:
+        del sys.modules[name]
+
+
+def holders(somepeer):
+    utils, trainer = somepeer.utils, somepeer.trainer
+    return [
+        [utils.selective_log_softmax, trainer.scored],
+        [utils.entropy_from_logits, trainer.entropy_from_logits, utils.REGISTRY["entropy"]],
+    ]
+
+
+def held_by(somepeer, functions):
+    return all(
+        x is function
+        for found, function in zip(holders(somepeer), functions, strict=True)
+        for x in found
+    )
+
+
+OURS = (trl.selective_log_softmax, trl.entropy_from_logits)
+
+
+def test_patch_reaches_every_holder_and_gives_back(somepeer):
+    theirs = [found[0] for found in holders(somepeer)]
+    for _ in range(2):
+        with integrations.patch("somepeer"):
+            assert held_by(somepeer, OURS)
+        assert held_by(somepeer, theirs)
+
+
+def test_patch_gives_back_after_an_exception(somepeer):
+    theirs = [found[0] for found in holders(somepeer)]
+    with pytest.raises(KeyboardInterrupt), integrations.patch("somepeer"):
+        raise KeyboardInterrupt
+    assert held_by(somepeer, theirs)
+
+
+def test_patch_may_be_nested(somepeer):
+    theirs = [found[0] for found in holders(somepeer)]
+    with integrations.patch("somepeer"):
+        with integrations.patch("somepeer"):
+            assert held_by(somepeer, OURS)
+        assert held_by(somepeer, OURS)
+    assert held_by(somepeer, theirs)
+
+
+def test_modules_imported_within_are_given_back_too(somepeer):
+    theirs = [found[0] for found in holders(somepeer)]
+    with integrations.patch("somepeer"):
+        import somepeer.late
+
+        assert somepeer.late.scored is OURS[0]
+    assert (somepeer.late.scored, somepeer.late.entropy_from_logits) == tuple(theirs)
+
+
+def test_patch_leaves_other_packages_alone(somepeer, monkeypatch):
+    stranger = types.ModuleType("somepeers")
+    stranger.function = somepeer.utils.selective_log_softmax
+    monkeypatch.setitem(sys.modules, "somepeers", stranger)
+    with integrations.patch("somepeer"):
+        assert stranger.function is not OURS[0]
+
+
+def test_patch_refuses_another_signature_and_changes_nothing(somepeer):
+    def entropy_from_logits(logits, chunk_size=64):
+        pass
+
+    somepeer.utils.entropy_from_logits = entropy_from_logits
+    before = somepeer.utils.selective_log_softmax
+    with (
+        pytest.raises(TypeError, match=r"entropy_from_logits .*chunk_size=128.*chunk_size=64"),
+        integrations.patch("somepeer"),
+    ):
+        pass
+    assert somepeer.utils.selective_log_softmax is before
+
+
+def test_patch_refuses_what_is_gone(somepeer):
+    del somepeer.utils.entropy_from_logits
+    with (
+        pytest.raises(AttributeError, match=r"somepeer\.utils has no entropy_from_logits"),
+        integrations.patch("somepeer"),
+    ):
+        pass
+
+
+def test_patch_names_what_is_missing(monkeypatch):
+    missing = types.SimpleNamespace(REPLACES={"no_such_peer.utils": OURS})
+    monkeypatch.setitem(integrations._PEERS, "no_such_peer", missing)
+    with (
+        pytest.raises(ImportError, match=r"no_such_peer\.utils.*No module named"),
+        integrations.patch("no_such_peer"),
+    ):
+        pass
+
+
+def test_patch_knows_its_peers():
+    with (
+        pytest.raises(ValueError, match="peer must be one of trl, verl, openrlhf, torchrl"),
+        integrations.patch("tlr"),
+    ):
+        pass
+
+
+LOGPROBS = (
+    trl.selective_log_softmax,
+    verl.logprobs_from_logits,
+    openrlhf.log_probs_from_logits,
+)
+ENTROPIES = (
+    trl.entropy_from_logits,
+    verl.entropy_from_logits,
+    verl.entropy_from_logits_with_chunking,
+    openrlhf.compute_entropy,
+)
+
+
+def truth(logits):
+    log_p = torch.log_softmax(logits.double(), -1)
+    return log_p, -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+
+
+@pytest.mark.parametrize("function", [*LOGPROBS, *ENTROPIES], ids=lambda x: x.__qualname__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_functions_of_logits(function, dtype):
+    """-inf logits among them; half precision is the truth rounded once."""
+    logits = (3 * torch.randn(6, 41)).to(dtype)
+    logits[:, 7] = -torch.inf
+    index = torch.randint(8, 41, (6,))
+    log_p, entropy = truth(logits)
+    if function in LOGPROBS:
+        result, expected = function(logits, index), log_p.gather(-1, index[:, None])[:, 0]
+    else:
+        result, expected = function(logits), entropy
+    kept = torch.float32 if function is verl.entropy_from_logits_with_chunking else dtype
+    assert result.dtype == kept
+    rtol = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}[kept]
+    torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=rtol)
+
+
+def test_several_tokens_of_a_row():
+    """Also where some, or all of them, have a logit of -inf; with gradients."""
+    logits = torch.randn(3, 4, 11, dtype=torch.float64)
+    logits[..., :3] = -torch.inf
+    index = torch.randint(11, (3, 4, 5))
+    index[0, 0] = 1
+    index[0, 1, 0] = 0
+    expected = truth(logits)[0].gather(-1, index)
+    torch.testing.assert_close(trl.selective_log_softmax(logits, index), expected)
+    assert (expected[0, 0] == -torch.inf).all()
+    logits[..., :3] = -1
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: trl.selective_log_softmax(x, index), logits)
+
+
+def test_openrlhf_temperature_divides_in_place():
+    logits, labels = torch.randn(2, 3, 17), torch.randint(17, (2, 3))
+    divided = logits / 0.7
+    result = openrlhf.log_probs_from_logits(logits, labels, temperature=0.7)
+    assert torch.equal(logits, divided)
+    expected = truth(divided)[0].gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_verl_advantages_by_hand():
+    """Example of the module `gae`'s tests with a gap: A = (0.7884, 0.97, 1.0), skipped over."""
+    rewards = torch.tensor([[-0.06, 9.0, 0.15, 5.0, 9.0]], dtype=torch.float64)
+    values = torch.tensor([[3.0, 7.0, 3.5, 4.0, 7.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 0, 1, 1, 0]])
+    carried = torch.tensor([[0.7884, 0.97, 0.97, 1.0, 0.0]], dtype=torch.float64)
+    counted = carried[mask == 1]
+    advantages, returns = verl.compute_gae_advantage_return(rewards, values, mask, 0.9, 0.8)
+    torch.testing.assert_close(returns, carried + values)
+    torch.testing.assert_close(
+        advantages, (carried - counted.mean()) / (counted.var() + 1e-8).sqrt()
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([0, 1, 0], "two positions or more, got 1"),
+        ([0, 0, 0], "two positions or more, got 0"),
+        ([1, 2, 1], r"0 or 1, got \[1, 2\]"),
+        ([1.0, 0.5, 1.0], "0 or 1"),
+    ],
+)
+def test_verl_masks_that_cannot_be(mask, message):
+    rewards, values = torch.randn(2, 1, 3)
+    with pytest.raises(ValueError, match=message):
+        verl.compute_gae_advantage_return(rewards, values, torch.tensor([mask]), 1.0, 1.0)
+
+
+def gae_truth(gamma, lam, value, next_value, reward, done, terminated):
+    """(N, T) by the formula, with differences that autograd sees."""
+    advantages, carry = [], torch.zeros_like(value[:, 0])
+    for t in reversed(range(value.shape[1])):
+        bootstrap = torch.where(terminated[:, t], 0.0, next_value[:, t])
+        delta = reward[:, t] + gamma * bootstrap - value[:, t]
+        carry = delta + gamma * lam * torch.where(done[:, t], 0.0, carry)
+        advantages.insert(0, carry)
+    return torch.stack(advantages, 1)
+
+
+def test_torchrl_truncations_and_gradients():
+    inputs = torch.randn(3, 5, 30, dtype=torch.float64)
+    done = torch.rand(5, 30) < 0.3
+    terminated = done & (torch.rand(5, 30) < 0.5)
+    weights = torch.randn(2, 5, 30, dtype=torch.float64)
+
+    def run(function):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        advantage = function(*leaves)
+        loss = (weights[0] * advantage + weights[1] * (advantage + leaves[0])).sum()
+        return advantage, *torch.autograd.grad(loss, leaves)
+
+    expected = run(lambda *x: gae_truth(0.97, 0.9, *x, done, terminated))
+    gamma = torch.tensor([0.97], dtype=torch.float64)
+    for function in torchrl.REPLACES["torchrl.objectives.value.functional"]:
+        results = run(lambda *x, f=function: f(gamma, 0.9, *x, done, terminated, time_dim=-1)[0])
+        for x, y in zip(results, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_torchrl_ends_let_nothing_through():
+    """terminated is done when it is not given; NaN and inf behind an end stay there."""
+    value, next_value, reward = torch.randn(3, 1, 4, 1)
+    done = torch.tensor([0, 1, 0, 1], dtype=torch.bool).reshape(1, 4, 1)
+    next_value[0, 1], reward[0, 3] = torch.nan, torch.inf
+    advantage, target = torchrl.generalized_advantage_estimate(
+        0.9, 0.8, value, next_value, reward, done
+    )
+    assert advantage[0, :2].isfinite().all() and target[0, :2].isfinite().all()
+    torch.testing.assert_close(advantage[0, 1], reward[0, 1] - value[0, 1])
+    assert advantage[0, 2:].isinf().all()
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 1), (0, 4, 1)])
+def test_torchrl_without_tokens(shape):
+    empty = torch.zeros(shape, requires_grad=True)
+    results = torchrl.generalized_advantage_estimate(0.9, 0.9, *3 * [empty], empty.bool())
+    assert [x.shape for x in results] == 2 * [shape]
+    sum(x.sum() for x in results).backward()
+    assert empty.grad.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gamma": torch.ones(4)}, ValueError, r"gamma must be one number.*shape \(4,\)"),
+        ({"lmbda": torch.ones(1, requires_grad=True)}, ValueError, "lmbda must be one number"),
+        ({"gamma": 1.5}, ValueError, "gamma must be <= 1, got 1.5"),
+        ({"reward": torch.zeros(1, 5, 1)}, ValueError, r"must have shape \(1, 5, 1\)"),
+        ({"done": torch.zeros(1, 4, 1)}, TypeError, "done.* must be a bool tensor"),
+    ],
+)
+def test_torchrl_errors(change, error, message):
+    tensors = {x: torch.zeros(1, 4, 1) for x in ("state_value", "next_state_value", "reward")}
+    arguments = {"gamma": 0.9, "lmbda": 0.9, "done": torch.zeros(1, 4, 1).bool(), **tensors}
+    with pytest.raises(error, match=message):
+        torchrl.generalized_advantage_estimate(**arguments | change)
