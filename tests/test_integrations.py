@@ -21,6 +21,7 @@ def entropy_from_logits(logits: float, chunk_size: int = 128):
 
 REGISTRY = {"entropy": entropy_from_logits}
 """
+OURS = (trl.selective_log_softmax, trl.entropy_from_logits)
 TRAINER = "from somepeer.utils import selective_log_softmax as scored, entropy_from_logits\n"
 
 
@@ -33,8 +34,10 @@ def somepeer(tmp_path, monkeypatch):
     for name, source in sources.items():
         (folder / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    replaces = {"somepeer.utils": (trl.selective_log_softmax, trl.entropy_from_logits)}
-    peer = types.SimpleNamespace(REPLACES=replaces)
+    peer = types.SimpleNamespace(
+        REPLACES={"somepeer.utils": OURS},
+        REPLACES_IN_LATER_VERSIONS={"somepeer.utils": (trl.selective_log_softmax_and_entropy,)},
+    )
     monkeypatch.setitem(integrations._PEERS, "somepeer", peer)
     import somepeer.trainer
 
@@ -57,9 +60,6 @@ def held_by(somepeer, functions):
         for found, function in zip(holders(somepeer), functions, strict=True)
         for x in found
     )
-
-
-OURS = (trl.selective_log_softmax, trl.entropy_from_logits)
 
 
 def test_patch_reaches_every_holder_and_gives_back(somepeer):
@@ -124,6 +124,26 @@ def test_patch_refuses_what_is_gone(somepeer):
         integrations.patch("somepeer"),
     ):
         pass
+
+
+def test_patch_takes_what_later_versions_have(somepeer):
+    """A function of its own, and options that the fixture's older version lacks."""
+
+    def selective_log_softmax_and_entropy(
+        logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
+    ):
+        pass
+
+    def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
+        pass
+
+    somepeer.utils.selective_log_softmax = selective_log_softmax
+    somepeer.utils.selective_log_softmax_and_entropy = selective_log_softmax_and_entropy
+    with integrations.patch("somepeer"):
+        ours = trl.selective_log_softmax_and_entropy
+        assert somepeer.utils.selective_log_softmax_and_entropy is ours
+        assert somepeer.utils.selective_log_softmax is OURS[0]
+    assert somepeer.utils.selective_log_softmax_and_entropy is selective_log_softmax_and_entropy
 
 
 def test_patch_names_what_is_missing(monkeypatch):
@@ -193,6 +213,31 @@ def test_several_tokens_of_a_row():
     logits[..., :3] = -1
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: trl.selective_log_softmax(x, index), logits)
+
+
+@pytest.mark.parametrize("several", [(), (3,)])
+def test_trl_temperature_and_row_mask(several):
+    """Rows masked out give 0 and take no gradient, and their ids are not looked at."""
+    logits = torch.randn(4, 5, 13, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(13, (4, 5, *several))
+    row_mask = torch.rand(4, 5) < 0.6
+    log_p, entropy = truth(logits.detach() / 0.7)
+    expected = log_p.gather(-1, index.reshape(4, 5, -1)).reshape(index.shape)
+    masks = row_mask.reshape(4, 5, *len(several) * [1]).expand(index.shape)
+    outside = index.masked_fill(~masks, -100)
+    result = trl.selective_log_softmax(logits, outside, temperature=0.7, row_mask=masks)
+    torch.testing.assert_close(result, expected * masks)
+    (grad,) = torch.autograd.grad(result.sum(), logits)
+    assert (grad[~row_mask] == 0).all() and (grad[row_mask] != 0).any(-1).all()
+    if not several:
+        logprobs, entropies = trl.selective_log_softmax_and_entropy(
+            logits, outside, temperature=0.7, row_mask=row_mask
+        )
+        torch.testing.assert_close(logprobs, expected * row_mask)
+        torch.testing.assert_close(entropies, entropy * row_mask)
+        assert entropies.requires_grad
+        _, entropies = trl.selective_log_softmax_and_entropy(logits, index, False)
+        assert not entropies.requires_grad
 
 
 def test_openrlhf_temperature_divides_in_place():

@@ -20,20 +20,39 @@ def _parameters(function):
 
 
 def _original(path, ours):
-    """The function at `path` that `ours` stands in for."""
+    """The function at `path` that `ours` stands in for; None where there is none."""
     try:
         module = importlib.import_module(path)
     except ImportError as error:
         raise ImportError(f"patch needs {path}, which cannot be imported: {error}") from error
     theirs = getattr(module, ours.__name__, None)
     if theirs is None:
-        raise AttributeError(f"{path} has no {ours.__name__}: this version is not supported")
-    if _parameters(theirs) != _parameters(ours):
+        return None
+    # Ours may have options that only later versions have.
+    expected, got = _parameters(ours), _parameters(theirs)
+    if got != expected[: len(got)]:
         raise TypeError(
             f"{path}.{ours.__name__} must have the signature {inspect.signature(ours)}, got "
             f"{inspect.signature(theirs)}: this version is not supported"
         )
     return theirs
+
+
+def _swaps(peer):
+    """(theirs, ours) of each function to swap."""
+    for path, functions in peer.REPLACES.items():
+        for ours in functions:
+            theirs = _original(path, ours)
+            if theirs is None:
+                raise AttributeError(
+                    f"{path} has no {ours.__name__}: this version is not supported"
+                )
+            yield theirs, ours
+    for path, functions in getattr(peer, "REPLACES_IN_LATER_VERSIONS", {}).items():
+        for ours in functions:
+            theirs = _original(path, ours)
+            if theirs is not None:
+                yield theirs, ours
 
 
 def _replace(package, old, new):
@@ -67,13 +86,8 @@ def patch(peer):
         AttributeError, TypeError: its version has not got the function, or with other parameters.
     """
     checks.choice("peer", peer, tuple(_PEERS))
-    swaps = [
-        (_original(path, ours), ours)
-        for path, functions in _PEERS[peer].REPLACES.items()
-        for ours in functions
-    ]
     # Within another patch they are ours already, and the outer one gives them back.
-    swaps = [(theirs, ours) for theirs, ours in swaps if theirs is not ours]
+    swaps = [(theirs, ours) for theirs, ours in _swaps(_PEERS[peer]) if theirs is not ours]
     try:
         for theirs, ours in swaps:
             _replace(peer, theirs, ours)

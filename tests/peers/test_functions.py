@@ -73,6 +73,21 @@ def test_functions_of_logits(peer, ours, more, dtype):
     assert_same_with_gradients(ours, theirs, arguments, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("peer", [TRL], indirect=True)
+def test_later_trl(peer, dtype):
+    if not hasattr(peer, "selective_log_softmax_and_entropy"):
+        pytest.skip("this TRL is older than 1.14")
+    logits, index = (2 * torch.randn(3, 5, 101)).to(dtype), torch.randint(101, (3, 5))
+    row_mask = torch.rand(3, 5) < 0.7
+    for name, more in (
+        ("selective_log_softmax", (0.7, row_mask)),
+        ("selective_log_softmax_and_entropy", (True, 0.7, row_mask)),
+    ):
+        functions = getattr(trl, name), getattr(peer, name)
+        assert_same_with_gradients(*functions, (logits, index, *more), dtype)
+
+
 @pytest.mark.parametrize("peer", [OPENRLHF], indirect=True)
 def test_openrlhf_divides_the_logits_by_the_temperature_in_place(peer):
     logits, labels = torch.randn(2, 4, 33), torch.randint(33, (2, 4))
