@@ -89,7 +89,7 @@ def _measured(trainer):
     set_seed(0)
     trainer.train()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = _resident_mib("VmHWM") - resident
+    peak = max(0.0, _resident_mib("VmHWM") - resident)
     weights = [x.detach().clone() for x in trainer.model.parameters()]
     return Run(trainer.state.log_history, weights, wall, cpu, updates, peak)
 
