@@ -297,14 +297,18 @@ def test_torchrl_truncations_and_gradients():
 
     def run(function):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        advantage = function(*leaves)
-        loss = (weights[0] * advantage + weights[1] * (advantage + leaves[0])).sum()
-        return advantage, *torch.autograd.grad(loss, leaves)
+        advantage, target = function(*leaves)
+        loss = (weights[0] * advantage + weights[1] * target).sum()
+        return advantage, target, *torch.autograd.grad(loss, leaves)
 
-    expected = run(lambda *x: gae_truth(0.97, 0.9, *x, done, terminated))
+    def truth(*x):
+        advantage = gae_truth(0.97, 0.9, *x, done, terminated)
+        return advantage, advantage + x[0]
+
+    expected = run(truth)
     gamma = torch.tensor([0.97], dtype=torch.float64)
     for function in torchrl.REPLACES["torchrl.objectives.value.functional"]:
-        results = run(lambda *x, f=function: f(gamma, 0.9, *x, done, terminated, time_dim=-1)[0])
+        results = run(lambda *x, f=function: f(gamma, 0.9, *x, done, terminated, time_dim=-1))
         for x, y in zip(results, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 

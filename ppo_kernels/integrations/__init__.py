@@ -86,8 +86,8 @@ def patch(peer):
         AttributeError, TypeError: its version has not got the function, or with other parameters.
     """
     checks.choice("peer", peer, tuple(_PEERS))
-    # Within another patch they are ours already, and the outer one gives them back.
-    swaps = [(theirs, ours) for theirs, ours in _swaps(_PEERS[peer]) if theirs is not ours]
+    # Within another patch theirs are ours already, and the outer one gives them back.
+    swaps = list(_swaps(_PEERS[peer]))
     try:
         for theirs, ours in swaps:
             _replace(peer, theirs, ours)
