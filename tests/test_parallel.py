@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import ppo_kernels
-from ppo_kernels import dispatch, schemas
+from ppo_kernels import dispatch, schemas, softmax_state
 from tests import ROOT, emulator
 from tests.conftest import (
     DTYPES,
@@ -61,12 +61,13 @@ def rows(vocabulary, dtype):
 
 def rows_with_nothing_in_a_slice():
     """(logits, ref_logits, tokens): the slices of the last ranks, in one, the other or both."""
-    logits, ref_logits = torch.zeros(6, 7), torch.zeros(6, 7)
+    logits, ref_logits = torch.zeros(7, 7), torch.zeros(7, 7)
     logits[[0, 2, 3], 4:] = -torch.inf
     ref_logits[[1, 2], 4:] = -torch.inf
-    logits[4, 1] = torch.nan
+    logits[4, 4:] = torch.nan
     logits[5] = -torch.inf
-    return logits, ref_logits, torch.tensor([0, 6, 1, 5, 6, 0])
+    logits[6, 4:], ref_logits[6, 4:] = -2000, -torch.inf  # a probability that underflows
+    return logits, ref_logits, torch.tensor([0, 6, 1, 5, 1, 0, 3])
 
 
 def loss_of(vocabulary):
@@ -362,8 +363,11 @@ def test_slices_without_probability(found):
     """Uniform over 4 or 7 tokens; NaN in one slice, and nothing in any, are not hidden."""
     logprobs, entropy, kl, _ = joined(found)
     four, seven, nan, inf = math.log(4), math.log(7), math.nan, math.inf
-    truth = [-four, -seven, -four, -inf, nan, nan], [four, seven, four, four, nan, nan]
-    truth = *truth, [seven - four, inf, 0, seven - four, nan, nan]
+    truth = (
+        [-four, -seven, -four, -inf, nan, nan, -four],
+        [four, seven, four, four, nan, nan, four],
+        [seven - four, inf, 0, seven - four, nan, nan, 0],
+    )
     for result, true in zip((logprobs, entropy, kl), truth, strict=True):
         torch.testing.assert_close(result, torch.tensor(true), atol=1e-6, rtol=0, equal_nan=True)
 
@@ -486,6 +490,18 @@ def test_bad_arguments_of_the_kl_are_named(arguments, error, message):
     good = {"logits": torch.zeros(3, 5), "ref_logits": torch.zeros(3, 5)}
     with pytest.raises(error, match=message):
         ppo_kernels.vocab_parallel_kl_divergence(**good | arguments)
+
+
+def test_a_token_of_no_rank_or_two_is_nan():
+    """What says it on a GPU, where nothing raises; the states are of logits 0 on 2 and 3 tokens."""
+    two, three = torch.tensor([0.0, 2.0, 0.0]), torch.tensor([0.0, 3.0, 0.0])
+    has, has_not = torch.tensor([0.0]), torch.tensor([math.inf])
+    for owners in ((has_not, has_not), (has, has_not), (has, has)):
+        states = torch.stack([torch.cat(x) for x in zip((two, three), owners, strict=True)])
+        logprob, entropy, *_ = softmax_state.merged(states)
+        expected = -math.log(5) if owners[0] is not owners[1] else math.nan
+        assert logprob.item() == pytest.approx(expected, nan_ok=True)
+        assert entropy.item() == pytest.approx(math.log(5))
 
 
 @pytest.mark.parametrize("ids", (torch.int64, torch.int32))

@@ -45,6 +45,7 @@ def _samples(backend):
             (x, y, logits, tokens, entropy, stats, None, cool),
             (None, y, logits, tokens, entropy, stats, None, cool),
             (x, None, logits, tokens, entropy, stats, varied, cool),
+            (x, y, logits, torch.full_like(tokens, schemas.ELSEWHERE), entropy, stats, None, cool),
         ],
         "token_statistics": [
             (logits, tokens, None, cool),
