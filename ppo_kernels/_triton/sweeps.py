@@ -120,27 +120,21 @@ def moments(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
     p = _pointer(x_ptr, start, VEC, LAYOUT)
-    n, full = _lengths(V, 2 * STEP, VEC, LAYOUT)
+    n, full = _lengths(V, STEP, VEC, LAYOUT)
     block = _block(L, VEC, LAYOUT)
     shift = tl.full((L,), math.NOTHING, k.dtype)
     total = tl.zeros((L,), k.dtype)
     weighted, squares, second = total, total, total
     largest = tl.full((L,), -float("inf"), k.dtype)
-    for i in range(0, full, 2 * STEP):
-        x, y = tl.load(p + i + block), tl.load(p + i + STEP + block)
+    for i in range(0, full, STEP):
+        x = tl.load(p + i + block)
         shift, total, weighted, squares, second, largest = math.moments_absorb(
             shift, total, weighted, squares, second, largest, x, k
-        )
-        shift, total, weighted, squares, second, largest = math.moments_absorb(
-            shift, total, weighted, squares, second, largest, y, k
         )
     if full < n:
-        x, y = _load_below(p, full + block, n), _load_below(p, full + STEP + block, n)
+        x = _load_below(p, full + block, n)
         shift, total, weighted, squares, second, largest = math.moments_absorb(
             shift, total, weighted, squares, second, largest, x, k
-        )
-        shift, total, weighted, squares, second, largest = math.moments_absorb(
-            shift, total, weighted, squares, second, largest, y, k
         )
     return math.moments_merge(shift, total, weighted, squares, second, largest)
 
