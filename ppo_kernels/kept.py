@@ -32,7 +32,6 @@ class _KeptLogprobs(torch.autograd.Function):
     def forward(ctx, logits, tokens, ids, offsets, mask, temperatures):
         ctx.set_materialize_grads(False)
         dtype, place = result_dtype(logits), torch.arange(ids.numel(), device=ids.device)
-        # Clamped, so that on a GPU nothing is read beyond tensors, whatever the offsets.
         rows = (torch.searchsorted(offsets, place, right=True) - 1).clamp(0, tokens.numel() - 1)
         z = logits[_places(logits, rows, ids)].to(dtype)
         top = torch.segment_reduce(z, "max", offsets=offsets, unsafe=True, initial=-torch.inf)
@@ -160,7 +159,8 @@ def kept_token_logprobs_and_entropy(
         temperatures = torch.ones_like(tokens, dtype=result_dtype(logits)) * number
     else:
         reference.check_temperature(torch.where(mask, temperatures, 1.0))
-    offsets = kept_offsets.long().clamp(0, kept_ids.numel())
+    # On a GPU they may be anything: nothing beyond the tensors is to be read.
+    offsets = kept_offsets.long().clamp(0, kept_ids.numel()).cummax(0).values
     flat = (x.reshape(-1) for x in (mask, temperatures))
     results = _KeptLogprobs.apply(logits, tokens.reshape(-1), kept_ids.long(), offsets, *flat)
     return LogprobsAndEntropy(*(x.view(tokens.shape) for x in results))

@@ -7,6 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ppo_kernels import (
+    kept as module,
+)
+from ppo_kernels import (
     kept_from_mask,
     kept_token_logprobs_and_entropy,
     reference,
@@ -101,6 +104,14 @@ def test_awkward_rows_kept_whole_are_token_logprobs_and_entropy(dtype):
     shifted = kept_token_logprobs_and_entropy(logits.double() + 1e4, tokens, *kept)
     for x, y in zip(shifted, ours, strict=False):
         torch.testing.assert_close(x.float(), y.float(), atol=1e-3, rtol=0)
+
+
+def test_many_kept_ids_lose_no_digits():
+    logits, tokens = torch.randn(1, 150_000), torch.tensor([7])
+    kept = kept_from_mask(torch.ones_like(logits, dtype=torch.bool))
+    truth = softmax_truth(logits, tokens, 1.0)
+    for x, true in zip(kept_token_logprobs_and_entropy(logits, tokens, *kept), truth, strict=False):
+        torch.testing.assert_close(x.double(), true, atol=1e-6, rtol=0)
 
 
 def test_one_kept_id_is_certain():
@@ -264,28 +275,41 @@ def test_bad_arguments_are_named(arguments, error, message):
         kept_token_logprobs_and_entropy(**(GOOD | arguments))
 
 
-def test_compiles_once_and_gives_nan_for_a_token_that_is_not_kept():
-    """Compiled code looks at no values, as on a GPU."""
+def test_values_that_nobody_looked_at(monkeypatch):
+    """On a GPU: NaN for a token that is not kept, or twice, or of a row that keeps nothing; and
+    offsets that are none read nothing beyond the tensors."""
+    monkeypatch.setattr(module, "_check_values", lambda *_: None)
+    arguments = GOOD | {"tokens": torch.tensor([[2, 5], [8, 99]])}
+    logprobs, entropy = kept_token_logprobs_and_entropy(**arguments)
+    assert logprobs.isnan().tolist() == [[True, False], [False, True]]
+    assert entropy.isfinite().all()
+    twice = {"kept_ids": torch.tensor([0, 1, 5, 8, 8, 0])}
+    assert kept_token_logprobs_and_entropy(**(GOOD | twice))[0][1, 0].isnan()
+    empty = {"kept_offsets": torch.tensor([0, 2, 2, 5, 6])}
+    assert all(x[0, 1].isnan() for x in kept_token_logprobs_and_entropy(**(GOOD | empty)))
+    for offsets in ([-5, 2, 3, 5, 600], [3, 3, 3, 3, 3], [600, 5, 3, 2, -5]):
+        kept_token_logprobs_and_entropy(**(GOOD | {"kept_offsets": torch.tensor(offsets)}))
+
+
+def test_compiles_once():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(gradients_of_both, fullgraph=True, backend=counter)
     logits, tokens, kept = drawn()
-    for temperature in (1.0, 0.9, 0.8):
-        csr = kept_from_mask(kept)
-        expected = gradients_of_both(logits, tokens, *csr, temperature)
-        for x, y in zip(compiled(logits, tokens, *csr, temperature), expected, strict=True):
-            torch.testing.assert_close(x, y)
-    csr = kept_from_mask(kept.scatter(-1, tokens[..., None], False))
-    logprobs, entropy = compiled(logits, tokens, *csr, 0.7)
-    assert logprobs.isnan().all()
-    assert entropy.isfinite().all()
-    # Of numbers and of counts of kept ids, the second makes it dynamic.
-    assert counter.frame_count <= 3
 
-
-def gradients_of_both(logits, tokens, kept_ids, kept_offsets, temperature):
-    return tuple(
-        kept_token_logprobs_and_entropy(
-            logits, tokens, kept_ids, kept_offsets, temperature=temperature
+    def scored(logits, temperature, *csr):
+        logprobs, entropy = kept_token_logprobs_and_entropy(
+            logits, tokens, *csr, temperature=temperature
         )
-    )
+        return (logprobs - 0.5 * entropy).sum()
+
+    compiled = torch.compile(scored, fullgraph=True, backend=counter)
+    for temperature in (1.0, 0.9, 0.8):
+        results = []
+        for function in (compiled, scored):
+            leaf = logits.clone().requires_grad_()
+            value = function(leaf, temperature, *kept_from_mask(kept))
+            results.append((value.detach(), *torch.autograd.grad(value, leaf)))
+        torch.testing.assert_close(*results)
+        kept = kept | (torch.rand(kept.shape) < 0.1)
+    # The second temperature and the second count of kept ids make them dynamic.
+    assert counter.frame_count <= 2

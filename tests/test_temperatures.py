@@ -158,7 +158,8 @@ def test_no_gradient_flows_into_temperatures(backend, function):
 @pytest.mark.parametrize("bad", (0.0, -1.0, torch.nan, torch.inf))
 def test_a_temperature_that_is_none(backend, function, bad):
     """It is named, or on a GPU gives NaN; where the mask is False it is not looked at."""
-    inputs = loss_inputs(2, 3, 50)
+    # So many that no thread is short of a vector, whose -inf would give NaN.
+    inputs = loss_inputs(2, 3, 256)
     temperature = SOME.to(inputs["logits"].device).clone()
     expected = run_ppo_loss(function, inputs, temperature=temperature, backend=backend)
     out = (~inputs["mask"]).nonzero()[0].tolist()
