@@ -10,6 +10,7 @@ from rlhf.errors import UserError
 from rlhf.generation import Stopping
 from rlhf.heads import HiddenHead, LogitsHead, make_head
 from rlhf.models import load_causal_lm
+from rlhf.rollout import Responses
 from rlhf.state import save_model
 from rlhf.trainer import PPOTrainer
 from tests.rlhf.conftest import WORDS
@@ -155,3 +156,35 @@ def test_auto_takes_hidden_states_of_large_vocabularies(stopping, capsys):
         model = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": size}))
         assert type(make_head("auto", model, stopping)) is expected
     assert capsys.readouterr().out == ""
+
+
+def test_no_pass_holds_logits_of_all_tokens(monkeypatch, make_trainer):
+    """At V = 32,000, where hidden states are the default, the largest tensor of an evaluation and
+    an update stays below the logits of a micro-batch; with `logits` it is as large."""
+    monkeypatch.setitem(FAMILIES, "large", ("LlamaForCausalLM", {"vocab_size": 32_000}))
+    size, length = 16, 60
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 32_000, (size, length))
+    prompt_ids, every = torch.full((size, 2), 3), torch.ones(size, length, dtype=torch.bool)
+    responses = Responses(prompt_ids, every[:, :2], tokens, every, every[:, 0])
+    largest, results = [], []
+    for kind in ("logits", "auto"):
+        trainer = make_trainer(
+            "large",
+            kind,
+            share_trunk=True,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=1,
+            num_ppo_epochs=1,
+            response_length=length,
+        )
+        trainer.stopping.vocab_size = 32_000  # as if the tokenizer knew them all
+        with torch.profiler.profile(profile_memory=True) as profile:
+            batch = trainer.evaluate(trainer.next_rows(), responses)
+            steps = trainer.update(batch)
+        events = profile.profiler.kineto_results.events()
+        largest.append(max(e.nbytes() for e in events if e.name() == "[memory]"))
+        results.append((batch.experience, steps))
+    whole = size * length * 32_000 * 4
+    assert largest[0] >= whole > largest[1] > 0
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
