@@ -257,9 +257,9 @@ class PPOTrainer:
         config = self.config
         columns = slice(0, part.tokens.shape[1])
         old_logprobs = batch.experience.logprobs[index, columns]
-        try:
-            with autocast(config.bf16):
-                tokens, values = self.parallel(*part.inputs)
+        with autocast(config.bf16):
+            tokens, values = self.parallel(*part.inputs)
+            try:
                 policy_loss = tokens.ppo_loss(
                     part.tokens,
                     old_logprobs,
@@ -272,8 +272,8 @@ class PPOTrainer:
                     temperature=config.temperature,
                     denominator=denominator,
                 )
-        except ValueError as error:  # of the logits, that is of the weights
-            raise UserError(f"training diverged, {error}: lower learning_rate") from error
+            except ValueError as error:  # of the logits, that is of the weights
+                raise UserError(f"training diverged, {error}: lower learning_rate") from error
         critic_loss = value_loss(
             values,
             batch.experience.values[index, columns],
