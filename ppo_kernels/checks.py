@@ -16,7 +16,7 @@ def first_order(backward):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "ppo_kernels ops can be differentiated once, got create_graph=True; for a second "
-                "derivative use backend='reference'"
+                "derivative use backend='reference' (of an op that is not split over processes)"
             )
         return backward(ctx, *grads)
 
