@@ -169,6 +169,26 @@ def test_as_exact_as_eager(backend, head, dtype):
         assert_as_exact_as_eager(grads[name], eager_grads[name], true, slack=slack)
 
 
+def test_a_temperature_for_each_token(backend):
+    head = HEADS["both"]
+    head_of, rest = inputs_of(head=head)
+    logits, temperature = logits_truth(head_of, head)[0], 0.5 + torch.rand(3, 5).double()
+    heated = logits / temperature[..., None]
+    truth, grad_logits = ppo_loss_truth(heated, **rest, entropy_coef=0.1)
+    expected = gradients_truth(head_of, head, grad_logits / temperature[..., None])
+    options = head | {"temperature": temperature, "chunk_bytes": 3 * 8 * V, "backend": backend}
+    result, grads = run_loss(head_of, rest, entropy_coef=0.1, **options)
+    close(tuple(result), tuple(truth))
+    leaves = leaves_of(head_of)
+    logprobs = linear_token_logprobs(**leaves, tokens=rest["tokens"], **options)
+    close(logprobs, softmax_truth(heated, rest["tokens"], 1.0)[0])
+    logprobs.sum().backward()
+    grad_logprobs = softmax_truth(heated, rest["tokens"], 1.0)[2] / temperature[..., None]
+    for name, true in gradients_truth(head_of, head, grad_logprobs).items():
+        close(grads[name], expected[name])
+        close(leaves[name].grad, true)
+
+
 def test_many_chunks_of_a_bf16_gradient_add_up_in_fp32(backend):
     """256 tokens that each add 1/256 of a sum: in bf16 the last ones are rounded away."""
     n = 512
@@ -218,12 +238,13 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(backend, frozen):
 
 
 def test_products_that_nobody_wants_are_not_made(fused):
-    """Nor, on a CPU, those of masked-out tokens."""
+    """Nor without autograd, nor, on a CPU, those of masked-out tokens."""
     head_of, rest = inputs_of(biased=False)
     n = rest["mask"].numel() if waits_for_nothing(fused) else rest["mask"].sum().item()
-    for frozen, products in (((), 3), (("weight",), 2), (("hidden",), 2), (head_of, 1)):
+    for frozen, products in (((), 3), (("weight",), 2), (("hidden",), 2), (head_of, 1), ((), 1)):
         leaves = leaves_of(head_of, frozen)
-        with torch.profiler.profile(record_shapes=True) as profile:
+        profiler = torch.profiler.profile(record_shapes=True)
+        with torch.set_grad_enabled(products > 1), profiler as profile:
             linear_ppo_loss(**leaves, **rest, chunk_bytes=4 * 8 * V, backend=fused)
         multiplied = 0
         for event in profile.events():
