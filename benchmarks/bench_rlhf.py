@@ -33,7 +33,7 @@ def peak_bytes(vocabulary: int, options: dict) -> int:
     iterate(trainer)  # makes the optimizer's state
     rows = trainer.next_rows()
     responses = trainer.sample(trainer.prompts, rows, trainer.generator)
-    return harness._peak_bytes_cpu(lambda: trainer.update(trainer.evaluate(rows, responses)))
+    return harness.peak_bytes_cpu(lambda: trainer.update(trainer.evaluate(rows, responses)))
 
 
 @pytest.mark.parametrize(

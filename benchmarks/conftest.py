@@ -18,7 +18,7 @@ from benchmarks import peers
 from benchmarks.harness import (
     GAE_SIZES,
     GROWING_SIZES,
-    ROUNDS,
+    LINEAR_SIZES,
     SIZES,
     Rounds,
     Setting,
@@ -154,7 +154,12 @@ class Results:
 
 def pytest_generate_tests(metafunc):
     name = _setting(metafunc.config).name
-    by_fixture = {"shape": SIZES, "growing_shape": GROWING_SIZES, "gae_shape": GAE_SIZES}
+    by_fixture = {
+        "shape": SIZES,
+        "growing_shape": GROWING_SIZES,
+        "linear_shape": LINEAR_SIZES,
+        "gae_shape": GAE_SIZES,
+    }
     for fixture, sizes in by_fixture.items():
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, sizes[name], ids=str)
@@ -229,7 +234,7 @@ def measure(request, benchmark, clock, setting, memory_pool):
             contest, rounds = ready(make_contest, shape, dtype, used)
             benchmark.extra_info["peers_failed"] = reason
         benchmark.group = op
-        benchmark.pedantic(rounds.run_op, setup=rounds.prepare, rounds=ROUNDS[setting.name])
+        benchmark.pedantic(rounds.run_op, setup=rounds.prepare, rounds=rounds.rounds)
         benchmark.extra_info |= {"op": op, "shape": list(shape), "dtype": str(dtype)[6:]}
         benchmark.extra_info |= rounds.figures()
         if setting.name == "cuda":

@@ -22,9 +22,17 @@ def execute(source, folder, monkeypatch):
 
 
 def test_own_loop(tmp_path, monkeypatch, capsys):
-    (source,) = examples("Drop one op into your own loop")
+    source, _ = examples("Drop one op into your own loop")
     names = execute(source, tmp_path, monkeypatch)
     gradient = names["head"].weight.grad
     assert gradient.isfinite().all() and gradient.abs().max() > 0
     assert names["loss"].approx_kl.abs() < 1e-6
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_hidden_states(tmp_path, monkeypatch):
+    _, source = examples("Drop one op into your own loop")
+    names = execute(source, tmp_path, monkeypatch)
+    assert names["loss"].approx_kl.abs() < 1e-6
+    for leaf in (names["hidden"], names["head"].weight):
+        assert leaf.grad.isfinite().all() and leaf.grad.abs().max() > 0
