@@ -15,8 +15,13 @@ from ppo_kernels.integrations import openrlhf, torchrl, trl, verl
 _PEERS = {"trl": trl, "verl": verl, "openrlhf": openrlhf, "torchrl": torchrl}
 
 
+def _signature(function):
+    """That of an autograd function is its forward's."""
+    return inspect.signature(getattr(function, "forward", function))
+
+
 def _parameters(function):
-    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+    return [(p.name, p.kind, p.default) for p in _signature(function).parameters.values()]
 
 
 def _original(path, ours):
@@ -32,8 +37,8 @@ def _original(path, ours):
     expected, got = _parameters(ours), _parameters(theirs)
     if got != expected[: len(got)]:
         raise TypeError(
-            f"{path}.{ours.__name__} must have the signature {inspect.signature(ours)}, got "
-            f"{inspect.signature(theirs)}: this version is not supported"
+            f"{path}.{ours.__name__} must have the signature {_signature(ours)}, got "
+            f"{_signature(theirs)}: this version is not supported"
         )
     return theirs
 
@@ -50,7 +55,10 @@ def _swaps(peer):
             yield theirs, ours
     for path, functions in getattr(peer, "REPLACES_IN_LATER_VERSIONS", {}).items():
         for ours in functions:
-            theirs = _original(path, ours)
+            try:
+                theirs = _original(path, ours)
+            except ImportError:
+                continue  # What cannot be imported nobody calls.
             if theirs is not None:
                 yield theirs, ours
 
@@ -90,6 +98,8 @@ def patch(peer):
     swaps = list(_swaps(_PEERS[peer]))
     try:
         for theirs, ours in swaps:
+            if theirs is not ours:
+                ours.theirs = theirs  # For calls that ours hands on.
             _replace(peer, theirs, ours)
         yield
     finally:

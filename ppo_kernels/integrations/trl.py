@@ -1,10 +1,10 @@
 """Functions of TRL's `trl.trainer.utils`, 1.12.0 and what 1.14 to 1.16 add to it.
 
-TRL's trainers score tokens with them up to 1.14. From 1.15 on only experimental ones do (SDPO,
-SDFT, CPO, ORPO ...); the others, GRPO among them, take log-probs from hidden states in a kernel of
-TRL's own, and `patch` changes nothing there.
+TRL's trainers score tokens with those of logits up to 1.14. From 1.15 on only experimental ones do
+(SDPO, SDFT, CPO, ORPO ...); the others, GRPO among them, take log-probs from hidden states by
+`trl.kernels.ChunkedLogProbFunction`, which has a stand-in here too.
 
-Results have the shapes and dtype of TRL's in PyTorch, that of the logits; in half precision they
+Results have the shapes and dtype of TRL's in PyTorch, of logits theirs; in half precision they
 are the exact ones rounded once. Where TRL's entropy is NaN, at -inf logits, these are finite. TRL's
 `masked_mean` and `masked_whiten` are left alone: they are arithmetic on (B, T), with another
 variance than ours.
@@ -13,6 +13,7 @@ variance than ours.
 import torch
 
 from ppo_kernels.integrations.entropy import entropy
+from ppo_kernels.linear import linear_token_logprobs_and_entropy
 from ppo_kernels.logprobs import token_logprobs, token_logprobs_and_entropy
 
 
@@ -79,5 +80,77 @@ def entropy_from_logits(logits, chunk_size=128):
     return entropy(logits).to(logits.dtype)
 
 
+class ChunkedLogProbFunction:
+    """TRL's autograd function of 1.15 and 1.16, called by `apply`."""
+
+    theirs = None  # TRL's own, from the first `patch` on
+
+    @staticmethod
+    def apply(*arguments):
+        return ChunkedLogProbFunction.forward(None, *arguments)
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+        outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ):
+        """`ppo_kernels.linear_token_logprobs_and_entropy`, of which most arguments are.
+
+        A call for another of the `outputs`, as SFT, DPO and KTO make some, goes to TRL's own
+        function; so does one with a logit scale <= 0 or a head that DeepSpeed's ZeRO-3 partitions,
+        which is whole again in the backward of TRL's only.
+
+        Args:
+            weight, bias: copied to the dtype of `hidden` where they have another (an fp32 head in
+                a bf16 model); the copy lives until the backward.
+            chunk_size: TRL's, has no effect here.
+
+        Returns:
+            log-probabilities, entropy or None, None, None, None: (N,) fp32. The gradient in a bf16
+            or fp16 head is added up in its dtype over chunks of tokens, in fp32 by TRL.
+        """
+        scored = {"log_probs", "entropy"}
+        if not scored.issuperset(outputs) or logit_scale <= 0 or hasattr(weight, "ds_id"):
+            if ChunkedLogProbFunction.theirs is None:
+                raise ValueError(
+                    "before patch outputs must be of log_probs and entropy, logit_scale > 0 and "
+                    f"weight whole, got {outputs}, {logit_scale} and a {type(weight).__name__}"
+                )
+            return ChunkedLogProbFunction.theirs.apply(
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
+            )
+        weight, bias = (x if x is None else x.to(hidden.dtype) for x in (weight, bias))
+        logprobs, entropy = linear_token_logprobs_and_entropy(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+        )
+        entropy = entropy.float() if "entropy" in outputs else None
+        return logprobs.float(), entropy, None, None, None
+
+
 REPLACES = {"trl.trainer.utils": (selective_log_softmax, entropy_from_logits)}
-REPLACES_IN_LATER_VERSIONS = {"trl.trainer.utils": (selective_log_softmax_and_entropy,)}
+REPLACES_IN_LATER_VERSIONS = {
+    "trl.trainer.utils": (selective_log_softmax_and_entropy,),
+    "trl.kernels": (ChunkedLogProbFunction,),
+}

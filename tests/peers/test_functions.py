@@ -88,6 +88,63 @@ def test_later_trl(peer, dtype):
         assert_same_with_gradients(*functions, (logits, index, *more), dtype)
 
 
+@pytest.fixture
+def trl_kernels():
+    older = "trl is not installed or older than 1.15"
+    module = pytest.importorskip("trl.kernels", reason=older, exc_type=ImportError)
+    if not hasattr(module, "ChunkedLogProbFunction"):
+        pytest.skip(older)
+    return module
+
+
+@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy")])
+@pytest.mark.parametrize("rows", [13, 0])
+@pytest.mark.parametrize(
+    ("dtype", "head", "autocast"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.float32, torch.float32, True),
+    ],
+)
+def test_trl_hidden_states(trl_kernels, dtype, head, autocast, rows, outputs):
+    arguments = (
+        torch.randn(rows, 24, dtype=dtype),
+        *(torch.randn(101, *d).div(4).to(head) for d in ((24,), ())),
+        torch.randint(101, (rows,)),
+        *(0.7, 16, 3.0, 0.5, outputs),
+    )
+
+    def run(function):
+        def scored(*x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                results = function.apply(*x)
+            assert results[len(outputs) :] == (None,) * (5 - len(outputs))
+            return results[: len(outputs)]
+
+        return scored
+
+    rounded = torch.bfloat16 if autocast else head
+    ours, theirs = trl.ChunkedLogProbFunction, trl_kernels.ChunkedLogProbFunction
+    assert_same_with_gradients(run(ours), run(theirs), arguments, rounded)
+
+
+@pytest.mark.parametrize(
+    ("scale", "outputs"),
+    [(1.0, None), (1.0, ("log_probs", "is_top1")), (-2.0, ("log_probs", "entropy"))],
+)
+def test_trl_hidden_states_handed_on(trl_kernels, scale, outputs):
+    arguments = torch.randn(13, 24), torch.randn(101, 24), None, torch.randint(101, (13,)), 0.7, 16
+    arguments = (*arguments, None, scale, *([outputs] if outputs else []))
+    expected = trl_kernels.ChunkedLogProbFunction.apply(*arguments)
+    with integrations.patch("trl"), integrations.patch("trl"):
+        assert trl_kernels.ChunkedLogProbFunction is trl.ChunkedLogProbFunction
+        results = trl_kernels.ChunkedLogProbFunction.apply(*arguments)
+    for x, y in zip(results, expected, strict=True):
+        assert x is y is None or torch.equal(x, y)
+
+
 @pytest.mark.parametrize("peer", [OPENRLHF], indirect=True)
 def test_openrlhf_divides_the_logits_by_the_temperature_in_place(peer):
     logits, labels = torch.randn(2, 4, 33), torch.randint(33, (2, 4))

@@ -8,13 +8,14 @@ pytest.importorskip("trl", reason="trl is not installed")
 from ppo_kernels.integrations import patch, trl
 from tests.peers import trainers
 
+OPS = ("token_logprobs", "token_logprobs_and_entropy", "linear_token_logprobs_and_entropy")
 # Clocks, and what depends on them.
 CLOCKS = ("eps", "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 def run_both(trainer, tmp_path, monkeypatch, vocabulary, **options):
     calls = []
-    for name in ("token_logprobs", "token_logprobs_and_entropy"):
+    for name in OPS:
         real = getattr(trl, name)
         monkeypatch.setattr(trl, name, lambda *x, f=real, **k: calls.append(1) or f(*x, **k))
     unpatched = trainer(tmp_path / "unpatched", vocabulary, **options)
@@ -31,8 +32,6 @@ def run_both(trainer, tmp_path, monkeypatch, vocabulary, **options):
 def test_same_losses(trainer, tmp_path, monkeypatch):
     if trainer is trainers.ppo:
         pytest.importorskip("trl.experimental.ppo", reason="this TRL has no PPO trainer any more")
-    elif not trainers.grpo_scores_logits():
-        pytest.skip("this TRL's GRPO scores hidden states")
     unpatched, patched = run_both(trainer, tmp_path, monkeypatch, 1000)
     assert len(unpatched.logs) == len(patched.logs) >= 2
     losses = 0

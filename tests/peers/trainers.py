@@ -141,15 +141,6 @@ def _length_of_words(completions, **columns):
     return [sum(len(word) for word in text.split()) / 50 for text in completions]
 
 
-def grpo_scores_logits():
-    """Up to TRL 1.14; later ones score hidden states in a kernel of their own."""
-    from trl.trainer import grpo_trainer
-
-    return bool(
-        {"selective_log_softmax", "selective_log_softmax_and_entropy"} & {*vars(grpo_trainer)}
-    )
-
-
 def grpo(folder, vocabulary, *, response_length=16, batch=16, steps=2):
     """TRL's GRPO trainer: off-policy from the second iteration on, with KL and entropy."""
     from trl import GRPOConfig, GRPOTrainer
