@@ -32,28 +32,28 @@ def _cast(dtype, *tensors):
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, dtype, wanted, chunk_bytes, hidden, weight, bias, *rest):
+    def forward(ctx, backend, dtype, wanted, sum_dtype, chunk_bytes, hidden, weight, bias, *rest):
         ctx.set_materialize_grads(False)
         logprobs, entropy, stats = kernels(backend).linear_token_logprobs(
             *_cast(dtype, hidden, weight, bias), *rest, chunk_bytes
         )
         head_scalars, tokens, *others = rest
         ctx.save_for_backward(hidden, weight, bias, head_scalars, tokens, entropy, stats, *others)
-        ctx.call = backend, dtype, wanted, chunk_bytes, len(rest)
+        ctx.call = backend, dtype, wanted, sum_dtype, chunk_bytes, len(rest)
         return logprobs, entropy
 
     @staticmethod
     @checks.first_order
     def backward(ctx, grad_logprobs, grad_entropy):
-        backend, dtype, wanted, chunk_bytes, rest = ctx.call
+        backend, dtype, wanted, *chunking, rest = ctx.call
         head, known = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         grads = (None,) * 3
         if grad_logprobs is not None or grad_entropy is not None:
             grads = kernels(backend).linear_token_logprobs_backward(
-                grad_logprobs, grad_entropy, *_cast(dtype, *head), *known, *wanted, chunk_bytes
+                grad_logprobs, grad_entropy, *_cast(dtype, *head), *known, *wanted, *chunking
             )
             grads = _given(wanted, head, grads)
-        return None, None, None, None, *grads, *(None,) * rest
+        return None, None, None, None, None, *grads, *(None,) * rest
 
 
 class _LinearPPOLoss(torch.autograd.Function):
@@ -95,9 +95,19 @@ def _wanted(*tensors):
     return tuple(enabled and x is not None and x.requires_grad for x in tensors)
 
 
-def _checked_head(hidden, weight, bias, tokens, temperature, softcap, logit_scale, chunk_bytes):
-    """Check the arguments that all ops share; return autocast's dtype, the bytes of
-    a chunk, and the temperatures or the temperature."""
+def _checked_head(
+    hidden,
+    weight,
+    bias,
+    tokens,
+    temperature,
+    softcap,
+    logit_scale,
+    grad_weight_dtype,
+    chunk_bytes,
+):
+    """Check the arguments that all ops share; return (autocast's dtype, which gradients are wanted,
+    the dtype that the weight's is added up in, bytes of a chunk)."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
@@ -112,7 +122,7 @@ def _checked_head(hidden, weight, bias, tokens, temperature, softcap, logit_scal
     checks.integer("tokens", tokens)
     like = "hidden without its last dimension"
     checks.same("tokens", tokens, like, hidden.shape[:-1], hidden.device)
-    temperatures, number = checks.temperature(temperature, tokens)
+    checks.temperature(temperature, tokens)
     checks.number("logit_scale", logit_scale, above=0)
     if softcap is not None:
         checks.number("softcap", softcap, above=0)
@@ -126,7 +136,13 @@ def _checked_head(hidden, weight, bias, tokens, temperature, softcap, logit_scal
     for name, x in (("weight", weight), ("bias", bias)):
         if dtype is None and x is not None and x.dtype != hidden.dtype:
             raise TypeError(f"{name} must be {hidden.dtype} like hidden, got {x.dtype}")
-    return dtype, int(chunk_bytes), temperatures, number
+    if grad_weight_dtype not in (None, torch.float32, weight.dtype):
+        raise ValueError(
+            f"grad_weight_dtype must be None, torch.float32 or {weight.dtype}, "
+            f"got {grad_weight_dtype}"
+        )
+    sum_dtype = grad_weight_dtype or weight.dtype
+    return dtype, _wanted(hidden, weight, bias), sum_dtype, int(chunk_bytes)
 
 
 def linear_token_logprobs(
@@ -138,6 +154,7 @@ def linear_token_logprobs(
     temperature=1.0,
     softcap=None,
     logit_scale=1.0,
+    grad_weight_dtype=None,
     chunk_bytes=None,
     backend="auto",
 ):
@@ -151,6 +168,8 @@ def linear_token_logprobs(
         temperature: > 0, a number or (...) one per token, of which no gradient is taken.
         softcap: c > 0 for logits c tanh(x / c), as Gemma 2 has it; None for none.
         logit_scale: > 0, multiplies the logits before the softcap, as Cohere has it.
+        grad_weight_dtype: torch.float32 adds up the chunks' parts of a bf16 or fp16 gradient in
+            fp32, which takes twice its memory until the sum is rounded; None adds in its dtype.
         chunk_bytes: of the logits that are in memory at a time; by default 96 MiB on a CPU and
             512 MiB on a GPU. A backward holds as much. Results differ by roundings of the products.
         backend: "auto", "native", "triton" or "reference", which makes all logits at once.
@@ -171,6 +190,7 @@ def linear_token_logprobs(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        grad_weight_dtype=grad_weight_dtype,
         chunk_bytes=chunk_bytes,
         backend=backend,
     ).logprobs
@@ -185,6 +205,7 @@ def linear_token_logprobs_and_entropy(
     temperature=1.0,
     softcap=None,
     logit_scale=1.0,
+    grad_weight_dtype=None,
     chunk_bytes=None,
     backend="auto",
 ):
@@ -195,17 +216,25 @@ def linear_token_logprobs_and_entropy(
     Returns:
         LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable.
     """
-    dtype, chunk_bytes, temperatures, number = _checked_head(
-        hidden, weight, bias, tokens, temperature, softcap, logit_scale, chunk_bytes
+    call = _checked_head(
+        hidden,
+        weight,
+        bias,
+        tokens,
+        temperature,
+        softcap,
+        logit_scale,
+        grad_weight_dtype,
+        chunk_bytes,
     )
     backend = resolve(backend, hidden)
     if backend == "reference":
         logits = reference.linear_logits(hidden, weight, bias, softcap, logit_scale)
         results = reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     else:
-        call = backend, dtype, _wanted(hidden, weight, bias), chunk_bytes
-        numbers = scalars(logit_scale, softcap), tokens, temperatures, scalars(number)
-        results = _LinearTokenLogprobs.apply(*call, hidden, weight, bias, *numbers)
+        temperatures, number = checks.temperature(temperature, tokens)
+        rest = scalars(logit_scale, softcap), tokens, temperatures, scalars(number)
+        results = _LinearTokenLogprobs.apply(backend, *call, hidden, weight, bias, *rest)
     return LogprobsAndEntropy(*results)
 
 
@@ -240,12 +269,11 @@ def linear_ppo_loss(
     the upstream gradient; it can be called once.
 
     Args:
-        hidden, weight, bias, softcap, logit_scale, backend: as in `linear_token_logprobs`.
+        hidden, weight, bias, softcap, logit_scale, grad_weight_dtype, backend: as in
+            `linear_token_logprobs`.
         tokens, old_logprobs, advantages, mask and the other keywords: as in `ppo_loss`. Masked-out
             hidden states are not read; on the CPU they cost nothing, on a GPU the products.
         chunk_bytes: as in `linear_token_logprobs`; a softcap halves the tokens in a chunk.
-        grad_weight_dtype: torch.float32 adds up the chunks' parts of a bf16 or fp16 gradient in
-            fp32, which takes twice its memory until the sum is rounded; None adds in its dtype.
 
     Returns:
         PPOLoss; `loss` is differentiable in `hidden`, `weight` and `bias`.
@@ -253,14 +281,17 @@ def linear_ppo_loss(
     Raises:
         TypeError, ValueError: as `linear_token_logprobs` and `ppo_loss`.
     """
-    dtype, chunk_bytes, *_ = _checked_head(
-        hidden, weight, bias, tokens, temperature, softcap, logit_scale, chunk_bytes
+    call = _checked_head(
+        hidden,
+        weight,
+        bias,
+        tokens,
+        temperature,
+        softcap,
+        logit_scale,
+        grad_weight_dtype,
+        chunk_bytes,
     )
-    if grad_weight_dtype not in (None, torch.float32, weight.dtype):
-        raise ValueError(
-            f"grad_weight_dtype must be None, torch.float32 or {weight.dtype}, "
-            f"got {grad_weight_dtype}"
-        )
     # Of hidden states the shape is looked at, which but for D is that of logits.
     arguments = _checked(
         hidden,
@@ -284,6 +315,5 @@ def linear_ppo_loss(
             hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
         logits = reference.linear_logits(hidden, weight, bias, softcap, logit_scale)
         return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    call = backend, dtype, _wanted(hidden, weight, bias), grad_weight_dtype, chunk_bytes
     rest = scalars(logit_scale, softcap), *_for_kernel(*arguments)
-    return PPOLoss(*_LinearPPOLoss.apply(*call, hidden, weight, bias, *rest))
+    return PPOLoss(*_LinearPPOLoss.apply(backend, *call, hidden, weight, bias, *rest))

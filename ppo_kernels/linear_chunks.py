@@ -42,13 +42,12 @@ class _Head:
             temperatures = temperatures / self.logits_per_seen
         return temperatures, scalars * factors
 
-    def want(self, grad_hidden, grad_weight, grad_bias, sum_dtype=None):
+    def want(self, grad_hidden, grad_weight, grad_bias, sum_dtype):
         """Make room for gradients; returns whether there are any."""
         if grad_hidden:
             self.grad_hidden = torch.zeros_like(self.hidden)
         if grad_weight:
-            options = {"dtype": sum_dtype or self.weight.dtype, "device": self.weight.device}
-            self.grad_weight = torch.zeros(self.weight.shape, **options)
+            self.grad_weight = self.weight.new_zeros(self.weight.shape, dtype=sum_dtype)
         if grad_bias:
             self.grad_bias = torch.zeros_like(self.bias, dtype=schemas.result_dtype(self.bias))
         return grad_hidden or grad_weight or grad_bias
@@ -151,12 +150,13 @@ def _token_logprobs_backward(
     grad_hidden,
     grad_weight,
     grad_bias,
+    sum_dtype,
     chunk_bytes,
 ):
     upstream = [x != 0 for x in (grad_logprobs, grad_entropy) if x is not None]
     counted = functools.reduce(torch.logical_or, upstream)
     head = _Head(backend, hidden, weight, bias, head_scalars, counted)
-    head.want(grad_hidden, grad_weight, grad_bias)
+    head.want(grad_hidden, grad_weight, grad_bias, sum_dtype)
     temperatures, scalars = head.of_seen(temperatures, scalars)
     stats = softmax_stats.view(-1, 2)
     for chunk, part, seen in head.chunks(chunk_bytes, buffers=2):

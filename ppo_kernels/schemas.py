@@ -87,8 +87,8 @@ def _linear_token_logprobs(hidden, *_):
     return _row(hidden), _row(hidden), _stats(hidden)
 
 
-def _linear_gradients(hidden, weight, wanted, sum_dtype=None):
-    dtypes = hidden.dtype, sum_dtype or weight.dtype, result_dtype(weight)
+def _linear_gradients(hidden, weight, wanted, sum_dtype):
+    dtypes = hidden.dtype, sum_dtype, result_dtype(weight)
     shapes = hidden.shape, weight.shape, weight.shape[:1]
     return tuple(
         hidden.new_empty(shape, dtype=dtype) if wants else hidden.new_empty(0)
@@ -97,7 +97,7 @@ def _linear_gradients(hidden, weight, wanted, sum_dtype=None):
 
 
 def _linear_token_logprobs_backward(grad_logprobs, grad_entropy, hidden, weight, bias, *rest):
-    return _linear_gradients(hidden, weight, rest[-4:-1])
+    return _linear_gradients(hidden, weight, rest[-5:-2], rest[-2])
 
 
 def _linear_ppo_loss(hidden, weight, bias, *rest):
@@ -136,7 +136,9 @@ _PPO_LOSS_RESULTS = (
 )
 # `head_scalars` are logit_scale and softcap. Gradients that are not wanted come empty.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor head_scalars"
-_WANTED = "bool wants_hidden, bool wants_weight, bool wants_bias"
+_WANTED = (
+    "bool wants_hidden, bool wants_weight, bool wants_bias, ScalarType sum_dtype, int chunk_bytes"
+)
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
@@ -164,13 +166,12 @@ SCHEMAS = {
     ),
     "linear_token_logprobs_backward": (
         f"(Tensor? grad_logprobs, Tensor? grad_entropy, {_HEAD}, Tensor tokens, Tensor entropy, "
-        f"Tensor softmax_stats, Tensor? temperatures, Tensor scalars, {_WANTED}, int chunk_bytes)"
+        f"Tensor softmax_stats, Tensor? temperatures, Tensor scalars, {_WANTED})"
         f" -> ({_HEAD_GRADIENTS})",
         _linear_token_logprobs_backward,
     ),
     "linear_ppo_loss": (
-        f"({_HEAD}, {_PPO_LOSS_ARGUMENTS}, {_WANTED}, ScalarType? sum_dtype, int chunk_bytes)"
-        f" -> ({_PPO_LOSS_RESULTS}, {_HEAD_GRADIENTS})",
+        f"({_HEAD}, {_PPO_LOSS_ARGUMENTS}, {_WANTED}) -> ({_PPO_LOSS_RESULTS}, {_HEAD_GRADIENTS})",
         _linear_ppo_loss,
     ),
     "kl_divergence": (

@@ -189,8 +189,9 @@ def test_a_temperature_for_each_token(backend):
         close(leaves[name].grad, true)
 
 
-def test_many_chunks_of_a_bf16_gradient_add_up_in_fp32(backend):
-    """256 tokens that each add 1/256 of a sum: in bf16 the last ones are rounded away."""
+@pytest.mark.parametrize("of", ("loss", "logprobs"))
+def test_many_chunks_of_a_bf16_gradient_add_up_in_fp32(backend, of):
+    """512 tokens that each add 1/512 of a sum: in bf16 the last ones are rounded away."""
     n = 512
     hidden = torch.ones(n, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -199,7 +200,10 @@ def test_many_chunks_of_a_bf16_gradient_add_up_in_fp32(backend):
     grads = {}
     for dtype in (None, torch.float32):
         options = {"grad_weight_dtype": dtype, "chunk_bytes": 1, "backend": backend}
-        loss = linear_ppo_loss(*arguments, **options).loss
+        if of == "loss":
+            loss = linear_ppo_loss(*arguments, **options).loss
+        else:
+            loss = -linear_token_logprobs(*arguments[:3], **options).mean()
         (grads[dtype],) = torch.autograd.grad(loss, weight)
     truth = torch.tensor([[-0.5], [0.5]], dtype=torch.bfloat16)
     assert torch.equal(grads[torch.float32], truth)
@@ -446,7 +450,7 @@ def test_bad_arguments_are_named(backend, arguments, error, message):
     } | on_default_device(arguments)
     with pytest.raises(error, match=message):
         linear_ppo_loss(**given, backend=backend)
-    of_logprobs = {"old_logprobs", "advantages", "kl_coef", "grad_weight_dtype"}
+    of_logprobs = {"old_logprobs", "advantages", "kl_coef"}
     if not of_logprobs & arguments.keys():
         given = {name: x for name, x in given.items() if name not in of_logprobs}
         with pytest.raises(error, match=message):

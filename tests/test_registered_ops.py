@@ -34,7 +34,8 @@ def _samples(backend):
     full_head = hidden, weight, bias, dispatch.scalars(0.5, 3.0)
     linear_plain = kernels.linear_token_logprobs(*plain_head, tokens, None, cool, 100)[1:]
     linear_full = kernels.linear_token_logprobs(*full_head, tokens, varied, cool, 1000)[1:]
-    all_wanted, none_wanted = (True, True, True), (False, False, False)
+    all_wanted, none_wanted, fp32 = (True, True, True), (False, False, False), torch.float32
+    one_wanted = (True, False, False)
     decay, bounds = dispatch.scalars(0.9, 0.8), torch.tensor([0, 2, 3])
     return {
         "token_logprobs": [
@@ -63,15 +64,15 @@ def _samples(backend):
             (*full_head, tokens, varied, cool, 1000),
         ],
         "linear_token_logprobs_backward": [
-            (x, None, *plain_head, tokens, *linear_plain, None, cool, True, False, False, 100),
-            (x, y, *full_head, tokens, *linear_full, varied, cool, *all_wanted, 1000),
+            (x, None, *plain_head, tokens, *linear_plain, None, cool, *one_wanted, fp32, 100),
+            (x, y, *full_head, tokens, *linear_full, varied, cool, *all_wanted, fp32, 1000),
         ],
         "linear_ppo_loss": [
-            (*plain_head, tokens, *per_token, *plain, *none_wanted, None, 100),
-            (*full_head, tokens, *per_token, *full, *all_wanted, None, 1000),
+            (*plain_head, tokens, *per_token, *plain, *none_wanted, fp32, 100),
+            (*full_head, tokens, *per_token, *full, *all_wanted, fp32, 1000),
             (
                 *(x.bfloat16() for x in full_head[:3]),
-                *(full_head[3], tokens, *per_token, *full, *all_wanted, torch.float32, 100),
+                *(full_head[3], tokens, *per_token, *full, *all_wanted, fp32, 100),
             ),
         ],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],

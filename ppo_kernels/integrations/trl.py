@@ -114,8 +114,7 @@ class ChunkedLogProbFunction:
             chunk_size: TRL's, has no effect here.
 
         Returns:
-            log-probabilities, entropy or None, None, None, None: (N,) fp32. The gradient in a bf16
-            or fp16 head is added up in its dtype over chunks of tokens, in fp32 by TRL.
+            log-probabilities, entropy or None, None, None, None: (N,) fp32.
         """
         scored = {"log_probs", "entropy"}
         if not scored.issuperset(outputs) or logit_scale <= 0 or hasattr(weight, "ds_id"):
@@ -144,6 +143,7 @@ class ChunkedLogProbFunction:
             temperature=temperature,
             softcap=final_logit_softcapping,
             logit_scale=logit_scale,
+            grad_weight_dtype=torch.promote_types(weight.dtype, torch.float32),
         )
         entropy = entropy.float() if "entropy" in outputs else None
         return logprobs.float(), entropy, None, None, None
