@@ -37,7 +37,7 @@ COLUMNS = {
     **{f"times_{name}": Column(f"× {title}", "{:.2f}", False) for name, title in BASELINES.items()},
     **{f"cost_{name}": Column(f"time / {title}", "{:.2f}", True) for name, title in PARTS.items()},
     "memory": Column("extra memory", "{:.5f}", True),
-    "memory_without_gradients": Column("without gradients", "{:.5f}", True),
+    "memory_without_gradients": Column("memory without gradients", "{:.5f}", True),
     **{f"memory_{name}": Column(f"of {of}", "{:.2f}", True) for name, of in BASELINES.items()},
     "gb_per_s": Column("GB/s", "{:.1f}", False),
     "copy_gb_per_s": Column("of copy", "{:.1f}", False),
@@ -52,6 +52,7 @@ CAPTION = (
     "copies: time / time of copying as many logits (gae: inputs) in the same run; "
     "× eager and the like: how often faster; "
     "extra memory: peak bytes beyond the inputs / bytes of the logits (gae: inputs); "
+    "memory without gradients: extra memory less the gradients returned to the caller; "
     "ms: on a GPU the device's, and call µs until the call returns to the host; "
     "share: of the copy's GB/s"
 )
@@ -72,48 +73,58 @@ FAMILIES = {
 }
 OPS = tuple(itertools.chain(*FAMILIES.values()))
 
-# (label, rows, row's length) -> figure -> goal, on a CPU with two cores.
-GOALS = {
-    ("gae", 512, 2048): {"copies": 3.0, "times_eager": 50},
-    ("gae", 16, 131072): {"copies": 2.0},
-    ("gae, 1 in 50 done", 512, 2048): {
-        "times_torchrl": 40,
-        "times_torchrl_vec": 300,
-        "times_pufferlib": 5,
-    },
-    ("token_logprobs", 1, 2): {"milliseconds": 0.020},
-    ("linear_ppo_loss", 2048, 128256): {
+
+def _over_logits(shapes: list[tuple[int, int]], **goals: dict[str, float]) -> dict:
+    """Goals of ops over logits, in each dtype that they are measured in."""
+    return {
+        (op, shape, dtype): named
+        for op, named in goals.items()
+        for shape in shapes
+        for dtype in ("float32", "bfloat16")
+    }
+
+
+# (label, shape, dtype) -> figure -> goal, on a CPU with two cores.
+GOALS = _over_logits(
+    [(512, 32000), (256, 128256)],
+    ppo_loss_={"copies": 2.0, "times_eager": 20, "times_compile": 6, "memory": 0.001},
+    ppo_loss={"copies": 2.2},
+    token_logprobs_and_entropy={"copies": 1.2},
+    token_statistics={"cost_logprobs": 1.15},
+    kl_divergence={"copies": 1.6},
+)
+GOALS |= {
+    ("linear_ppo_loss", (2048, 512, 128256), "float32"): {
         "memory_without_gradients": 0.10,
         "cost_matmuls": 1.15,
         "times_compile": 1,
         "times_eager": 1.5,
     },
-    ("PPO iteration, V = 1,024", 64, 64): {"update_seconds": 1.2},
+    ("token_logprobs", (1, 2), "float32"): {"milliseconds": 0.020},
+    ("gae", (512, 2048), "float32"): {"copies": 3.0, "times_eager": 50},
+    ("gae", (16, 131072), "float32"): {"copies": 2.0},
+    ("gae, 1 in 50 done", (512, 2048), "float32"): {
+        "times_torchrl": 40,
+        "times_torchrl_vec": 300,
+        "times_pufferlib": 5,
+    },
+    ("PPO iteration, V = 1,024", (64, 64), "float32"): {"update_seconds": 1.2},
 }
-for size in ((512, 32000), (256, 128256)):
-    GOALS |= {
-        ("ppo_loss_", *size): {
-            "copies": 2.0,
-            "times_eager": 20,
-            "times_compile": 6,
-            "memory": 0.001,
-        },
-        ("ppo_loss", *size): {"copies": 2.2},
-        ("token_logprobs_and_entropy", *size): {"copies": 1.2},
-        ("token_statistics", *size): {"cost_logprobs": 1.15},
-        ("kl_divergence", *size): {"copies": 1.6},
-    }
 # The same on a GPU.
-GPU_GOALS = {("gae", *size): {"copies": 1.3} for size in ((8192, 2048), (16, 131072))}
-GPU_GOALS |= {("ppo_loss_", 133, V): {"copies": 1.2} for V in (32000, 50257, 128256, 151936)}
-GPU_GOALS |= {("token_logprobs", 1, 2): {"call_us": 20}}
-for size in itertools.product((8192, 65537), (32000, 50257, 128256, 151936)):
-    GPU_GOALS |= {
-        ("ppo_loss_", *size): {"copies": 1.10, "memory": 0.001},
-        ("ppo_loss", *size): {"copies": 1.65},
-        ("token_logprobs_and_entropy", *size): {"copies": 0.58},
-        ("kl_divergence", *size): {"copies": 1.15},
-    }
+VOCABULARIES = (32000, 50257, 128256, 151936)
+GPU_GOALS = _over_logits([(133, V) for V in VOCABULARIES], ppo_loss_={"copies": 1.2})
+GPU_GOALS |= _over_logits(
+    [(n, V) for n in (8192, 65537) for V in VOCABULARIES],
+    ppo_loss_={"copies": 1.10, "memory": 0.001},
+    ppo_loss={"copies": 1.65},
+    token_logprobs_and_entropy={"copies": 0.58},
+    kl_divergence={"copies": 1.15},
+)
+GPU_GOALS |= {
+    ("token_logprobs", (1, 2), "float32"): {"call_us": 20},
+    ("gae", (8192, 2048), "float32"): {"copies": 1.3},
+    ("gae", (16, 131072), "float32"): {"copies": 1.3},
+}
 
 
 class Figures(NamedTuple):
@@ -202,44 +213,40 @@ def _values(benchmark: dict) -> dict[str, float]:
     return values
 
 
+def _figures(benchmark: dict, goals: dict) -> Figures:
+    info = benchmark["extra_info"]
+    op, shape, dtype = info["op"], tuple(info["shape"]), info["dtype"]
+    label = f"{op}, {info['variant']}" if "variant" in info else op
+    why_no_memory = info.get("memory_not_measured")
+    its_goals = goals.get((label, shape, dtype), {})
+    return Figures(op, label, shape, dtype, _values(benchmark), why_no_memory, its_goals)
+
+
 def read(path: Path) -> Run:
     """Raises ValueError, naming the file, if it is not the JSON of a run."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         machine, benchmarks = run["machine_info"], run["benchmarks"]
-    except (ValueError, KeyError, TypeError) as error:
+        goals = GOALS if machine.get("gpu") is None else GPU_GOALS
+        figures = [_figures(benchmark, goals) for benchmark in benchmarks]
+        left_out = [f"{each['name']}: {each['reason']}" for each in run.get("left_out", [])]
+        for benchmark in benchmarks:
+            if "peers_failed" in (info := benchmark["extra_info"]):
+                left_out.append(f"peers of {benchmark['name']}: {info['peers_failed']}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must hold the JSON of `pytest benchmarks`: {error!r}") from None
-    goals = GOALS if machine.get("gpu") is None else GPU_GOALS
-    figures = []
-    left_out = [f"{each['name']}: {each['reason']}" for each in run.get("left_out", [])]
-    for benchmark in benchmarks:
-        info = benchmark["extra_info"]
-        op, shape = info["op"], tuple(info["shape"])
-        label = f"{op}, {info['variant']}" if "variant" in info else op
-        figures.append(
-            Figures(
-                op,
-                label,
-                shape,
-                info["dtype"],
-                _values(benchmark),
-                info.get("memory_not_measured"),
-                goals.get((label, shape[0], shape[-1]), {}),
-            )
-        )
-        if "peers_failed" in info:
-            left_out.append(f"peers of {benchmark['name']}: {info['peers_failed']}")
     order = {op: i for i, op in enumerate(OPS)}
     figures.sort(key=lambda f: order.get(f.op, len(order)))
     return Run(path, machine, figures, left_out, goals)
 
 
 def goals_of(run: Run) -> list[Goal]:
-    """Every goal of this kind of machine, those of ops that were not measured included."""
-    goals, seen = [], set()
-    for f in run.figures:
-        seen.add((f.label, f.shape[0], f.shape[-1]))
-        for name, goal in f.goals.items():
+    """Every goal of this kind of machine, whatever was measured."""
+    figures = {(f.label, f.shape, f.dtype): f for f in run.figures}
+    goals = []
+    for key, named in run.goals.items():
+        f = figures.get(key) or Figures(key[0], *key, {}, None, named)
+        for name, goal in named.items():
             measured, reason = None, ""
             if name in f.values:
                 measured = COLUMNS[name].format.format(f.values[name])
@@ -248,9 +255,4 @@ def goals_of(run: Run) -> list[Goal]:
             reached = measured is not None and f.reaches(name)
             what = f"{f.label} {f.size}: {COLUMNS[name].title}"
             goals.append(Goal(what, goal_text(name, goal), measured, reached, reason))
-    for (label, *size), names in run.goals.items():
-        if (label, *size) not in seen:
-            for name, goal in names.items():
-                what = f"{label} {' × '.join(f'{n:,}' for n in size)}: {COLUMNS[name].title}"
-                goals.append(Goal(what, goal_text(name, goal), None, False, ""))
     return goals

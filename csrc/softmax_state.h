@@ -22,7 +22,7 @@ struct Temperature {
   T value, k;
 
   PPO_HD static Temperature of(double value) {
-    return {T(value), value > 0 ? T(kLog2E / value) : T(NAN)};
+    return {T(value), value > 0 && value < INFINITY ? T(kLog2E / value) : T(NAN)};
   }
 };
 

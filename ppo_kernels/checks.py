@@ -68,13 +68,13 @@ def integer(name, x):
 def logits_and_tokens(logits, tokens):
     floating("logits", logits)
     integer("tokens", tokens)
-    vocabulary(logits)
+    vocabulary("logits", logits)
     same("tokens", tokens, "logits without its last dimension", logits.shape[:-1], logits.device)
 
 
-def vocabulary(logits):
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+def vocabulary(name, x):
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(x.shape)}")
 
 
 def number(name, x, *, above=None, at_least=None, at_most=None):

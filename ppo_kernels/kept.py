@@ -145,10 +145,11 @@ def kept_token_logprobs_and_entropy(
             NaN, and an id out of range is PyTorch's device-side assertion.
     """
     checks.logits_and_tokens(logits, tokens)
-    for name, x in (("kept_ids", kept_ids), ("kept_offsets", kept_offsets)):
-        checks.integer(name, x)
-        shape = (tokens.numel() + 1,) if name == "kept_offsets" else (x.numel(),)
-        checks.same(name, x, "the rows of logits", shape, logits.device)
+    checks.integer("kept_ids", kept_ids)
+    checks.same("kept_ids", kept_ids, "a list", (kept_ids.numel(),), logits.device)
+    checks.integer("kept_offsets", kept_offsets)
+    shape = (tokens.numel() + 1,)
+    checks.same("kept_offsets", kept_offsets, "the rows of logits", shape, logits.device)
     checks.boolean("mask", mask, "tokens", tokens)
     temperatures, number = checks.temperature(temperature, tokens)
     if mask is None:
@@ -181,8 +182,10 @@ def kept_from_mask(mask):
     Raises:
         TypeError, ValueError: mask is no bool tensor, or has no dimension.
     """
+    if mask is None:
+        raise TypeError("mask must be a bool tensor (True = kept), got None")
     checks.boolean("mask", mask, "itself", mask)
-    checks.vocabulary(mask)
+    checks.vocabulary("mask", mask)
     rows = mask.reshape(-1, mask.shape[-1])
     kept_ids = rows.nonzero(as_tuple=True)[1]
     ends = rows.sum(-1).cumsum(0)

@@ -52,7 +52,7 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
             is looked at on the CPU only.
     """
     checks.floating("logits", logits)
-    checks.vocabulary(logits)
+    checks.vocabulary("logits", logits)
     checks.per_token("ref_logits", ref_logits, "logits", logits)
     if ref_logits.dtype != logits.dtype:
         raise TypeError(

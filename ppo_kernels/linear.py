@@ -22,7 +22,7 @@ from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars
 from ppo_kernels.linear_chunks import CHUNK_BYTES
 from ppo_kernels.logprobs import LogprobsAndEntropy
-from ppo_kernels.ppo_loss import PPOLoss, _checked, _for_kernel
+from ppo_kernels.ppo_loss import PPOLoss, checked_arguments, for_kernel
 
 
 def _cast(dtype, *tensors):
@@ -266,7 +266,8 @@ def linear_ppo_loss(
 
     The gradients are made in the forward, those that are asked for: with a frozen head or frozen
     hidden states a product less, without autograd none. `loss.backward()` hands them on, scaled by
-    the upstream gradient; it can be called once.
+    the upstream gradient; it can be called once. In fp16 a loss scale comes after they are rounded:
+    take bf16, or `linear_token_logprobs` and `clipped_policy_loss`.
 
     Args:
         hidden, weight, bias, softcap, logit_scale, grad_weight_dtype, backend: as in
@@ -293,7 +294,7 @@ def linear_ppo_loss(
         chunk_bytes,
     )
     # Of hidden states the shape is looked at, which but for D is that of logits.
-    arguments = _checked(
+    arguments = checked_arguments(
         hidden,
         tokens,
         old_logprobs,
@@ -315,5 +316,5 @@ def linear_ppo_loss(
             hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
         logits = reference.linear_logits(hidden, weight, bias, softcap, logit_scale)
         return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    rest = scalars(logit_scale, softcap), *_for_kernel(*arguments)
+    rest = scalars(logit_scale, softcap), *for_kernel(*arguments)
     return PPOLoss(*_LinearPPOLoss.apply(backend, *call, hidden, weight, bias, *rest))

@@ -34,18 +34,28 @@ class _Head:
         self.slope = logit_scale / softcap if self.capped else 1.0
         self.grad_hidden = self.grad_weight = self.grad_bias = None
 
+    def check(self, tokens, temperatures):
+        """What kernels would name by its place in a chunk."""
+        if self.counted is not None:
+            out = ~self.counted.view(tokens.shape)
+            tokens = tokens.masked_fill(out, 0)
+            temperatures = None if temperatures is None else temperatures.masked_fill(out, 1.0)
+        reference.refuse_out_of_range(tokens, self.weight.shape[0])
+        if temperatures is not None:
+            reference.check_temperature(temperatures)
+
     def of_seen(self, temperatures, scalars):
         """Those of the kernels on what they see; in `scalars` the temperature comes first."""
         factors = torch.ones_like(scalars)
         factors[0] /= self.logits_per_seen
         if temperatures is not None:
-            temperatures = temperatures / self.logits_per_seen
+            temperatures = temperatures.double() / self.logits_per_seen
         return temperatures, scalars * factors
 
     def want(self, grad_hidden, grad_weight, grad_bias, sum_dtype):
         """Make room for gradients; returns whether there are any."""
         if grad_hidden:
-            self.grad_hidden = torch.zeros_like(self.hidden)
+            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
         if grad_weight:
             self.grad_weight = self.weight.new_zeros(self.weight.shape, dtype=sum_dtype)
         if grad_bias:
@@ -122,7 +132,7 @@ def _token_logprobs(
 ):
     head = _Head(backend, hidden, weight, bias, head_scalars)
     if head.picks:
-        reference.refuse_out_of_range(tokens, weight.shape[0])
+        head.check(tokens, temperatures)
     temperatures, scalars = head.of_seen(temperatures, scalars)
     real = schemas.result_dtype(hidden)
     shapes = tokens.shape, tokens.shape, (*tokens.shape, 2)
@@ -190,8 +200,7 @@ def _ppo_loss(
 ):
     head = _Head(backend, hidden, weight, bias, head_scalars, mask)
     if head.picks:
-        counted = tokens if mask is None else tokens.masked_fill(~mask, 0)
-        reference.refuse_out_of_range(counted, weight.shape[0])
+        head.check(tokens, temperatures)
     differentiable = head.want(grad_hidden, grad_weight, grad_bias, sum_dtype)
     op = kernels(backend).ppo_loss_ if differentiable else kernels(backend).ppo_loss
     if denominator is None:

@@ -28,7 +28,8 @@ A sequence in which nothing counts is none. Every objective takes::
 
 and gives PolicyLoss, fp32 (fp64 for fp64 input): the loss, the k3 estimate of KL(old || new) per
 token and the share of tokens where clipping acts, all three averaged by `aggregate`. A ratio beyond
-e^80 counts as e^80. Errors are TypeError or ValueError naming argument, rule and value.
+e^80 counts as e^80. Errors are TypeError or ValueError naming argument, rule and value, on the CPU
+also for a counted token whose log-prob is -inf or NaN.
 """
 
 import math
@@ -95,6 +96,7 @@ def _checked(logprobs, old_logprobs, advantages, mask):
     advantages = advantages.detach().to(log_ratio.dtype)
     if mask is not None:
         log_ratio, advantages = (x.masked_fill(~mask, 0.0) for x in (log_ratio, advantages))
+    reference.refuse_infinite("logprobs - old_logprobs", log_ratio.detach())
     return log_ratio.clamp(max=_MOST_LOG_RATIO), advantages
 
 
@@ -233,6 +235,7 @@ def tis(
     log_weight = reference.log_ratio(old_logprobs.detach(), rollout_logprobs)
     if mask is not None:
         log_weight = log_weight.masked_fill(~mask, 0.0)
+    reference.refuse_infinite("old_logprobs - rollout_logprobs", log_weight)
     weight = log_weight.clamp(max=math.log(cap)).exp()
     return _clipped(log_ratio, advantages * weight, mask, aggregate, clip_low, clip_high)
 

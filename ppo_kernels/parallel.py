@@ -31,7 +31,7 @@ from ppo_kernels.dispatch import kernels, resolve, scalars
 from ppo_kernels.kl import kl_estimate
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.masked import masked_mean
-from ppo_kernels.ppo_loss import PPOLoss
+from ppo_kernels.ppo_loss import PPOLoss, check_objective
 from ppo_kernels.ppo_loss_of_tokens import clipped_policy_loss
 
 
@@ -189,8 +189,9 @@ def vocab_parallel_token_logprobs_and_entropy(
 ):
     """`token_logprobs_and_entropy` of rows whose vocabulary is split over a process group.
 
-    All ranks call it with the same arguments but for their slice of the logits. Slices may be of
-    any lengths, 0 included, and must not overlap. See the module for the formulas.
+    All ranks call it with the same arguments but for their slice of the logits; where an argument
+    is wrong on one rank alone, that one raises and the others wait for it. Slices may be of any
+    lengths, 0 included, and must not overlap. See the module for the formulas.
 
     Args:
         logits: (..., V_local) this rank's slice, fp32, bf16, fp16 or fp64; rows may be strided. Or
@@ -288,18 +289,11 @@ def vocab_parallel_ppo_loss(
         TypeError, ValueError: as `ppo_loss`, on all ranks.
     """
     logits, group, start = _slice_with_start(logits, tokens, group, vocab_start)
-    checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
-    checks.per_token("advantages", advantages, "tokens", tokens)
-    checks.boolean("mask", mask, "tokens", tokens)
-    checks.clip_range(clip_low, clip_high, dual_clip)
-    checks.number("entropy_coef", entropy_coef, at_least=0)
-    checks.number("kl_coef", kl_coef, at_least=0)
-    checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
+    check_objective(
+        *(tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip),
+        *(entropy_coef, kl_coef, ref_logprobs, kl_estimator),
+    )
     denominator = checks.denominator(denominator, logits.device)
-    if ref_logprobs is not None:
-        checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
-    elif kl_coef > 0:
-        raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
     if mask is not None and isinstance(temperature, torch.Tensor):
         temperature = temperature.masked_fill(~mask, 1.0)
     logprobs, token_entropy = _token_logprobs(

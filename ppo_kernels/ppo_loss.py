@@ -39,7 +39,7 @@ class PPOLoss(NamedTuple):
     token_entropy: torch.Tensor
 
 
-def _for_kernel(
+def for_kernel(
     tokens,
     old_logprobs,
     advantages,
@@ -117,7 +117,33 @@ class _PPOLossInPlace(torch.autograd.Function):
         return None, grad_logits, *(None,) * ctx.arguments
 
 
-def _checked(
+def check_objective(
+    tokens,
+    old_logprobs,
+    advantages,
+    mask,
+    clip_low,
+    clip_high,
+    dual_clip,
+    entropy_coef,
+    kl_coef,
+    ref_logprobs,
+    kl_estimator,
+):
+    checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
+    checks.per_token("advantages", advantages, "tokens", tokens)
+    checks.boolean("mask", mask, "tokens", tokens)
+    checks.clip_range(clip_low, clip_high, dual_clip)
+    checks.number("entropy_coef", entropy_coef, at_least=0)
+    checks.number("kl_coef", kl_coef, at_least=0)
+    checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
+    if ref_logprobs is not None:
+        checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
+    elif kl_coef > 0:
+        raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
+
+
+def checked_arguments(
     logits,
     tokens,
     old_logprobs,
@@ -135,19 +161,11 @@ def _checked(
 ):
     """Check the arguments of a loss; return those after `logits`."""
     checks.logits_and_tokens(logits, tokens)
-    checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
-    checks.per_token("advantages", advantages, "tokens", tokens)
-    checks.boolean("mask", mask, "tokens", tokens)
-    checks.clip_range(clip_low, clip_high, dual_clip)
-    checks.number("entropy_coef", entropy_coef, at_least=0)
-    checks.number("kl_coef", kl_coef, at_least=0)
-    checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
+    check_objective(
+        *(tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip),
+        *(entropy_coef, kl_coef, ref_logprobs, kl_estimator),
+    )
     temperatures, number = checks.temperature(temperature, tokens)
-    if ref_logprobs is not None:
-        checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
-        ref_logprobs = ref_logprobs.detach()
-    elif kl_coef > 0:
-        raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
     return (
         tokens,
         old_logprobs.detach(),
@@ -158,7 +176,7 @@ def _checked(
         dual_clip,
         entropy_coef,
         kl_coef,
-        ref_logprobs,
+        None if ref_logprobs is None else ref_logprobs.detach(),
         checks.denominator(denominator, logits.device),
         number if temperatures is None else temperatures,
         kl_estimator,
@@ -211,7 +229,7 @@ def ppo_loss(
             and > 0. The message names it. On a GPU
             `loss` is NaN then; see `check_logprobs`.
     """
-    arguments = _checked(
+    arguments = checked_arguments(
         logits,
         tokens,
         old_logprobs,
@@ -230,7 +248,7 @@ def ppo_loss(
     backend = resolve(backend, logits)
     if backend == "reference":
         return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    return PPOLoss(*_PPOLoss.apply(backend, logits, *_for_kernel(*arguments)))
+    return PPOLoss(*_PPOLoss.apply(backend, logits, *for_kernel(*arguments)))
 
 
 def ppo_loss_(
@@ -262,7 +280,7 @@ def ppo_loss_(
     Arguments, results and errors are otherwise those of `ppo_loss`; rows of `logits` must not
     overlap and the vocabulary must have stride 1 (ValueError).
     """
-    arguments = _checked(
+    arguments = checked_arguments(
         logits,
         tokens,
         old_logprobs,
@@ -281,5 +299,5 @@ def ppo_loss_(
     checks.writable("logits", logits)
     backend = resolve(backend, logits)
     if backend != "reference":
-        arguments = _for_kernel(*arguments)
+        arguments = for_kernel(*arguments)
     return PPOLoss(*_PPOLossInPlace.apply(backend, logits, *arguments))

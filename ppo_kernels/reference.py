@@ -55,6 +55,14 @@ def refuse_impossible(logprobs, tokens):
         check_logprobs(logprobs, tokens)
 
 
+def refuse_infinite(name, x):
+    if _value_checks_run(x):
+        bad = ~x.isfinite()
+        if bad.any():
+            where = _first(bad)
+            raise ValueError(f"{name} must be finite, got {x[where]} at {list(where)}")
+
+
 def refuse_unowned(tokens, owners, mask):
     """`owners`: in how many ranks' slices of the vocabulary each token is."""
     if _value_checks_run(tokens):

@@ -22,6 +22,7 @@ from tests.conftest import (
     needs_native,
     on_default_device,
     ppo_loss_truth,
+    skip_if_emulated,
     softmax_truth,
     waits_for_nothing,
 )
@@ -102,6 +103,8 @@ def close(ours, truth, atol=1e-12):
 @pytest.mark.parametrize("chunk_bytes", CHUNKS)
 @pytest.mark.parametrize("head", HEADS)
 def test_loss_matches_the_formulas(backend, head, chunk_bytes):
+    if head in ("scale", "softcap"):
+        skip_if_emulated(backend)
     head = HEADS[head]
     head_of, rest = inputs_of(biased=chunk_bytes is None, head=head)
     truth, grad_logits = ppo_loss_truth(logits_truth(head_of, head)[0], **rest, **OPTIONS)
@@ -118,6 +121,8 @@ def test_loss_matches_the_formulas(backend, head, chunk_bytes):
 @pytest.mark.parametrize("chunk_bytes", CHUNKS)
 @pytest.mark.parametrize("head", HEADS)
 def test_logprobs_and_entropy_match_the_formulas(backend, head, chunk_bytes):
+    if head in ("scale", "softcap"):
+        skip_if_emulated(backend)
     head = HEADS[head]
     head_of, rest = inputs_of(biased=chunk_bytes is None, head=head)
     logits = logits_truth(head_of, head)[0]
@@ -169,6 +174,42 @@ def test_as_exact_as_eager(backend, head, dtype):
         assert_as_exact_as_eager(grads[name], eager_grads[name], true, slack=slack)
 
 
+@pytest.mark.parametrize("bad", (-1.0, math.nan))
+def test_a_bad_temperature_is_named_by_its_place(backend, bad):
+    if waits_for_nothing(backend):
+        pytest.skip("where nothing waits nothing raises")
+    head = HEADS["both"] | {"chunk_bytes": 1, "backend": backend}
+    head_of, rest = inputs_of(head=HEADS["both"])
+    rest["mask"] = torch.ones(3, 5, dtype=torch.bool)
+    temperature = torch.ones(3, 5)
+    temperature[2, 3] = bad
+    arguments = leaves_of(head_of) | head | {"temperature": temperature}
+    message = rf"temperature must be finite and > 0, got {bad}.* at \[2, 3\]"
+    with pytest.raises(ValueError, match=message):
+        linear_token_logprobs(tokens=rest["tokens"], **arguments)
+    with pytest.raises(ValueError, match=message):
+        linear_ppo_loss(**rest, **arguments)
+    rest["mask"][2, 3] = False
+    assert linear_ppo_loss(**rest, **arguments).loss.isfinite()
+
+
+def test_half_precision_temperatures_are_not_rounded_again(backend):
+    """With a soft cap or a scale the kernels take other temperatures than the caller's."""
+    head_of, rest = inputs_of(torch.float32, head=HEADS["both"])
+    temperature = (0.5 + torch.rand(3, 5)).bfloat16()
+    results = [
+        linear_token_logprobs(
+            **leaves_of(head_of),
+            **HEADS["both"],
+            tokens=rest["tokens"],
+            temperature=x,
+            backend=backend,
+        )
+        for x in (temperature, temperature.double())
+    ]
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
 def test_a_temperature_for_each_token(backend):
     head = HEADS["both"]
     head_of, rest = inputs_of(head=head)
@@ -192,6 +233,7 @@ def test_a_temperature_for_each_token(backend):
 @pytest.mark.parametrize("of", ("loss", "logprobs"))
 def test_many_chunks_of_a_bf16_gradient_add_up_in_fp32(backend, of):
     """512 tokens that each add 1/512 of a sum: in bf16 the last ones are rounded away."""
+    skip_if_emulated(backend)
     n = 512
     hidden = torch.ones(n, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -339,12 +381,12 @@ def test_autocast_casts_as_a_linear_layer_does(backend):
     close(logprobs, linear_token_logprobs(**cast, tokens=rest["tokens"], backend=backend))
 
 
-def test_transposed_weight_and_strided_inputs_are_left_alone(backend):
+def test_transposed_inputs_are_left_alone_and_their_gradients_scaled(backend):
     head_of, rest = inputs_of(torch.float32, biased=False)
-    expected = run_loss(head_of, rest, backend=backend)
-    strided = head_of | {"weight": head_of["weight"].T.contiguous().T}
+    expected = run_loss(head_of, rest, upstream=2.5, backend=backend)
+    strided = {name: x.mT.contiguous().mT for name, x in head_of.items()}
     before = {name: x.clone() for name, x in (strided | rest).items()}
-    result = run_loss(strided, rest, backend=backend)
+    result = run_loss(strided, rest, upstream=2.5, backend=backend)
     torch.testing.assert_close(result, expected)
     assert all(torch.equal(x, before[name]) for name, x in (strided | rest).items())
 
@@ -474,6 +516,7 @@ def test_lengths_that_change_compile_once(fused):
 
 
 def test_gradcheck(backend):
+    skip_if_emulated(backend)
     hidden, weight = torch.randn(4, 3).double(), torch.randn(5, 3).double()
     bias, tokens = torch.randn(5).double(), torch.randint(5, (4,))
     inputs = tuple(x.requires_grad_() for x in (hidden, weight, bias))

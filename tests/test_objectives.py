@@ -261,6 +261,17 @@ def test_ratios_that_overflow(name):
     torch.testing.assert_close(logprobs.grad, torch.tensor([expected]).float())
 
 
+@pytest.mark.parametrize("bad", (-math.inf, math.nan))
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_counted_logprob_that_is_not_finite_is_named(name, bad):
+    logprobs, old, advantages, mask, rollout = batch()
+    own = {"rollout_logprobs": rollout} if name == "tis" else {}
+    logprobs = logprobs.detach().clone()
+    logprobs[3, 4] = bad
+    with pytest.raises(ValueError, match=rf"logprobs must be finite, got {bad} at \[3, 4\]"):
+        OBJECTIVES[name](logprobs, old, advantages, mask, **own)
+
+
 def test_half_precision_is_computed_in_fp32():
     old = torch.tensor([[-1.0, -2.0]]).bfloat16()
     logprobs = (old + 0.125).requires_grad_()

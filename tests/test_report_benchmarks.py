@@ -67,7 +67,29 @@ def test_goals_are_marked(write, made):
     assert "ppo_loss_ 512 × 32,000 fp32: × eager 10.00, goal ≥ 20" in terminal
     (row,) = rows(page, "`ppo_loss_`")
     assert "| 0.90 ≤ 2 ✓ | 10.00 ≥ 20 ✗ | not measured, ≥ 6 | 0.00050 ≤ 0.001 ✓ |" in row
-    assert "| kl_divergence 512 × 32,000: copies | ≤ 1.6 | not measured | – |" in page
+    assert "| kl_divergence 512 × 32,000 fp32: copies | ≤ 1.6 | not measured | – |" in page
+
+
+@pytest.mark.parametrize(("machine", "n"), [(CPU, 512), (GPU, 8192)], ids=["cpu", "gpu"])
+def test_goals_are_the_same_whatever_was_measured(write, machine, n):
+    """An op over logits has them in fp32 and bf16, any other in fp32."""
+
+    def goals(*benchmarks):
+        return [(g.what, g.goal) for g in goals_of(read(write(*benchmarks, machine=machine)))]
+
+    fp32, bf16 = (
+        benchmark("ppo_loss", (n, 32000), dtype=dtype, copies=1.0)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert goals() == goals(fp32) == goals(bf16) == goals(fp32, bf16)
+    names = [what for what, _ in goals()]
+    size = f"ppo_loss {n:,} × 32,000"
+    assert [what for what in names if what.startswith(size)] == [
+        f"{size} fp32: copies",
+        f"{size} bf16: copies",
+    ]
+    others = "gae", "linear_ppo_loss", "PPO iteration", "token_logprobs "
+    assert all("fp32: " in what for what in names if what.startswith(others))
 
 
 def test_a_goal_reached_exactly_is_met(write):
@@ -133,7 +155,17 @@ def test_an_empty_run(write, made):
     assert not path.with_suffix("").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"benchmarks": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"benchmarks": []}',
+        '{"machine_info": null, "benchmarks": []}',
+        # another project's
+        '{"machine_info": {}, "benchmarks": [{"extra_info": {}, "stats": {"median": 1}}]}',
+    ],
+)
 def test_a_file_that_is_no_run_is_named(tmp_path, monkeypatch, capsys, content):
     path = tmp_path / "broken.json"
     path.write_text(content)

@@ -186,6 +186,9 @@ void rescale_(Tensor grad, Tensor scale) {
   if (factor == 1.0) return;
   dispatch(grad.scalar_type(), [&](auto type) {
     using T = decltype(type);
+    if (grad.size(-1) > 1 && grad.stride(-1) != 1) {
+      value_error("grad must have stride 1 in its last dimension, got ", grad.stride(-1));
+    }
     const Rows<T> rows(grad);
     write_rows(rows.count, rows.length, [&](int64_t row, int64_t begin, int64_t n) {
       T* x = rows[row] + begin;

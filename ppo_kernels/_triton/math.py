@@ -38,7 +38,8 @@ def temperature_of(row, temperatures_ptr, temperature, k, R: tl.constexpr):
     """(τ, k) of a row: its own where rows have, NaN where that is no temperature, or the call's."""
     if temperatures_ptr is not None:
         temperature = tl.load(temperatures_ptr + row).to(tl.float64)
-        k = tl.where(temperature > 0.0, LOG2_E / temperature, float("nan"))
+        valid = (temperature > 0.0) & (temperature < float("inf"))
+        k = tl.where(valid, LOG2_E / temperature, float("nan"))
     return number(temperature, R), number(k, R)
 
 
