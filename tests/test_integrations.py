@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppo_kernels import integrations
-from ppo_kernels.integrations import openrlhf, torchrl, trl, verl
+from ppo_kernels.integrations import dtypes, openrlhf, trl, verl
 
 PEER = """
 def selective_log_softmax(logits, index):
@@ -200,6 +200,49 @@ def test_functions_of_logits(function, dtype):
     torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize(
+    ("is_cuda", "enabled", "dtype", "expected"),
+    [
+        (True, "cuda", torch.bfloat16, torch.float32),
+        (True, "cuda", torch.float16, torch.float32),
+        (True, "cuda", torch.float64, torch.float64),
+        (True, "cpu", torch.bfloat16, torch.bfloat16),
+        (False, "cuda", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtype_under_autocast(monkeypatch, is_cuda, enabled, dtype, expected):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == enabled)
+    logits = types.SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+    assert dtypes.softmax_dtype(logits) == expected
+
+
+@pytest.mark.parametrize("peer", [trl, verl, openrlhf], ids=lambda x: x.__name__)
+def test_half_precision_logits_under_autocast_on_cuda(monkeypatch, peer):
+    monkeypatch.setattr(peer, "softmax_dtype", lambda logits: torch.float32)
+    logits, index = torch.randn(6, 41).bfloat16(), torch.randint(41, (6,))
+    log_p, entropy = truth(logits)
+    chosen = log_p.gather(-1, index[:, None])[:, 0]
+    results = [(f(logits, index), chosen) for f in LOGPROBS if f.__module__ == peer.__name__]
+    results += [(f(logits), entropy) for f in ENTROPIES if f.__module__ == peer.__name__]
+    if peer is trl:
+        both = trl.selective_log_softmax_and_entropy(logits, index)
+        results += [(trl.selective_log_softmax(logits, index[:, None])[:, 0], chosen)]
+        results += zip(both, (chosen, entropy), strict=True)
+    assert len(results) >= 2
+    for result, expected in results:
+        torch.testing.assert_close(result, expected.float(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("row_mask", [None, torch.ones(3, 4, 0)])
+def test_no_tokens_of_a_row(row_mask):
+    logits = torch.randn(3, 4, 11).bfloat16().requires_grad_()
+    index = torch.zeros(3, 4, 0, dtype=torch.int64)
+    result = trl.selective_log_softmax(logits, index, row_mask=row_mask)
+    assert (result.shape, result.dtype) == ((3, 4, 0), torch.bfloat16)
+    result.sum().backward()
+    assert (logits.grad == 0).all()
+
+
 def test_several_tokens_of_a_row():
     """Also where some, or all of them, have a logit of -inf; with gradients."""
     logits = torch.randn(3, 4, 11, dtype=torch.float64)
@@ -276,77 +319,3 @@ def test_verl_masks_that_cannot_be(mask, message):
     rewards, values = torch.randn(2, 1, 3)
     with pytest.raises(ValueError, match=message):
         verl.compute_gae_advantage_return(rewards, values, torch.tensor([mask]), 1.0, 1.0)
-
-
-def gae_truth(gamma, lam, value, next_value, reward, done, terminated):
-    """(N, T) by the formula, with differences that autograd sees."""
-    advantages, carry = [], torch.zeros_like(value[:, 0])
-    for t in reversed(range(value.shape[1])):
-        bootstrap = torch.where(terminated[:, t], 0.0, next_value[:, t])
-        delta = reward[:, t] + gamma * bootstrap - value[:, t]
-        carry = delta + gamma * lam * torch.where(done[:, t], 0.0, carry)
-        advantages.insert(0, carry)
-    return torch.stack(advantages, 1)
-
-
-def test_torchrl_truncations_and_gradients():
-    inputs = torch.randn(3, 5, 30, dtype=torch.float64)
-    done = torch.rand(5, 30) < 0.3
-    terminated = done & (torch.rand(5, 30) < 0.5)
-    weights = torch.randn(2, 5, 30, dtype=torch.float64)
-
-    def run(function):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        advantage, target = function(*leaves)
-        loss = (weights[0] * advantage + weights[1] * target).sum()
-        return advantage, target, *torch.autograd.grad(loss, leaves)
-
-    def truth(*x):
-        advantage = gae_truth(0.97, 0.9, *x, done, terminated)
-        return advantage, advantage + x[0]
-
-    expected = run(truth)
-    gamma = torch.tensor([0.97], dtype=torch.float64)
-    for function in torchrl.REPLACES["torchrl.objectives.value.functional"]:
-        results = run(lambda *x, f=function: f(gamma, 0.9, *x, done, terminated, time_dim=-1))
-        for x, y in zip(results, expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
-
-
-def test_torchrl_ends_let_nothing_through():
-    """terminated is done when it is not given; NaN and inf behind an end stay there."""
-    value, next_value, reward = torch.randn(3, 1, 4, 1)
-    done = torch.tensor([0, 1, 0, 1], dtype=torch.bool).reshape(1, 4, 1)
-    next_value[0, 1], reward[0, 3] = torch.nan, torch.inf
-    advantage, target = torchrl.generalized_advantage_estimate(
-        0.9, 0.8, value, next_value, reward, done
-    )
-    assert advantage[0, :2].isfinite().all() and target[0, :2].isfinite().all()
-    torch.testing.assert_close(advantage[0, 1], reward[0, 1] - value[0, 1])
-    assert advantage[0, 2:].isinf().all()
-
-
-@pytest.mark.parametrize("shape", [(4, 0, 1), (0, 4, 1)])
-def test_torchrl_without_tokens(shape):
-    empty = torch.zeros(shape, requires_grad=True)
-    results = torchrl.generalized_advantage_estimate(0.9, 0.9, *3 * [empty], empty.bool())
-    assert [x.shape for x in results] == 2 * [shape]
-    sum(x.sum() for x in results).backward()
-    assert empty.grad.shape == shape
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"gamma": torch.ones(4)}, ValueError, r"gamma must be one number.*shape \(4,\)"),
-        ({"lmbda": torch.ones(1, requires_grad=True)}, ValueError, "lmbda must be one number"),
-        ({"gamma": 1.5}, ValueError, "gamma must be <= 1, got 1.5"),
-        ({"reward": torch.zeros(1, 5, 1)}, ValueError, r"must have shape \(1, 5, 1\)"),
-        ({"done": torch.zeros(1, 4, 1)}, TypeError, "done.* must be a bool tensor"),
-    ],
-)
-def test_torchrl_errors(change, error, message):
-    tensors = {x: torch.zeros(1, 4, 1) for x in ("state_value", "next_state_value", "reward")}
-    arguments = {"gamma": 0.9, "lmbda": 0.9, "done": torch.zeros(1, 4, 1).bool(), **tensors}
-    with pytest.raises(error, match=message):
-        torchrl.generalized_advantage_estimate(**arguments | change)

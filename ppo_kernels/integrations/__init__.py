@@ -80,10 +80,11 @@ def patch(peer):
 
     Every module of the peer that holds one of the functions, under whatever name, holds ours, also
     one that is first imported within; all have their own back afterwards, whatever was raised.
-    `patch` may be nested and repeated. What copied a function elsewhere keeps it: your own
-    `from trl... import`, a `torch.compile(function)` or `partial` that an object made when it was
-    built. So build trainers within. Modules belong to the process: all its threads see the change,
-    and worker processes (Ray's, torchrun's) each need a `patch` of their own.
+    `patch` may be repeated, and nested: the first one entered ends it for all, also where it is
+    left before the others. What copied a function elsewhere keeps it: your own `from trl...
+    import`, a `torch.compile(function)` or `partial` that an object made when it was built. So
+    build trainers within. Modules belong to the process: all its threads see the change, and worker
+    processes (Ray's, torchrun's) each need a `patch` of their own.
 
     Args:
         peer: "trl", "verl", "openrlhf" or "torchrl".

@@ -1,9 +1,11 @@
 """Functions of OpenRLHF 0.11.2's `openrlhf.models.utils`.
 
-Results have OpenRLHF's shapes and dtype, that of the logits; in half precision they are the exact
-ones rounded once. Where its entropy is NaN, at -inf logits, these are finite.
+Results have OpenRLHF's shapes and dtype: that of the logits, but fp32 for half precision under
+autocast on CUDA. Half precision ones are the exact ones rounded once. Where its entropy is NaN, at
+-inf logits, these are finite.
 """
 
+from ppo_kernels.integrations.dtypes import softmax_dtype
 from ppo_kernels.integrations.entropy import entropy
 from ppo_kernels.logprobs import token_logprobs
 
@@ -16,12 +18,12 @@ def log_probs_from_logits(logits, labels, temperature=1.0):
     """
     if temperature != 1.0:
         logits.div_(temperature)
-    return token_logprobs(logits, labels).to(logits.dtype)
+    return token_logprobs(logits, labels).to(softmax_dtype(logits))
 
 
 def compute_entropy(logits):
     """Entropy of each row, in nats: (..., V) -> (...), differentiable."""
-    return entropy(logits).to(logits.dtype)
+    return entropy(logits).to(softmax_dtype(logits))
 
 
 REPLACES = {"openrlhf.models.utils": (log_probs_from_logits, compute_entropy)}

@@ -4,14 +4,15 @@ TRL's trainers score tokens with those of logits up to 1.14. From 1.15 on only e
 (SDPO, SDFT, CPO, ORPO ...); the others, GRPO among them, take log-probs from hidden states by
 `trl.kernels.ChunkedLogProbFunction`, which has a stand-in here too.
 
-Results have the shapes and dtype of TRL's in PyTorch, of logits theirs; in half precision they
-are the exact ones rounded once. Where TRL's entropy is NaN, at -inf logits, these are finite. TRL's
-`masked_mean` and `masked_whiten` are left alone: they are arithmetic on (B, T), with another
-variance than ours.
+Results have the shapes and dtype of TRL's in PyTorch: of logits theirs, but fp32 for half precision
+under autocast on CUDA. Half precision ones are the exact ones rounded once. Where TRL's entropy is
+NaN, at -inf logits, these are finite. TRL's `masked_mean` and `masked_whiten` are left alone: they
+are arithmetic on (B, T), with another variance than ours.
 """
 
 import torch
 
+from ppo_kernels.integrations.dtypes import softmax_dtype
 from ppo_kernels.integrations.entropy import entropy
 from ppo_kernels.linear import linear_token_logprobs_and_entropy
 from ppo_kernels.logprobs import token_logprobs, token_logprobs_and_entropy
@@ -33,8 +34,8 @@ def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
             (TRL 1.14).
 
     Returns:
-        Log-probabilities in nats, of the shape of `index` and the dtype of the logits,
-        differentiable. K of a row differ by their logits, so that one sweep serves them all.
+        Log-probabilities in nats, of the shape of `index`, differentiable. K of a row differ
+        by their logits, so that one sweep serves them all.
 
     Raises:
         TypeError, ValueError: as `ppo_kernels.token_logprobs`, whose `tokens` are `index`.
@@ -42,6 +43,8 @@ def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
     index = _within(row_mask, index)
     if index.ndim < logits.ndim:
         logprobs = token_logprobs(logits, index, temperature=temperature)
+    elif not index.shape[-1]:
+        logprobs = logits.gather(-1, index)
     else:
         chosen = logits.gather(-1, index).to(torch.promote_types(logits.dtype, torch.float32))
         chosen = chosen / temperature
@@ -50,7 +53,7 @@ def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
         logprobs = token_logprobs(logits, tokens, temperature=temperature).unsqueeze(-1)
         logprobs = chosen - chosen.gather(-1, best) + logprobs
         logprobs = logprobs.masked_fill(chosen == -torch.inf, -torch.inf)
-    return _within(row_mask, logprobs.to(logits.dtype))
+    return _within(row_mask, logprobs.to(softmax_dtype(logits)))
 
 
 def selective_log_softmax_and_entropy(
@@ -61,12 +64,12 @@ def selective_log_softmax_and_entropy(
     Arguments and errors are those of `selective_log_softmax`, with an `index` of (...).
 
     Returns:
-        log-probabilities, entropy: (...) in nats, of the dtype of the logits. The entropy is
-        differentiable if `entropy_requires_grad`.
+        log-probabilities, entropy: (...) in nats. The entropy is differentiable if
+        `entropy_requires_grad`.
     """
     index = _within(row_mask, index)
     logprobs, entropy = (
-        _within(row_mask, x.to(logits.dtype))
+        _within(row_mask, x.to(softmax_dtype(logits)))
         for x in token_logprobs_and_entropy(logits, index, temperature=temperature)
     )
     return logprobs, entropy if entropy_requires_grad else entropy.detach()
@@ -77,7 +80,7 @@ def entropy_from_logits(logits, chunk_size=128):
 
     `chunk_size` is TRL's and has no effect: nothing of the size of the vocabulary is allocated.
     """
-    return entropy(logits).to(logits.dtype)
+    return entropy(logits).to(softmax_dtype(logits))
 
 
 class ChunkedLogProbFunction:

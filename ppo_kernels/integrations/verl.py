@@ -1,7 +1,8 @@
 """Functions of verl 0.9.1's `verl.utils.torch_functional` and `verl.trainer.ppo.core_algos`.
 
-Where verl's results are NaN, for entropy at -inf logits and for advantages at a masked-out NaN,
-these are finite.
+Results of logits have verl's dtype: that of the logits, but fp32 for half precision under autocast
+on CUDA. Where verl's results are NaN, for entropy at -inf logits and for advantages at a masked-out
+NaN, these are finite.
 """
 
 import importlib.util
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from ppo_kernels.gae import gae
+from ppo_kernels.integrations.dtypes import softmax_dtype
 from ppo_kernels.integrations.entropy import entropy
 from ppo_kernels.logprobs import token_logprobs
 from ppo_kernels.masked import masked_mean
@@ -21,19 +23,18 @@ _FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 def logprobs_from_logits(logits, labels, inplace_backward=True):
     """log softmax(logits) at `labels`: (..., V), (...) -> (...), differentiable.
 
-    fp32 for half logits where verl would take flash-attn's kernel, and their dtype elsewhere, as
-    in verl. The logits are never written: `inplace_backward` has no effect, as in verl without
-    flash-attn.
+    fp32 for half logits also where verl would take flash-attn's kernel, as in verl. The logits are
+    never written: `inplace_backward` has no effect, as in verl without flash-attn.
     """
     logprobs = token_logprobs(logits, labels)
     if _FLASH_ATTN and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1":
         return logprobs
-    return logprobs.to(logits.dtype)
+    return logprobs.to(softmax_dtype(logits))
 
 
 def entropy_from_logits(logits):
-    """Entropy of each row, in nats: (..., V) -> (...) of the logits' dtype, differentiable."""
-    return entropy(logits).to(logits.dtype)
+    """Entropy of each row, in nats: (..., V) -> (...), differentiable."""
+    return entropy(logits).to(softmax_dtype(logits))
 
 
 def entropy_from_logits_with_chunking(logits, chunk_size=2048):

@@ -49,6 +49,7 @@ def assert_same_with_gradients(ours, theirs, arguments, dtype):
     [
         (TRL, trl.selective_log_softmax, ()),
         (TRL, trl.selective_log_softmax, (3,)),
+        (TRL, trl.selective_log_softmax, (0,)),
         (TRL, trl.entropy_from_logits, None),
         (VERL, verl.logprobs_from_logits, ()),
         (VERL, verl.entropy_from_logits, None),
@@ -180,6 +181,24 @@ def test_torchrl_gae(peer, ours, shape, time_dim):
 
     theirs = getattr(peer, ours.__name__)
     assert_same_with_gradients(run(ours), run(theirs), arguments, torch.float32)
+
+
+@pytest.mark.parametrize("peer", [TORCHRL], indirect=True)
+@pytest.mark.parametrize("ours", torchrl.REPLACES[TORCHRL], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("value", DTYPES)
+@pytest.mark.parametrize("next_value", DTYPES)
+@pytest.mark.parametrize("reward", DTYPES)
+def test_torchrl_mixed_dtypes(peer, ours, value, next_value, reward):
+    dtypes = value, next_value, reward
+    arguments = [torch.randn(4, 40, 1).to(x) for x in dtypes]
+    done = torch.rand(4, 40, 1) < 0.2
+
+    def run(function):
+        return lambda *x: function(0.97, 0.9, *x, done)
+
+    # γ of a Python number is fp32 in torchrl's products.
+    coarsest = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+    assert_same_with_gradients(run(ours), run(getattr(peer, ours.__name__)), arguments, coarsest)
 
 
 @pytest.mark.parametrize("peer", [TORCHRL], indirect=True)
