@@ -232,7 +232,7 @@ def _ppo_loss(
     return *(x.clone() for x in means.to(real)), logprobs, entropy, *head.gradients()
 
 
-_OPS = {
+OPS = {
     "linear_token_logprobs": _token_logprobs,
     "linear_token_logprobs_backward": _token_logprobs_backward,
     "linear_ppo_loss": _ppo_loss,
@@ -243,7 +243,7 @@ _libraries = []
 def register(backend):
     """Implement the ops in the namespace of a backend, by its own kernels."""
     library = torch.library.Library(schemas.NAMESPACE[backend], "IMPL")
-    for name, function in _OPS.items():
+    for name, function in OPS.items():
 
         def implementation(*arguments, function=function):
             # The inputs are of the dtype that autocast asks for.

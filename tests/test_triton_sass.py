@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import ppo_kernels
-from ppo_kernels import schemas
-from tests.compiled import TARGETS, exponentials, measured, sweeps
+from tests.compiled import OPS, TARGETS, exponentials, measured, sweeps
 
 # Ops that sweep a vocabulary -> their kernel, its loops that load logits, those that also store.
 SWEEPS = {
@@ -49,7 +48,7 @@ def test_every_kernel_is_compiled(compiled):
     assert written - {x["kernel"] for x in measured(compiled)} == set()
 
 
-@pytest.mark.parametrize("op", schemas.SCHEMAS)
+@pytest.mark.parametrize("op", OPS)
 def test_compiles_for_every_target(compiled, op):
     """In each dtype, with and without optional inputs: NVIDIA's sm_80, sm_90, sm_100, and AMD."""
     reports = of_op(compiled, op)
@@ -57,14 +56,14 @@ def test_compiles_for_every_target(compiled, op):
     assert {x["target"] for x in reports} == {x for targets in TARGETS for x in targets}
 
 
-@pytest.mark.parametrize("op", schemas.SCHEMAS)
+@pytest.mark.parametrize("op", OPS)
 def test_calls_that_differ_in_numbers_compile_nothing(compiled, op):
     """Temperature, clip, coefficients, estimator, rows, lengths, V of the same divisibility, and
     where tensors of numbers per token begin."""
     assert those_with(of_op(compiled, op), "recompiled") == []
 
 
-@pytest.mark.parametrize("op", schemas.SCHEMAS)
+@pytest.mark.parametrize("op", OPS)
 def test_sass_of_no_kernel_spills(compiled, op):
     kernels = measured(of_op(compiled, op))
     assert kernels

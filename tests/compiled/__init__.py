@@ -8,6 +8,10 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+from ppo_kernels import linear_chunks, schemas
+
+# Ops with kernels of their own.
+OPS = [op for op in schemas.SCHEMAS if op not in linear_chunks.OPS]
 # The target whose code is measured, for every width.
 MEASURED = "cuda:90"
 # A process each, one target after the other.

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from ppo_kernels import dispatch, schemas
 from ppo_kernels._triton import sweeps
-from tests.compiled import MEASURED, sass
+from tests.compiled import MEASURED, OPS, sass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # V or T: few warps, and most, of rows aligned to 16 bytes; a chunk of each size, and several.
@@ -205,7 +205,7 @@ def main(names):
 
     for driver.active.device, name in enumerate(names):
         sweeps.WARP_SIZE = driver.active.get_current_target().warp_size
-        for op in schemas.SCHEMAS:
+        for op in OPS:
             done = []
             for call in calls(op, every_width=name == MEASURED):
                 if compiles(call):
