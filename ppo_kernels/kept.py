@@ -146,7 +146,7 @@ def kept_token_logprobs_and_entropy(
     """
     checks.logits_and_tokens(logits, tokens)
     checks.integer("kept_ids", kept_ids)
-    checks.same("kept_ids", kept_ids, "a list", (kept_ids.numel(),), logits.device)
+    checks.same("kept_ids", kept_ids, "its own count", (kept_ids.numel(),), logits.device)
     checks.integer("kept_offsets", kept_offsets)
     shape = (tokens.numel() + 1,)
     checks.same("kept_offsets", kept_offsets, "the rows of logits", shape, logits.device)

@@ -141,7 +141,7 @@ def _checked_head(
             f"grad_weight_dtype must be None, torch.float32 or {weight.dtype}, "
             f"got {grad_weight_dtype}"
         )
-    sum_dtype = grad_weight_dtype or weight.dtype
+    sum_dtype = torch.promote_types(grad_weight_dtype or weight.dtype, weight.dtype)
     return dtype, _wanted(hidden, weight, bias), sum_dtype, int(chunk_bytes)
 
 

@@ -231,7 +231,7 @@ def make_head(logits_from: str, model: PreTrainedModel, stopping: Stopping) -> H
     if recipe is None:
         reason = (
             f"{type(model).__name__} makes its logits otherwise than by one matrix, a scale and a "
-            "soft cap"
+            "soft cap, or they are too small to show the cap"
         )
     elif recipe.softcap is not None and stopping.min_length:
         reason = "a soft cap would let in again what min_response_length rules out"

@@ -63,7 +63,7 @@ def vec_generalized_advantage_estimate(
 
     Returns:
         advantage, value_target = advantage + state_value: (..., T, F), of the common dtype of
-        values, rewards and fp32; differentiable, also twice, but not under `torch.func.vmap`.
+        values, rewards and fp32; differentiable, also twice, but not under `torch.func`.
 
     Raises:
         ValueError: gamma or lmbda of a step each, which torchrl takes in its vectorised form.
