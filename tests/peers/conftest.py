@@ -1,4 +1,4 @@
-"""The real packages: `pip install --no-build-isolation ".[peers]"`, then `pytest tests/peers`.
+"""The real packages: `pip install --no-build-isolation -e ".[peers]"`, then `pytest tests/peers`.
 
 verl and OpenRLHF pin other versions of what TRL and torchrl need, so that no extra can hold them;
 their functions run all the same: `pip install --no-deps verl==0.9.1 openrlhf==0.11.2` and
