@@ -51,7 +51,8 @@ class _KeptLogprobs(torch.autograd.Function):
             t - log_total.to(dtype)[rows], is_token, rows, ids, mask, tau, entropy.to(dtype)
         )
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
-        return tuple(torch.where(mask, x, 0.0).to(dtype) for x in (logprobs, entropy))
+        # Last a new tensor: torch 2.11 compiles a `to` of its own dtype into no gradient.
+        return tuple(torch.where(mask, x.to(dtype), 0.0) for x in (logprobs, entropy))
 
     @staticmethod
     @checks.first_order
