@@ -16,9 +16,11 @@ from rlhf.errors import UserError
 from rlhf.files import disk_errors, write_file
 from rlhf.generation import Stopping
 from rlhf.heads import LogitsHead
-from rlhf.models import autocast, check_fits, freeze, load_causal_lm, load_tokenizer
+from rlhf.loading import load_causal_lm, load_tokenizer
+from rlhf.models import autocast, check_fits, freeze
 from rlhf.options import ResponseOptions
 from rlhf.progress import hooked, num_passes
+from rlhf.proof import prove_policy
 from rlhf.rollout import Draws, Responses, decode_responses, sample_responses
 from rlhf.scores import Samples
 
@@ -29,9 +31,11 @@ class Policy:
     def __init__(self, path: str, config: ResponseOptions):
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.tokenizer = load_tokenizer(path)
-        self.model = freeze(load_causal_lm(path))
-        self.stopping = Stopping(self.tokenizer, config)
+        self.tokenizer = load_tokenizer(path, config)
+        self.model = freeze(load_causal_lm(path, config, frozen=True))
+        self.stopping = Stopping(self.tokenizer, config, self.model.generation_config)
+        self.decoding = prove_policy(self.model, path)
+        print(f"{path}: {self.stopping.describe()}", flush=True)
 
     def check(self, prompts: Prompts) -> int:
         """The most tokens of prompt and response. Raises UserError if the model has too few
@@ -51,7 +55,13 @@ class Policy:
         draws = Draws.of(len(prompts.ids), self.config, self.generator)
         with hooked(self.model.register_forward_hook, advance):
             responses = sample_responses(
-                self.model, self.tokenizer, self.stopping, prompts.ids, draws, self.config
+                self.model,
+                self.tokenizer,
+                self.stopping,
+                self.decoding,
+                prompts.ids,
+                draws,
+                self.config,
             )
         texts = decode_responses(self.tokenizer, responses)
         return Samples(prompts.prompts, texts, prompts.columns, responses)

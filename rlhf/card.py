@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import ModelCardData
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import ppo_kernels
 from rlhf.charts import MAIN_METRICS, describe, find_judges, finite
 from rlhf.config import TrainConfig
 from rlhf.files import GO_ON, disk_errors, write_file
 from rlhf.hub import may_be_hub_id
+from rlhf.loading import scorer_class
 
 CARD_FILE = "README.md"
 # What the model is, its tag and its pipeline on the hub.
@@ -37,6 +39,18 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForSequenceClassification.from_pretrained(".")
 inputs = tokenizer("The film is good."{eos}, return_tensors="pt")
 score = model(**inputs).logits.item()
+print(score, (score - model.config.reward_mean) / model.config.reward_std)
+"""
+# For a model that transformers has no such class of.
+SCORE_BY_HAND = """\
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModel.from_pretrained(".")
+head = load_file("model.safetensors")["score.weight"]
+inputs = tokenizer("The film is good."{eos}, return_tensors="pt")
+score = (model(**inputs).last_hidden_state[0, -1].float() @ head[0]).item()
 print(score, (score - model.config.reward_mean) / model.config.reward_std)
 """
 TEXT = """\
@@ -81,8 +95,8 @@ With this folder's path for FOLDER,
 processes and started where this run was: relative paths in the file begin there."""
 IN_PYTHON = "Rewards that were given in Python, not as options, are in no file."
 CRITIC = """\
-The folder [`critic`](critic) holds PPO's critic, an `AutoModelForSequenceClassification` with one
-label: its head's output at a token is the value of the state after it. Sampling does not need it.
+The folder [`critic`](critic) holds PPO's critic, {critic}: its head's output at a token
+is the value of the state after it. Sampling does not need it.
 
 """
 POLICY_LIMITS = """\
@@ -124,7 +138,8 @@ def write_card(
     rewards = [name for name in metrics if name.startswith("rewards/")]
     judges = find_judges(rewards, getattr(config, "reward_weights", None))
     if stage == "reward":
-        code = SCORE.format(eos=" + tokenizer.eos_token" if config.append_eos else "")
+        template = SCORE if is_classifier(folder) else SCORE_BY_HAND
+        code = template.format(eos=" + tokenizer.eos_token" if config.append_eos else "")
     else:
         code = SAMPLE.format(
             temperature=getattr(config, "temperature", 1.0),
@@ -147,11 +162,22 @@ def write_card(
         results="\n".join(results(stage, metrics, judges)),
         plots="\n".join(f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob("*.png"))),
         code=code,
-        critic=CRITIC if (folder / "critic").is_dir() else "",
+        critic=critic_text(folder / "critic") if (folder / "critic").is_dir() else "",
         limits=REWARD_LIMITS if stage == "reward" else POLICY_LIMITS,
     )
     with disk_errors(f"write {folder / CARD_FILE}", GO_ON):
         write_file(folder / CARD_FILE, text.encode())
+
+
+def critic_text(folder: Path) -> str:
+    known = "an `AutoModelForSequenceClassification` with one label"
+    by_hand = "a model for `AutoModel` with a further weight, `score.weight`"
+    return CRITIC.format(critic=known if is_classifier(folder) else by_hand)
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether transformers has a class that opens a scorer's folder."""
+    return scorer_class(AutoConfig.from_pretrained(folder)) is AutoModelForSequenceClassification
 
 
 def listed(start: str, rewards: list[str]) -> str:

@@ -4,15 +4,29 @@ Every token is drawn with a number of its own, handed in from outside, so that a
 neither on the others of its batch nor on how a batch is divided.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.models import default_device, positions
 from rlhf.options import ResponseOptions
+
+# The names of a cache in the signatures of models, the newest first.
+CACHES = ("cache", "past_key_values", "cache_params")
+
+
+class Decoding(NamedTuple):
+    """How a model is sampled from: the keyword of its cache, None if each step reads the whole
+    sequence; whether a step with a cache takes the mask of all tokens so far (state-space models
+    take none); and whether rows that have ended can leave a batch."""
+
+    cache: str | None
+    masks_steps: bool = True
+    drops_rows: bool = True
 
 
 class Generated(NamedTuple):
@@ -29,11 +43,23 @@ class Generated(NamedTuple):
 
 class Stopping:
     """What ends a response, EOS, the stop tokens and the stop strings of a configuration; and the
-    token ids that a response may hold, those that the tokenizer knows."""
+    token ids that a response may hold, those that the tokenizer knows.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: ResponseOptions):
+    EOS is the tokenizer's, and those of the model's generation_config, of which chat models often
+    have several.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ResponseOptions,
+        generation_config: GenerationConfig | None = None,
+    ):
+        ends = getattr(generation_config, "eos_token_id", None)
+        ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
         tokens = [_token_id(tokenizer, token) for token in config.stop_token or ()]
-        self.ids = torch.tensor([tokenizer.eos_token_id, *tokens], device=default_device())
+        ids = dict.fromkeys([tokenizer.eos_token_id, *ends, *tokens])
+        self.ids = torch.tensor(list(ids), device=default_device())
         self.min_length = config.min_response_length
         # Models often have more rows than their tokenizer has tokens.
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -41,6 +67,10 @@ class Stopping:
         self.tokenizer = tokenizer
         # A token that shows is a byte of text at least; those before set off the first one.
         self.window = 8 + max((len(text.encode()) for text in self.strings), default=0)
+
+    def describe(self) -> str:
+        names = self.tokenizer.convert_ids_to_tokens(self.ids.tolist())
+        return f"a response ends with {', '.join(map(repr, [*names, *self.strings]))}"
 
     def suppress_(self, logits: Tensor, first: int = 0) -> Tensor:
         """Sets to -inf the logits (B, T, V) of what cannot be sampled: of EOS and stop tokens at
@@ -94,6 +124,35 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tenso
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
+def cache_keyword(model: PreTrainedModel) -> str | None:
+    """The name by which the model's forward takes its cache, None if it takes none: a model
+    swallows what is not in its signature without a word."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in parameters), None)
+
+
+def next_logits(
+    model: PreTrainedModel,
+    decoding: Decoding,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    cache: Cache | None,
+) -> tuple[Tensor, Cache | None]:
+    """Logits (B, 1, V) after the last of `input_ids`, which follow what is in `cache` (None: they
+    are all), and the cache then. The mask has a column for each token so far."""
+    name = decoding.cache
+    outputs = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask if cache is None or decoding.masks_steps else None,
+        position_ids=position_ids,
+        use_cache=name is not None,
+        logits_to_keep=1,
+        **({} if cache is None else {name: cache}),
+    )
+    return outputs.logits[:, -1:], None if name is None else getattr(outputs, name)
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -103,6 +162,7 @@ def generate(
     uniforms: Tensor,
     max_lengths: Tensor,
     stopping: Stopping,
+    decoding: Decoding,
     temperature: float,
     pad_token_id: int,
 ) -> Generated:
@@ -113,7 +173,8 @@ def generate(
         uniforms: (B, T) fp64 in [0, 1), the numbers that draw each row's tokens.
         max_lengths: (B,) most tokens of each response, from 1 to T.
 
-    Rows that have ended leave the batch once half of it has, and sampling stops with the last one.
+    Rows that have ended leave the batch once half of it has, if the model's cache allows it, and
+    sampling stops with the last one.
     The results are inference tensors: no pass with a gradient takes them as they are.
     """
     longest = int(max_lengths.max())
@@ -121,18 +182,10 @@ def generate(
     lengths = max_lengths.clone()
     ended = torch.zeros_like(lengths, dtype=torch.bool)
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
-    cache = DynamicCache(config=model.config)
-    inputs, position_ids = prompt_ids, positions(prompt_mask)
+    cache, inputs, position_ids = None, prompt_ids, positions(prompt_mask)
     mask = None if prompt_mask.all() else prompt_mask
     for step in range(longest):
-        logits = model(
-            input_ids=inputs,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        logits, cache = next_logits(model, decoding, inputs, mask, position_ids, cache)
         stopping.suppress_(logits, first=step)
         tokens[rows, step] = sample_tokens(logits[:, -1], temperature, uniforms[rows, step])
         ends = stopping.reached(tokens[rows, : step + 1]) & (step < lengths[rows])
@@ -147,15 +200,20 @@ def generate(
             )
         if num_alive == 0:
             break
-        if num_alive <= len(rows) // 2:
+        if decoding.drops_rows and num_alive <= len(rows) // 2:
             keep = alive.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, position_ids = rows[keep], position_ids[keep]
+            rows, inputs, position_ids = rows[keep], inputs[keep], position_ids[keep]
             mask = None if mask is None else mask[keep]
-        inputs = tokens[rows, step : step + 1]
+            if cache is not None:
+                cache.reorder_cache(keep)
+        new, after = tokens[rows, step : step + 1], position_ids[:, -1:] + 1
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        position_ids = position_ids[:, -1:] + 1
+        if cache is None:
+            inputs = torch.cat([inputs, new], dim=1)
+            position_ids = torch.cat([position_ids, after], dim=1)
+        else:
+            inputs, position_ids = new, after
     width = int(lengths.max())
     tokens = tokens[:, :width]
     beyond = torch.arange(width, device=tokens.device) >= lengths[:, None]

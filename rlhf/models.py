@@ -1,27 +1,14 @@
-"""Loading of the models, and the few forward passes that the stages share.
+"""The few forward passes that the stages share, and what a model must have for them."""
 
-The reward model and the critic are both `AutoModelForSequenceClassification` with one label: the
-reward model reads its head at the last real token, the critic reads it at every token.
-"""
-
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf.errors import UserError, one_line
-from rlhf.hub import may_be_hub_id
+from rlhf.errors import UserError
 
 
 def default_device() -> torch.device:
@@ -32,70 +19,11 @@ def autocast(bf16: bool) -> torch.autocast:
     return torch.autocast(default_device().type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. It must have EOS; without a pad token, EOS is pad."""
-    tokenizer = _open(AutoTokenizer, path)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {path} must have an EOS token, it has none: set one")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_causal_lm(path: str) -> PreTrainedModel:
-    """A causal language model with fp32 weights. Raises UserError for a reward model or a critic:
-    where embeddings are tied these lack nothing, and transformers would open them as well."""
-    model = _open(AutoModelForCausalLM, path, dtype=torch.float32)
-    for name in model.config.architectures or ():
-        if name.endswith("ForSequenceClassification"):
-            raise UserError(f"{path} is a {name}, a reward model or a critic: give a policy")
-    return model.to(default_device())
-
-
-def load_scorer(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model with one scalar output, from a scorer's folder or (with a new head) any other."""
-    model, _ = _open_scorer(path, tokenizer)
-    return model
-
-
-def load_reward_model(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A scorer whose head has been trained."""
-    model, new_weights = _open_scorer(path, tokenizer)
-    if new_weights:
-        raise UserError(f"{path} is not a reward model, it has no scalar head: run rlhf reward")
-    return model
-
-
-def _open_scorer(
-    path: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, Collection[str]]:
-    """The model, and the names of the weights that the folder lacks."""
-    model, loading = _open(
-        AutoModelForSequenceClassification,
-        path,
-        dtype=torch.float32,
-        num_labels=1,
-        output_loading_info=True,
-    )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(default_device()), loading["missing_keys"]
-
-
-def _open(auto_class, path: str, **kwargs):
-    is_folder = Path(path).is_dir()
-    if not is_folder and not may_be_hub_id(path):
-        raise UserError(f"there is no folder {path!r}: give that of a model, or a hub id")
-    try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except Exception as error:  # a damaged folder raises whatever its reader raises
-        kind = "folder" if is_folder else "hub id (there is no such folder)"
-        raise UserError(f"cannot open the {kind} {path!r}: {one_line(error)}") from error
-
-
 def check_fits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, remedy: str
 ) -> None:
-    """Raises UserError where the model has too few tokens or positions."""
+    """Raises UserError where the model has too few tokens or positions, or where its positions
+    depend on the longest row of a pass."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
@@ -107,6 +35,22 @@ def check_fits(
             f"sequences of up to {length} tokens do not fit the model's {positions} positions: "
             f"{remedy}"
         )
+    switch = min(_longrope_switches(model.config.get_text_config()), default=length)
+    if length > switch:
+        raise UserError(
+            f"sequences of up to {length} tokens are beyond the {switch} positions where the "
+            "model's longrope takes other frequencies, for all rows of a pass by the longest, so "
+            f"that a token's log-prob would depend on the other rows: {remedy}"
+        )
+
+
+def _longrope_switches(config: PreTrainedConfig) -> Iterator[int]:
+    """The lengths beyond which a pass has other rotary frequencies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            yield parameters["original_max_position_embeddings"]
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -130,18 +74,6 @@ def token_values(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         use_cache=False,
     ).last_hidden_state
     return scalar_head(model, hidden)
-
-
-def value_head(policy: PreTrainedModel) -> PreTrainedModel:
-    """A critic on the policy's own trunk; its new head gives 0 everywhere."""
-    config = deepcopy(policy.config)
-    config.num_labels = 1
-    with torch.device("meta"):
-        critic = AutoModelForSequenceClassification.from_config(config)
-    setattr(critic, critic.base_model_prefix, policy.base_model)
-    critic.score.to_empty(device=policy.device)
-    nn.init.zeros_(critic.score.weight)
-    return critic
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -187,15 +119,20 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def sequence_scores(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, skipped: int | None = None
+) -> Tensor:
     """The scalar head's fp32 output at each row's last real token, [B].
 
     The last real token comes from the mask. transformers' own forward compares ids with pad, and
-    so misses a final EOS where pad == eos.
+    so misses a final EOS where pad == eos; `skipped`, the id that it would pass over, does so too.
     """
     values = token_values(model, input_ids, attention_mask)
     index = torch.arange(values.shape[1], device=values.device)
-    last = (index * attention_mask.long()).amax(-1, keepdim=True)
+    read = (
+        attention_mask.bool() if skipped is None else attention_mask.bool() & (input_ids != skipped)
+    )
+    last = (index * read).amax(-1, keepdim=True)
     return values.gather(1, last).squeeze(1)
 
 

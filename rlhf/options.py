@@ -22,6 +22,9 @@ SECTIONS = (
 )
 
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
 def option(section: str, default, text: str):
     metadata = {"help": text, "section": section}
     if isinstance(default, list):
@@ -62,12 +65,25 @@ class Options:
     seed: int = learning(0, "Seed of every random choice.")
     per_device_eval_batch_size: int = hardware(64, "Sequences in one pass without gradient.")
     bf16: bool = hardware(False, "Run the models in bfloat16 autocast (the weights stay fp32).")
+    dtype: str | None = hardware(
+        None,
+        "Type of all weights, also of those that learn: float32, bfloat16, float16, or auto, that "
+        "of the folder (default: float32; on a GPU bfloat16 for reward models, and for policies "
+        "that only answer).",
+    )
+    attn_implementation: str | None = hardware(
+        None, "Attention of the models, such as sdpa, eager or flash_attention_2 (default: theirs)."
+    )
+    trust_remote_code: bool = data(
+        False, "Run Python code that model folders bring with them. It can do anything."
+    )
 
     def __post_init__(self):
         for name, value in vars(self).items():
             setattr(self, name, _path_as_text(value))
         self._check("must be in [0, 2**32)", lambda x: 0 <= x < 2**32, "seed")
         self._check("must be >= 1", lambda x: x >= 1, "per_device_eval_batch_size")
+        self._check_choices(dtype=(None, *DTYPES))
 
     def _check(self, rule: str, holds, *names: str) -> None:
         for name in names:
@@ -83,6 +99,9 @@ class Options:
 @dataclass(kw_only=True)
 class ModelOptions(Options):
     model_name_or_path: str = required(SECTIONS[0], "Folder or hub id of the model to start from.")
+    revision: str | None = data(
+        None, "Branch, tag or commit of model_name_or_path on the hub (default: main)."
+    )
 
 
 @dataclass(kw_only=True)

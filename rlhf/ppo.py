@@ -65,6 +65,8 @@ def train_ppo(
             with log.phase("update", trainer.steps_per_iteration, register):
                 steps = trainer.update(batch)
             step = trainer.iteration
+            if step == 1:
+                tell_first_ratio(steps[0]["policy/ratio_error"].item(), config)
             log.advance()
             if is_due(config.logging_steps, step, total):
                 figures = to_floats(iteration_metrics(batch, steps))
@@ -98,6 +100,20 @@ def train_ppo(
         from_options = reward_funcs is None
         distributed.from_main(lambda: finish(trainer, checkpoints, metrics, from_options))
     return metrics | {"seconds": time.perf_counter() - start_time}
+
+
+def tell_first_ratio(error: float, config: PPOConfig) -> None:
+    """Warns of a first minibatch whose ratios are not 1, up to rounding: the policy that is updated
+    is then not the one that was sampled from."""
+    is_fp32 = not config.bf16 and config.dtype in (None, "float32")
+    limit = 1e-3 if is_fp32 else 64 * torch.finfo(torch.bfloat16).eps
+    if error > limit and distributed.is_main():
+        print(
+            f"warning: a ratio of the first minibatch is off 1 by {error:.2g} (rounding explains "
+            f"{limit:.2g}): the model's log-probs depend on the other rows of a batch, on padding, "
+            "or on chance (dropout); such updates are not PPO's",
+            flush=True,
+        )
 
 
 def evaluate_policy(trainer: PPOTrainer) -> dict[str, float]:
@@ -146,7 +162,13 @@ def compare_completions(trainer: PPOTrainer) -> list[dict]:
         for model in (trainer.reference, trainer.policy):
             with hooked(model.register_forward_hook, display.advance):
                 responses = sample_responses(
-                    model, trainer.tokenizer, trainer.stopping, ids, draws, config
+                    model,
+                    trainer.tokenizer,
+                    trainer.stopping,
+                    trainer.decoding,
+                    ids,
+                    draws,
+                    config,
                 )
             samples = trainer.samples(prompts, rows, responses)
             answers.append(scored_answers(samples, score_samples(trainer.rewards, samples)))

@@ -20,18 +20,18 @@ from rlhf.batches import pad
 from rlhf.card import write_card
 from rlhf.config import RewardConfig
 from rlhf.data import load_rankings
+from rlhf.loading import load_learning_reward_model, load_tokenizer, padding_in_text
 from rlhf.metrics import MetricsLog, plot_metrics, to_floats
 from rlhf.models import (
     autocast,
     check_fits,
     default_device,
     enable_gradient_checkpointing,
-    load_scorer,
-    load_tokenizer,
     sequence_scores,
     set_score_normalisation,
 )
 from rlhf.progress import Display, hooked, num_passes
+from rlhf.proof import prove_scorer
 from rlhf.saving import Checkpoints, is_due
 from rlhf.supervised import SupervisedTrainer
 
@@ -41,12 +41,13 @@ SHOWN = ("loss", "accuracy", "margin", "eval/loss", "eval/accuracy", "lr")
 class Scorer(nn.Module):
     """A reward model whose forward pass gives `sequence_scores`."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.model = model
+        self.skipped = padding_in_text(model, tokenizer)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return sequence_scores(self.model, input_ids, attention_mask)
+        return sequence_scores(self.model, input_ids, attention_mask, self.skipped)
 
 
 def pair_indices(sizes: list[int]) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,7 @@ def evaluate(
     scores = torch.zeros(len(answers), device=model.device)
     for rows in distributed.my_share(batches):
         batch = [answers[i] for i in rows]
-        part = score_answers(Scorer(model), batch, tokenizer.pad_token_id, config.bf16)
+        part = score_answers(Scorer(model, tokenizer), batch, tokenizer.pad_token_id, config.bf16)
         scores[rows] = num_processes * part
     scores = distributed.mean_of({"scores": scores})["scores"]
     model.train()
@@ -121,14 +122,16 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
     """
     start_time = time.perf_counter()
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    path = config.model_name_or_path
+    tokenizer = load_tokenizer(path, config, config.revision)
     rankings = load_rankings(config, config.dataset_name, config.dataset_split, tokenizer)
     eval_rankings = []
     if config.eval_dataset_name is not None:
         eval_rankings = load_rankings(
             config, config.eval_dataset_name, config.eval_dataset_split, tokenizer
         )
-    model = load_scorer(config.model_name_or_path, tokenizer)
+    model = load_learning_reward_model(path, tokenizer, config)
+    prove_scorer(model, path)
     for name in ("reward_mean", "reward_std"):  # of the reward model that it may have been
         model.config.__dict__.pop(name, None)
     longest = max(len(answer) for ranking in rankings + eval_rankings for answer in ranking)
@@ -137,7 +140,7 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
         enable_gradient_checkpointing(model)
 
     lengths = [max(len(answer) for answer in ranking) for ranking in rankings]
-    trainer = SupervisedTrainer(config, Scorer(model), rankings, lengths, eval_rankings)
+    trainer = SupervisedTrainer(config, Scorer(model, tokenizer), rankings, lengths, eval_rankings)
     checkpoints = Checkpoints(config, "reward", trainer, {"": model}, tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()

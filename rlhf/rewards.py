@@ -29,16 +29,16 @@ from rlhf.config import PPOConfig
 from rlhf.data import Prompts, tokenize_prompts, with_eos
 from rlhf.errors import UserError, one_line
 from rlhf.functions import call, load_function
+from rlhf.loading import load_reward_model, load_tokenizer, padding_in_text
 from rlhf.models import (
     autocast,
     check_fits,
     default_device,
-    load_reward_model,
-    load_tokenizer,
     normalise_scores,
     sequence_scores,
 )
 from rlhf.options import Options
+from rlhf.proof import prove_scorer
 from rlhf.rollout import Responses
 from rlhf.scores import Reward, Samples, shorten
 
@@ -64,6 +64,7 @@ class ModelReward(Reward):
     config: Options
 
     def __post_init__(self):
+        self.skipped = padding_in_text(self.model, self.tokenizer)
         self.shares_vocabulary = self.tokenizer.get_vocab() == self.policy_tokenizer.get_vocab()
         if not hasattr(self.model, "score"):
             raise UserError(
@@ -88,7 +89,7 @@ class ModelReward(Reward):
             responses = self._tokenize(samples)
 
         def score(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            scores = sequence_scores(self.model, input_ids, attention_mask)
+            scores = sequence_scores(self.model, input_ids, attention_mask, self.skipped)
             return normalise_scores(self.model, scores)
 
         return _score_in_parts(score, responses, self.config)
@@ -333,8 +334,9 @@ def _make_reward(
     config: Options,
 ) -> Reward:
     if isinstance(source, str):
-        own = load_tokenizer(source)
-        model = load_reward_model(source, own).eval()
+        own = load_tokenizer(source, config)
+        model = load_reward_model(source, config).eval()
+        prove_scorer(model, source)
         return ModelReward(name, weight, model, own, tokenizer, source, config)
     if not isinstance(source, nn.Module):
         return FunctionReward(name, weight, source)

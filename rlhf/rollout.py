@@ -16,7 +16,7 @@ from ppo_kernels import kl_estimate
 from rlhf import distributed
 from rlhf.batches import pad
 from rlhf.config import PPOConfig
-from rlhf.generation import Stopping, generate
+from rlhf.generation import Decoding, Stopping, generate
 from rlhf.heads import ActorCritic
 from rlhf.models import autocast
 from rlhf.options import ResponseOptions
@@ -107,6 +107,7 @@ def sample_responses(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stopping: Stopping,
+    decoding: Decoding,
     prompts: list[list[int]],
     draws: Draws,
     config: ResponseOptions,
@@ -127,6 +128,7 @@ def sample_responses(
                 uniforms=uniforms[rows],
                 max_lengths=max_lengths[rows],
                 stopping=stopping,
+                decoding=decoding,
                 temperature=config.temperature,
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -12,16 +12,16 @@ from rlhf.batches import pad
 from rlhf.card import write_card
 from rlhf.config import SFTConfig
 from rlhf.data import Text, load_texts
+from rlhf.loading import load_causal_lm, load_tokenizer
 from rlhf.metrics import MetricsLog, plot_metrics
 from rlhf.models import (
     autocast,
     check_fits,
     default_device,
     enable_gradient_checkpointing,
-    load_causal_lm,
-    load_tokenizer,
 )
 from rlhf.progress import num_passes
+from rlhf.proof import prove_causal
 from rlhf.saving import Checkpoints, is_due
 from rlhf.supervised import SupervisedTrainer
 
@@ -69,14 +69,16 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
     """Trains and saves a causal language model; returns the last metrics."""
     start_time = time.perf_counter()
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    path = config.model_name_or_path
+    tokenizer = load_tokenizer(path, config, config.revision)
     texts = load_texts(config, config.dataset_name, config.dataset_split, tokenizer)
     eval_texts = []
     if config.eval_dataset_name is not None:
         eval_texts = load_texts(
             config, config.eval_dataset_name, config.eval_dataset_split, tokenizer
         )
-    model = load_causal_lm(config.model_name_or_path)
+    model = load_causal_lm(path, config, revision=config.revision)
+    prove_causal(model, path)
     longest = max(len(text.ids) for text in texts + eval_texts)
     check_fits(model, tokenizer, longest, "lower max_length")
     if config.gradient_checkpointing:

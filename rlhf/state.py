@@ -1,5 +1,6 @@
 """What a checkpoint is made of: models, the state of a run, and that of the random generators."""
 
+import copy
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, one_line
 from rlhf.files import GO_ON, disk_errors, remove, sync, sync_tree
+from rlhf.loading import weights_lacking
 
 # Integers as wide as an element, by its bytes.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -125,21 +127,15 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     try:
         saved, loading = type(model).from_pretrained(
             folder,
-            config=model.config,
-            dtype=model.dtype,
+            config=copy.deepcopy(model.config),
+            dtype=torch.float32,  # holds every narrower number exactly
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except Exception as error:  # a damaged folder raises whatever its reader raises
         raise UserError(f"cannot load the weights in {folder}: {one_line(error)}") from error
-    wrong = [
-        *(f"no {name}" for name in sorted(loading["missing_keys"])),
-        *(f"{name}, which the model lacks" for name in sorted(loading["unexpected_keys"])),
-        *(
-            f"{name} of shape {tuple(there)}, where the model's is {tuple(here)}"
-            for name, there, here in sorted(loading["mismatched_keys"])
-        ),
-    ]
+    wrong = weights_lacking(loading)
+    wrong += [f"{name}, which the model lacks" for name in sorted(loading["unexpected_keys"])]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(

@@ -5,6 +5,7 @@ Every rank holds the prompts, responses, rewards and advantages of a whole itera
 passes through the models are divided. So what is a mean over an iteration is one over all ranks.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -26,18 +27,16 @@ from rlhf.errors import UserError
 from rlhf.generation import Stopping
 from rlhf.heads import ActorCritic, make_head
 from rlhf.iteration import Batch
+from rlhf.loading import load_causal_lm, load_scorer, load_tokenizer, value_head
 from rlhf.models import (
     autocast,
     check_fits,
     checkpointed,
     enable_gradient_checkpointing,
     freeze,
-    load_causal_lm,
-    load_scorer,
-    load_tokenizer,
-    value_head,
 )
 from rlhf.optim import clip_gradients, make_optimizer
+from rlhf.proof import prove_policy, prove_scorer
 from rlhf.rewards import check_rewards, critic_path, load_rewards
 from rlhf.rollout import (
     Draws,
@@ -76,8 +75,8 @@ class PPOTrainer:
                 f"{self.batch_size} responses of an iteration: kl_coef could become negative"
             )
 
-        self.tokenizer = load_tokenizer(config.model_name_or_path)
-        self.stopping = Stopping(self.tokenizer, config)
+        path = config.model_name_or_path
+        self.tokenizer = load_tokenizer(path, config, config.revision)
         self.prompts = load_prompts(
             config, config.dataset_name, config.dataset_split, self.tokenizer
         )
@@ -89,8 +88,12 @@ class PPOTrainer:
 
         self.rewards = load_rewards(config, self.tokenizer, reward_funcs)
         # Dropout stays off in training too, or the first ratio would not be 1.
-        self.policy = load_causal_lm(config.model_name_or_path).eval()
-        self.reference = freeze(load_causal_lm(config.model_name_or_path))
+        self.policy = load_causal_lm(path, config, revision=config.revision).eval()
+        self.decoding = prove_policy(self.policy, path)
+        self.reference = freeze(copy.deepcopy(self.policy))
+        self.stopping = Stopping(self.tokenizer, config, self.policy.generation_config)
+        if distributed.is_main():
+            print(self.stopping.describe(), flush=True)
         head = make_head(config.logits_from, self.policy, self.stopping)
         self.model = ActorCritic(self.policy, self._load_critic(), head).eval()
         self._check_lengths()
@@ -123,7 +126,10 @@ class PPOTrainer:
         if self.config.share_trunk:
             return value_head(self.policy)
         path = self.config.critic_model_path or critic_path(self.rewards)
-        return load_scorer(path or self.config.model_name_or_path, self.tokenizer)
+        path = path or self.config.model_name_or_path
+        critic = load_scorer(path, self.tokenizer, self.config)
+        prove_scorer(critic, path)
+        return critic
 
     def _check_lengths(self) -> None:
         data = [self.prompts, self.eval_prompts] if self.eval_prompts else [self.prompts]
@@ -150,7 +156,13 @@ class PPOTrainer:
         mine = distributed.my_rows(len(rows))
         draws = Draws.of(len(rows), self.config, generator).rows(mine)
         part = sample_responses(
-            self.policy, self.tokenizer, self.stopping, ids[mine], draws, self.config
+            self.policy,
+            self.tokenizer,
+            self.stopping,
+            self.decoding,
+            ids[mine],
+            draws,
+            self.config,
         )
         padded = pad(ids, self.tokenizer.pad_token_id, "left")
         return Responses(

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from rlhf.errors import UserError
+from rlhf.generation import cache_keyword
+from rlhf.loading import account_for
 from rlhf.models import enable_gradient_checkpointing, freeze
 
 # Options that TRL took for models which are not trained as a whole.
@@ -94,7 +96,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
                 f"knows, {path} has a {kind.__name__}"
             )
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
-        model = _with_head(architecture).from_pretrained(path, *model_args, **kwargs)
+        model, loading = _with_head(architecture).from_pretrained(
+            path, *model_args, output_loading_info=True, **kwargs
+        )
+        account_for(path, model, loading)
         head = model.v_head
         del model.v_head
         model.__class__ = architecture
@@ -116,16 +121,20 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     ):
         """(logits (B, L, V), the language modelling loss if there are `labels`, values (B, L)), and
         the cache if `return_past_key_values`. Logits keep the model's dtype."""
+        cache = cache_keyword(self.pretrained_model)
+        if cache is None and (past_key_values is not None or return_past_key_values):
+            raise UserError(f"a {type(self.pretrained_model).__name__} takes no past_key_values")
+        if past_key_values is not None:
+            kwargs[cache] = past_key_values
         outputs = self.pretrained_model(
             input_ids=input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             output_hidden_states=True,
             **kwargs,
         )
         values = self.v_head(outputs.hidden_states[-1]).squeeze(-1)
         results = (outputs.logits, outputs.loss, values)
-        return (*results, outputs.past_key_values) if return_past_key_values else results
+        return (*results, getattr(outputs, cache)) if return_past_key_values else results
 
     @property
     def num_positions(self) -> int | None:

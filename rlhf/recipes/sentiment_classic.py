@@ -19,7 +19,7 @@ from rlhf.classic import AutoModelForCausalLMWithValueHead, LengthSampler, PPOCo
 from rlhf.columns import load_columns
 from rlhf.errors import UserError
 from rlhf.files import disk_errors
-from rlhf.models import load_tokenizer
+from rlhf.loading import load_tokenizer
 from rlhf.recipes.sentiment import positive_scorer
 
 PROMPT_TOKENS = (2, 8)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf.models import load_scorer
+from rlhf.loading import load_scorer
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
 from rlhf.state import save_model

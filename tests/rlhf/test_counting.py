@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.data import load_prompts
-from rlhf.models import load_causal_lm, load_tokenizer
+from rlhf.loading import load_causal_lm, load_tokenizer
 from rlhf.ppo import train_ppo
 from rlhf.tasks import counting
 

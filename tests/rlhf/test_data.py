@@ -27,7 +27,7 @@ from rlhf.data import (
     tokenize_prompts,
 )
 from rlhf.errors import UserError
-from rlhf.models import load_causal_lm
+from rlhf.loading import load_causal_lm
 from rlhf.sft import count_learnt, token_loss
 from rlhf.tasks.base import train_tokenizer, write_jsonl
 

@@ -7,8 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf.batches import pad
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
-from rlhf.generation import Stopping, generate, sample_tokens
-from rlhf.models import load_causal_lm, positions
+from rlhf.generation import Decoding, Stopping, cache_keyword, generate, sample_tokens
+from rlhf.loading import load_causal_lm
+from rlhf.models import positions
 from rlhf.tasks.base import train_tokenizer
 
 EOS, PAD = 2, 0
@@ -49,6 +50,7 @@ def sample(model, tokenizer, prompts, *, max_length=8, pad_token_id=PAD, seed=0,
         uniforms=torch.rand(shape, dtype=torch.float64, generator=generator),
         max_lengths=max_lengths,
         stopping=Stopping(tokenizer, config),
+        decoding=Decoding(cache_keyword(model)),
         temperature=config.temperature,
         pad_token_id=pad_token_id,
     )
@@ -140,6 +142,7 @@ def test_a_response_depends_neither_on_its_batch_nor_on_its_place_in_it(model, t
             uniforms=uniforms[order],
             max_lengths=lengths[order],
             stopping=Stopping(tokenizer, config),
+            decoding=Decoding(cache_keyword(model)),
             temperature=1.0,
             pad_token_id=PAD,
         )

@@ -9,7 +9,7 @@ from rlhf import heads
 from rlhf.errors import UserError
 from rlhf.generation import Stopping
 from rlhf.heads import HiddenHead, LogitsHead, make_head
-from rlhf.models import load_causal_lm
+from rlhf.loading import load_causal_lm
 from rlhf.rollout import Responses
 from rlhf.state import save_model
 from rlhf.trainer import PPOTrainer

@@ -56,7 +56,13 @@ def any_model(request, world):
 def sample(trainer: PPOTrainer, prompts: list[list[int]]) -> Responses:
     draws = Draws.of(len(prompts), trainer.config, trainer.generator)
     return sample_responses(
-        trainer.policy, trainer.tokenizer, trainer.stopping, prompts, draws, trainer.config
+        trainer.policy,
+        trainer.tokenizer,
+        trainer.stopping,
+        trainer.decoding,
+        prompts,
+        draws,
+        trainer.config,
     )
 
 
@@ -235,7 +241,13 @@ def test_batch_order_invariance(make_trainer, any_model):
         rows = [i % 3 for i in order.tolist()]
         prompts = [trainer.prompts.ids[row] for row in rows]
         responses = sample_responses(
-            trainer.policy, trainer.tokenizer, trainer.stopping, prompts, draws, trainer.config
+            trainer.policy,
+            trainer.tokenizer,
+            trainer.stopping,
+            trainer.decoding,
+            prompts,
+            draws,
+            trainer.config,
         )
         batches.append(trainer.evaluate(rows, responses))
         trainer.update(batches[-1])

@@ -17,7 +17,8 @@ from rlhf.adaptive import KLController, ScoreScaler
 from rlhf.errors import UserError
 from rlhf.generation import Stopping
 from rlhf.heads import ActorCritic, make_head
-from rlhf.models import load_causal_lm, token_values, value_head
+from rlhf.loading import load_causal_lm, value_head
+from rlhf.models import token_values
 from rlhf.ppo import train_ppo
 from rlhf.rollout import token_rewards
 from rlhf.trainer import PPOTrainer

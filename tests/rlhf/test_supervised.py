@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from rlhf.config import RewardConfig, SFTConfig
 from rlhf.data import Text, load_rankings
 from rlhf.errors import UserError
-from rlhf.models import load_causal_lm, load_scorer
+from rlhf.loading import load_causal_lm, load_scorer
 from rlhf.optim import clip_gradients, make_optimizer
 from rlhf.reward import Scorer, pair_indices, pair_metrics, score_answers, train_reward
 from rlhf.sft import token_loss, train_sft
@@ -113,7 +113,7 @@ def test_reward_model_learns_and_its_folder_scores(reward_config, tokenizer, wor
     good, bad = [1, 3, 5, 7, 7, 6, EOS], [1, 3, 5, 10, 6, EOS]
     good_score, bad_score = (model(torch.tensor([ids])).logits[0, 0] for ids in (good, bad))
     assert good_score > bad_score + 1
-    scorer = Scorer(load_scorer(str(path), tokenizer).eval())
+    scorer = Scorer(load_scorer(str(path), tokenizer).eval(), tokenizer)
     scores = score_answers(scorer, [good, bad], 0, bf16=False)
     torch.testing.assert_close(scores, torch.stack([good_score, bad_score]), atol=1e-5, rtol=1e-5)
 
