@@ -71,8 +71,9 @@ class Policy:
 def exact_kl(policy: Policy, reference: Policy, responses: Responses) -> float | None:
     """KL(policy || reference) in nats per response: the exact divergence of the next-token
     distributions, summed over each of the policy's responses, mean over these. None for policies
-    with different vocabularies."""
-    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+    with different vocabularies, and at temperature 0, where it has no finite value."""
+    same_tokens = policy.tokenizer.get_vocab() == reference.tokenizer.get_vocab()
+    if not same_tokens or policy.config.temperature == 0:
         return None
     config, head, total = policy.config, LogitsHead(policy.stopping), 0.0
     rows = torch.arange(len(responses.tokens), device=responses.tokens.device)

@@ -349,7 +349,8 @@ class InferenceConfig(ResponseOptions, DataOptions):
     overwrite: bool = output(False, "Replace output_file.")
     num_prompts: int | None = data(None, "Answer only the first so many prompts (default: all).")
     seed: int = responses(0, "Seed of the sampling.")
-    temperature: float = responses(1.0, "Divides the logits.")
+    temperature: float = responses(1.0, "Divides the logits; 0: the most probable token.")
+    greedy = True
 
     def __post_init__(self):
         super().__post_init__()

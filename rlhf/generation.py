@@ -1,10 +1,11 @@
-"""Sampling of responses: left-padded prompts, a KV cache, pure sampling at a temperature.
+"""Sampling of responses: left-padded prompts, a KV cache, sampling at a temperature.
 
 Every token is drawn with a number of its own, handed in from outside, so that a response depends
 neither on the others of its batch nor on how a batch is divided.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 from rlhf.errors import UserError
 from rlhf.models import default_device, positions
 from rlhf.options import ResponseOptions
+from rlhf.truncation import Filter, KeptIds, KeptLog
 
 # The names of a cache in the signatures of models, the newest first.
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -33,12 +35,14 @@ class Generated(NamedTuple):
     """Sampled `tokens` (B, T), how many of them each row holds, `lengths` (B,), with the one that
     ended it, and whether it `ended` (B,) by itself rather than at its longest length.
 
-    Only `lengths` says where a response ends: pad may be sampled, and pad may be EOS.
+    Only `lengths` says where a response ends: pad may be sampled, and pad may be EOS. `kept`, if
+    asked for, has what each row was drawn from.
     """
 
     tokens: Tensor
     lengths: Tensor
     ended: Tensor
+    kept: list[KeptIds] | None = None
 
 
 class Stopping:
@@ -112,13 +116,13 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return ids[0]
 
 
-def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
-    """Tokens (B,) of the distribution softmax(logits / temperature), logits (B, V).
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (B,) of the distribution softmax(logits), logits (B, V).
 
     Each is where the cumulative distribution passes the row's number of `uniforms` (B,), fp64 in
     [0, 1). A token of probability 0 is never taken; V is returned where there is no distribution.
     """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    probabilities = torch.softmax(logits, dim=-1)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     threshold = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
@@ -165,6 +169,8 @@ def generate(
     decoding: Decoding,
     temperature: float,
     pad_token_id: int,
+    filters: Sequence[Filter] = (),
+    keeps_ids: bool = False,
 ) -> Generated:
     """Samples a response to each left-padded prompt.
 
@@ -172,6 +178,9 @@ def generate(
         prompt_ids, prompt_mask: (B, P); the mask is True at real tokens, the last column is real.
         uniforms: (B, T) fp64 in [0, 1), the numbers that draw each row's tokens.
         max_lengths: (B,) most tokens of each response, from 1 to T.
+        temperature: divides the logits; 0 takes the most probable token.
+        filters: set to -inf those of the logits (B, V), divided by it, that are not drawn from.
+        keeps_ids: return what was drawn from.
 
     Rows that have ended leave the batch once half of it has, if the model's cache allows it, and
     sampling stops with the last one.
@@ -181,13 +190,23 @@ def generate(
     tokens = prompt_ids.new_full((len(prompt_ids), longest), pad_token_id)
     lengths = max_lengths.clone()
     ended = torch.zeros_like(lengths, dtype=torch.bool)
-    rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    rows, kept = torch.arange(len(prompt_ids), device=prompt_ids.device), KeptLog()
     cache, inputs, position_ids = None, prompt_ids, positions(prompt_mask)
     mask = None if prompt_mask.all() else prompt_mask
     for step in range(longest):
         logits, cache = next_logits(model, decoding, inputs, mask, position_ids, cache)
         stopping.suppress_(logits, first=step)
-        tokens[rows, step] = sample_tokens(logits[:, -1], temperature, uniforms[rows, step])
+        scores = logits[:, -1].float()
+        if temperature == 0:
+            scores = scores.masked_fill(scores != scores.amax(-1, keepdim=True), -torch.inf)
+        else:
+            scores = scores / temperature
+        for function in filters:
+            scores = function(tokens, scores)
+        tokens[rows, step] = sample_tokens(scores, uniforms[rows, step])
+        if keeps_ids:
+            going = step < lengths[rows]
+            kept.add(rows[going], scores[going])
         ends = stopping.reached(tokens[rows, : step + 1]) & (step < lengths[rows])
         lengths[rows] = torch.where(ends, step + 1, lengths[rows])
         ended[rows] |= ends
@@ -217,4 +236,5 @@ def generate(
     width = int(lengths.max())
     tokens = tokens[:, :width]
     beyond = torch.arange(width, device=tokens.device) >= lengths[:, None]
-    return Generated(tokens.masked_fill(beyond, pad_token_id), lengths, ended)
+    responses = Generated(tokens.masked_fill(beyond, pad_token_id), lengths, ended)
+    return responses._replace(kept=kept.responses(len(tokens))) if keeps_ids else responses

@@ -221,14 +221,19 @@ def find_recipe(model: PreTrainedModel) -> Recipe | None:
     return recipe if gives(recipe) and not untold else None
 
 
-def make_head(logits_from: str, model: PreTrainedModel, stopping: Stopping) -> Head:
+def make_head(
+    logits_from: str, model: PreTrainedModel, stopping: Stopping, *, filtered: bool = False
+) -> Head:
     """The head that the option `logits_from` asks for; `auto`, which may choose, says so where it
-    cannot take the hidden states of a large vocabulary."""
+    cannot take the hidden states of a large vocabulary. `filtered` tells that tokens are drawn from
+    a part of it."""
     size = model.config.get_text_config().vocab_size
     if logits_from == "logits" or (logits_from == "auto" and size < LARGE_VOCABULARY):
         return LogitsHead(stopping)
-    recipe = find_recipe(model)
-    if recipe is None:
+    recipe = None if filtered else find_recipe(model)
+    if filtered:
+        reason = "top_k, top_p and min_p need the logits of what they keep"
+    elif recipe is None:
         reason = (
             f"{type(model).__name__} makes its logits otherwise than by one matrix, a scale and a "
             "soft cap, or they are too small to show the cap"

@@ -132,6 +132,13 @@ class ResponseOptions(Options):
     temperature: float = responses(
         1.0, "Divides the logits everywhere: sampling, update, reference."
     )
+    top_k: int = responses(0, "Sample from the top_k most probable tokens; 0: from all.")
+    top_p: float = responses(
+        1.0, "Sample from the fewest most probable tokens that have this much probability."
+    )
+    min_p: float = responses(
+        0.0, "Sample from tokens with this share of the most probable one's probability and more."
+    )
     response_length: int = responses(64, "Longest response, in tokens.")
     min_response_length: int = responses(
         0,
@@ -154,9 +161,15 @@ class ResponseOptions(Options):
         "so many at least and at most.",
     )
 
+    greedy = False  # whether a temperature of 0, which takes the most probable token, is allowed
+
     def __post_init__(self):
         super().__post_init__()
-        self._check("must be > 0", lambda x: 0 < x < math.inf, "temperature")
+        if not (self.greedy and self.temperature == 0):
+            self._check("must be > 0", lambda x: 0 < x < math.inf, "temperature")
+        self._check("must be >= 0", lambda x: x >= 0, "top_k")
+        self._check("must be in (0, 1]", lambda x: 0 < x <= 1, "top_p")
+        self._check("must be in [0, 1]", lambda x: 0 <= x <= 1, "min_p")
         self._check("must be >= 1", lambda x: x >= 1, "response_length", "max_prompt_length")
         for name in ("stop_token", "stop_strings"):
             self._check("must not hold empty strings", lambda x: all(x or []), name)

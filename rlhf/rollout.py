@@ -17,9 +17,10 @@ from rlhf import distributed
 from rlhf.batches import pad
 from rlhf.config import PPOConfig
 from rlhf.generation import Decoding, Stopping, generate
-from rlhf.heads import ActorCritic
+from rlhf.heads import ActorCritic, TokenLogits, TokenStates
 from rlhf.models import autocast
 from rlhf.options import ResponseOptions
+from rlhf.truncation import KeptIds, KeptTokenLogits, make_filters
 
 
 class Draws(NamedTuple):
@@ -49,7 +50,7 @@ class Responses(NamedTuple):
 
     The masks are True at real tokens; that of the responses counts every sampled token, whatever
     its id. `ended` (B,) tells responses that ended by themselves (EOS, stop token, stop string)
-    from those that were cut.
+    from those that were cut. `kept` has what each was drawn from, None for all of the vocabulary.
     """
 
     prompt_ids: Tensor
@@ -57,9 +58,15 @@ class Responses(NamedTuple):
     tokens: Tensor
     mask: Tensor
     ended: Tensor
+    kept: list[KeptIds] | None = None
 
     def rows(self, index: Tensor | slice) -> "Responses":
-        return Responses(*(x[index] for x in self))
+        return Responses(*(x[index] for x in self[:5]), self._kept_of(index))
+
+    def _kept_of(self, index: Tensor | slice) -> list[KeptIds] | None:
+        if self.kept is None or isinstance(index, slice):
+            return self.kept and self.kept[index]
+        return [self.kept[row] for row in index.tolist()]
 
     def by_length(self, index: Tensor, size: int) -> Iterator[tuple[Tensor, "Responses"]]:
         """`index` cut into parts of `size` rows, rows of similar length together; with each part
@@ -75,7 +82,16 @@ class Responses(NamedTuple):
             rows = index[part]
             prompt_ids, prompt_mask = (x[rows, -prompt_width:] for x in self[:2])
             tokens, mask = (x[rows, :width] for x in self[2:4])
-            yield rows, Responses(prompt_ids, prompt_mask, tokens, mask, self.ended[rows])
+            ended, kept = self.ended[rows], self._kept_of(rows)
+            yield rows, Responses(prompt_ids, prompt_mask, tokens, mask, ended, kept)
+
+    def drawn_from(
+        self, view: TokenLogits | TokenStates
+    ) -> TokenLogits | TokenStates | KeptTokenLogits:
+        """What a policy says of these responses, over the ids that they were drawn from."""
+        if self.kept is None:
+            return view
+        return KeptTokenLogits.of(view.logits, self.mask, self.kept)
 
     @property
     def input_ids(self) -> Tensor:
@@ -111,8 +127,13 @@ def sample_responses(
     prompts: list[list[int]],
     draws: Draws,
     config: ResponseOptions,
+    *,
+    keeps_ids: bool = False,
 ) -> Responses:
-    """Responses to tokenized prompts, padded to config.response_length."""
+    """Responses to tokenized prompts, padded to config.response_length; if asked to it keeps what
+    filters left to draw from."""
+    filters = make_filters(config)
+    kept = [] if keeps_ids and filters else None
     device = policy.device
     prompt_ids, prompt_mask = (x.to(device) for x in pad(prompts, tokenizer.pad_token_id, "left"))
     uniforms, max_lengths = (x.to(device) for x in draws)
@@ -131,12 +152,16 @@ def sample_responses(
                 decoding=decoding,
                 temperature=config.temperature,
                 pad_token_id=tokenizer.pad_token_id,
+                filters=filters,
+                keeps_ids=kept is not None,
             )
         tokens[rows, : generated.tokens.shape[1]] = generated.tokens
         lengths[rows] = generated.lengths
         ended[rows] = generated.ended
+        if kept is not None:
+            kept += generated.kept
     mask = torch.arange(config.response_length, device=device) < lengths[:, None]
-    return Responses(prompt_ids, prompt_mask, tokens, mask, ended)
+    return Responses(prompt_ids, prompt_mask, tokens, mask, ended, kept)
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Responses) -> list[str]:
@@ -164,11 +189,14 @@ def evaluate_responses(
     for index, part in distributed.my_share(parts):
         with autocast(config.bf16):
             policy, values = model(*part.inputs)
+            policy = part.drawn_from(policy)
             logprobs, entropy = policy.logprobs_and_entropy(
                 part.tokens, temperature=config.temperature
             )
             ref, _ = model.head(reference, *part.inputs)
-            ref_logprobs = ref.logprobs(part.tokens, temperature=config.temperature)
+            ref_logprobs = part.drawn_from(ref).logprobs(
+                part.tokens, temperature=config.temperature
+            )
         results = Experience(logprobs, ref_logprobs, entropy, values)
         for whole, result in zip(experience, results, strict=True):
             whole[index, : part.tokens.shape[1]] = result.masked_fill(~part.mask, 0)

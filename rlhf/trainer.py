@@ -50,6 +50,7 @@ from rlhf.rollout import (
 )
 from rlhf.scores import Samples, Scores, score_samples
 from rlhf.state import hash_data, hash_weights
+from rlhf.truncation import KeptIds, make_filters
 
 
 class PPOTrainer:
@@ -94,7 +95,9 @@ class PPOTrainer:
         self.stopping = Stopping(self.tokenizer, config, self.policy.generation_config)
         if distributed.is_main():
             print(self.stopping.describe(), flush=True)
-        head = make_head(config.logits_from, self.policy, self.stopping)
+        head = make_head(
+            config.logits_from, self.policy, self.stopping, filtered=bool(make_filters(config))
+        )
         self.model = ActorCritic(self.policy, self._load_critic(), head).eval()
         self._check_lengths()
         if config.gradient_checkpointing:
@@ -163,12 +166,21 @@ class PPOTrainer:
             ids[mine],
             draws,
             self.config,
+            keeps_ids=True,
         )
         padded = pad(ids, self.tokenizer.pad_token_id, "left")
         return Responses(
             *(x.to(self.policy.device) for x in padded),
-            *(distributed.gather_rows(x) for x in part[2:]),
+            *(distributed.gather_rows(x) for x in part[2:5]),
+            self._gather_kept(part.kept),
         )
+
+    def _gather_kept(self, kept: list[KeptIds] | None) -> list[KeptIds] | None:
+        if kept is None:
+            return None
+        on_cpu = [KeptIds(*(x.cpu() for x in row)) for row in kept]
+        rows = chain.from_iterable(distributed.gather_objects(on_cpu))
+        return [KeptIds(*(x.to(self.policy.device) for x in row)) for row in rows]
 
     def observe(
         self, prompts: Prompts, rows: list[int], responses: Responses
@@ -272,7 +284,7 @@ class PPOTrainer:
         with autocast(config.bf16):
             tokens, values = self.parallel(*part.inputs)
             try:
-                policy_loss = tokens.ppo_loss(
+                policy_loss = part.drawn_from(tokens).ppo_loss(
                     part.tokens,
                     old_logprobs,
                     batch.advantages[index, columns],

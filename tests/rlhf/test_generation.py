@@ -157,7 +157,7 @@ def test_a_token_is_where_the_cumulative_distribution_passes_its_number():
     edge = 1 / 6
     cases = {0.0: 1, edge - 1e-6: 1, edge + 1e-6: 3, 0.5: 3, 4 / 6 + 1e-6: 4, 1 - 2**-53: 4}
     uniforms = torch.tensor(list(cases), dtype=torch.float64)
-    tokens = sample_tokens(logits.expand(len(cases), -1), 1.0, uniforms)
+    tokens = sample_tokens(logits.expand(len(cases), -1), uniforms)
     assert tokens.tolist() == list(cases.values())
 
 
@@ -165,7 +165,7 @@ def test_a_token_is_where_the_cumulative_distribution_passes_its_number():
 def test_temperature_divides_the_logits_in_sampling(temperature):
     logits = torch.tensor([0.0, 1.0, 2.0])
     uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    tokens = sample_tokens(logits.expand(10_000, -1), temperature, uniforms)
+    tokens = sample_tokens(logits.expand(10_000, -1) / temperature, uniforms)
     frequency = torch.bincount(tokens, minlength=3) / 10_000
     torch.testing.assert_close(frequency, (logits / temperature).softmax(-1), atol=2e-4, rtol=0)
 

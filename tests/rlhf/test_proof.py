@@ -9,6 +9,7 @@ from transformers import (
     BertLMHeadModel,
     FalconH1Config,
     FalconH1ForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -29,6 +30,7 @@ from rlhf.batches import pad
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
 from rlhf.generation import Decoding, Stopping, cache_keyword, generate
+from rlhf.loading import load_scorer
 from rlhf.proof import prove_causal, prove_policy, prove_scorer
 from tests.rlhf.test_opening import HEADS, IDS, SIZES, llama_config
 
@@ -67,6 +69,7 @@ RIGHT = {
     ),
     "falcon-h1": lambda: build(
         FalconH1ForCausalLM,
+        GenerationConfig,
         FalconH1Config,
         **SIZES | HEADS | MAMBA_PART,
         num_key_value_heads=1,
@@ -223,15 +226,11 @@ def test_slower_ways_are_taken_and_said(capsys):
 
 
 def test_a_scorer_must_be_blind_to_padding(world, tokenizer):
-    from rlhf.loading import load_scorer
-
     prove_scorer(load_scorer(str(world / "llama"), tokenizer), "path")
     prove_scorer(load_scorer(str(world / "gpt2"), tokenizer), "path")
 
 
 def test_eos_ids_of_the_generation_config_end_a_response(tokenizer):
-    from transformers import GenerationConfig
-
     config = PPOConfig(
         **dict.fromkeys(("model_name_or_path", "dataset_name", "output_dir"), "-"),
         reward_funcs=["-"],
