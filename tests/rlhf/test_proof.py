@@ -1,5 +1,7 @@
 """What a model must prove before it is trained, and the ways of sampling that follow from it."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import (
@@ -40,6 +42,8 @@ def build(model_class, config_class, **options) -> PreTrainedModel:
     return model_class(config_class(**options)).eval()
 
 
+# The keyword of a cache in this version of transformers.
+NAME = cache_keyword(LlamaForCausalLM)
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
@@ -69,7 +73,6 @@ RIGHT = {
     ),
     "falcon-h1": lambda: build(
         FalconH1ForCausalLM,
-        GenerationConfig,
         FalconH1Config,
         **SIZES | HEADS | MAMBA_PART,
         num_key_value_heads=1,
@@ -83,8 +86,10 @@ def test_families_that_are_right_sample_with_their_cache(name, tokenizer, capsys
     """Greedy responses, of which some end early, are those of transformers' own generate."""
     model = RIGHT[name]()
     decoding = prove_policy(model, name)
-    assert decoding == Decoding(cache_keyword(model), masks_steps=name != "mamba")
-    assert decoding.cache is not None and capsys.readouterr().out == ""
+    has_cache = name != "mamba" or NAME == "cache"  # older ones want a further argument
+    if has_cache:
+        assert decoding == Decoding(cache_keyword(model), masks_steps=name != "mamba")
+    assert ("sampling does without" in capsys.readouterr().out) != has_cache
     prompt_ids, prompt_mask = pad([[3], [4, 5, 6], [3, 5], [9, 4]], 0, "left")
     # The responses of three rows are cut short, so that the batch is.
     max_lengths = torch.tensor([2, 6, 2, 1])
@@ -136,7 +141,7 @@ def test_without_a_cache_the_responses_are_the_same(tokenizer):
             temperature=1.0,
             pad_token_id=0,
         )
-        for decoding in (Decoding("cache"), Decoding(None), Decoding("cache", drops_rows=False))
+        for decoding in (Decoding(NAME), Decoding(None), Decoding(NAME, drops_rows=False))
     ]
     for other in responses[1:]:
         assert torch.equal(responses[0].tokens, other.tokens)
@@ -174,6 +179,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_models_that_cannot_be_policies_are_refused(name):
     make, reason = WRONG[name]
+    if name == "bidirectional" and NAME != "cache":
+        pytest.skip("a Llama of this version of transformers is always causal")
     model = make()
     with pytest.raises(UserError, match=f"path cannot be used, {type(model).__name__}: .*{reason}"):
         prove_policy(model, "path")
@@ -208,20 +215,20 @@ class Forgetful(LlamaForCausalLM):
 class Uncut(LlamaForCausalLM):
     """A model that keeps something for each row of its batch."""
 
-    def forward(self, input_ids, cache=None, past_key_values=None, **kwargs):
-        given = {} if cache is None else {"cache": cache}
-        given |= {} if past_key_values is None else {"past_key_values": past_key_values}
-        if given and len(input_ids) != self.rows:
+    def forward(self, input_ids, **kwargs):
+        if kwargs.get(NAME) is not None and len(input_ids) != self.rows:
             raise RuntimeError("another batch than before")
         self.rows = len(input_ids)
-        return super().forward(input_ids, **given, **kwargs)
+        return super().forward(input_ids, **kwargs)
+
+    forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)
 
 
 def test_slower_ways_are_taken_and_said(capsys):
     assert prove_policy(Forgetful(llama_config()).eval(), "path") == Decoding(None)
     assert "sampling does without" in capsys.readouterr().out
     model = Uncut(llama_config()).eval()
-    assert prove_policy(model, "path") == Decoding(cache_keyword(model), drops_rows=False)
+    assert prove_policy(model, "path") == Decoding(NAME, drops_rows=False)
     assert "responses that have ended stay" in capsys.readouterr().out
 
 
