@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_kernels import kl_divergence
 from rlhf.config import InferenceConfig
-from rlhf.data import Prompts, load_prompts, tokenize_prompts
+from rlhf.data import Prompts, cut_prompts, load_prompts, prompt_ids
 from rlhf.errors import UserError
 from rlhf.files import disk_errors, write_file
 from rlhf.generation import Stopping
@@ -21,7 +21,7 @@ from rlhf.models import autocast, check_fits, freeze
 from rlhf.options import ResponseOptions
 from rlhf.progress import hooked, num_passes
 from rlhf.proof import prove_policy
-from rlhf.rollout import Draws, Responses, decode_responses, sample_responses
+from rlhf.rollout import Draws, Responses, sample_responses
 from rlhf.scores import Samples
 
 
@@ -63,8 +63,7 @@ class Policy:
                 draws,
                 self.config,
             )
-        texts = decode_responses(self.tokenizer, responses)
-        return Samples(prompts.prompts, texts, prompts.columns, responses)
+        return Samples.of(self.tokenizer, prompts, responses)
 
 
 @torch.no_grad()
@@ -98,7 +97,8 @@ def read_prompts(config: InferenceConfig, tokenizer: PreTrainedTokenizerBase) ->
 def text_prompts(
     config: ResponseOptions, texts: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Prompts:
-    return Prompts(tokenize_prompts(tokenizer, texts, config.max_prompt_length), texts, {})
+    ids = cut_prompts(tokenizer, prompt_ids(tokenizer, texts), config, "prompt")
+    return Prompts(ids, texts, {})
 
 
 def check_output(path: Path, config: InferenceConfig) -> None:

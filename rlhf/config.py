@@ -180,6 +180,14 @@ class RewardConfig(SupervisedConfig):
         "End every answer with EOS, where the score is then read. Turn it off when the policy's "
         "responses are cut at a length and do not end with EOS.",
     )
+    center_rewards_coefficient: float = learning(
+        0.0, "Weight of (score_chosen + score_rejected)^2 in the loss, which keeps scores near 0."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        rule = "must be >= 0 and finite"
+        self._check(rule, lambda x: 0 <= x < math.inf, "center_rewards_coefficient")
 
 
 @dataclass(kw_only=True)

@@ -1,33 +1,49 @@
 """From the columns of a data set to token ids, and to batches of them.
 
-What people and models say is a string (standard) or a list of messages, dicts with the strings
-`role` and `content` (conversational). Strings begin as the tokenizer begins a text; messages go
-through its chat template, which writes BOS and the ends of turns itself.
+What people and models say is a string (standard) or a list of messages (conversational, see
+`chat.py`). Strings begin as the tokenizer begins a text; messages go through its chat template,
+which writes BOS and the ends of turns itself. A completion has the tokens that continue its prompt,
+see `seam.py`.
 """
 
+import math
 import random
-import re
 from collections.abc import Callable, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import distributed
+from rlhf.chat import (
+    Messages,
+    Text,
+    encode_answers,
+    encode_prompt_chats,
+    hint,
+    learn_answers,
+    learn_marked,
+    marks_answers,
+    read_messages,
+    refuse_options,
+    template_options,
+)
 from rlhf.columns import load_columns
 from rlhf.config import InferenceConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.errors import UserError
 from rlhf.options import is_unicode
-
-Messages = list[dict[str, Any]]
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
-
-
-class Text(NamedTuple):
-    """A token sequence, and of each token whether it is learnt; the first never is."""
-
-    ids: list[int]
-    learnt: list[bool]
+from rlhf.seam import (
+    REPLACEMENT,
+    Pairs,
+    Rows,
+    cut_left,
+    decode,
+    encode_pairs,
+    encode_texts,
+    opening,
+    or_first,
+    with_eos,
+)
 
 
 class Prompts(NamedTuple):
@@ -43,25 +59,33 @@ class Prompts(NamedTuple):
         return Prompts([self.ids[i] for i in index], [self.prompts[i] for i in index], columns)
 
 
+class Ranking(NamedTuple):
+    """The token ids of prompt + answer, best answer first, and by how much a better answer's score
+    shall exceed a worse one's: the data's `margin`, or 0."""
+
+    answers: Rows
+    margin: float
+
+
 def load_texts(
     config: SFTConfig, name: str, split: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Text]:
     """SFT data: `prompt` + `completion`, of which the latter is learnt; `messages`, of which the
     assistant's are; or `text`, learnt whole.
 
-    Each ends with EOS, unless its last message is not the assistant's. Of longer ones the first
-    `config.max_length` tokens stay; those that leave nothing to learn are left out.
+    Each ends with EOS. Of conversations is learnt what `learn_answers` says, and in a template that
+    marks it with {% generation %} what that marks. Of longer texts the first `config.max_length`
+    tokens stay; those that leave nothing to learn are left out.
     """
     columns = load_columns(name, split=split, config_name=config.dataset_config_name)
     if {"prompt", "completion"} <= columns.keys():
-        texts = _completions(columns, name, tokenizer, config.max_length)
+        texts = _completions(columns, name, tokenizer)
     elif "messages" in columns:
-        texts = [
-            _assistant_text(tokenizer, messages, f"{name}, row {number}")
-            for number, messages in enumerate(_column(columns, name, "messages", _messages), 1)
-        ]
+        chats = _column(columns, name, "messages", read_messages)
+        texts = _answers(chats, [0] * len(chats), columns, name, tokenizer)
     elif "text" in columns:
-        rows = tokenizer(_column(columns, name, "text", _string)).input_ids
+        refuse_options(columns, name)
+        rows = encode_texts(tokenizer, _column(columns, name, "text", _string))
         texts = [_learn_from(0, with_eos(tokenizer, row)) for row in rows]
     else:
         raise _missing_columns(columns, name, "prompt and completion, or messages, or text")
@@ -73,38 +97,68 @@ def load_texts(
             f"{name}: no row holds anything to learn within max_length {length}: raise it, or give "
             "rows with more text, a completion or an answer of the assistant"
         )
-    _tell_left_out(name, kept, texts, f"rows hold nothing to learn within max_length {length}")
+    _tell(
+        name,
+        len(texts) - len(kept),
+        len(texts),
+        f"rows hold nothing to learn within max_length {length} and are left out",
+    )
     return kept
 
 
-def _tell_left_out(name: str, kept: list, rows: list, what: str) -> None:
-    if len(kept) < len(rows) and distributed.is_main():
-        number = len(rows) - len(kept)
-        print(f"{name}: {number} of {len(rows)} {what} and are left out", flush=True)
+def _tell(name: str, number: int, total: int, what: str) -> None:
+    """Prints of how many rows this is so, if of any."""
+    if number and distributed.is_main():
+        print(f"{name}: {number} of {total} {what}", flush=True)
 
 
 def _completions(
-    columns: dict[str, Sequence], name: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+    columns: dict[str, Sequence], name: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Text]:
     read = _reader(columns["prompt"][0])
     prompts = _column(columns, name, "prompt", read)
     completions = _column(columns, name, "completion", read)
-    if read is _messages:
-        return [
-            _chat_text(
-                tokenizer,
-                prompt + completion,
-                [(len(prompt), len(prompt + completion))],
-                f"{name}, row {number}",
-            )
-            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1)
-        ]
-    starts = tokenize_prompts(tokenizer, prompts, max_length)
-    ends = tokenizer(completions, add_special_tokens=False).input_ids
+    if read is read_messages:
+        chats = [a + b for a, b in zip(prompts, completions, strict=True)]
+        return _answers(chats, list(map(len, prompts)), columns, name, tokenizer)
+    refuse_options(columns, name)
+    pairs = encode_pairs(tokenizer, encode_texts, prompts, completions)
+    _tell_inexact(name, pairs)
+    starts = [or_first(tokenizer, row) for row in pairs.prompts]
     return [
         _learn_from(len(start), start + with_eos(tokenizer, end))
-        for start, end in zip(starts, ends, strict=True)
+        for start, end in zip(starts, pairs.completions, strict=True)
     ]
+
+
+def _answers(
+    chats: list[Messages],
+    firsts: list[int],
+    columns: dict[str, Sequence],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Text]:
+    """What the assistant says in each conversation from its `first` message on."""
+    options = template_options(columns, name, len(chats))
+    rows = list(zip(chats, _wheres(name, len(chats)), options, strict=True))
+    if marks_answers(tokenizer) and not any(firsts):
+        return [learn_marked(tokenizer, *row) for row in rows]
+    texts = [learn_answers(tokenizer, *row, first) for row, first in zip(rows, firsts, strict=True)]
+    split = [len(row) for row in texts if len(row) > 1]
+    _tell(
+        *(name, len(split), len(texts)),
+        f"conversations become {sum(split)} rows, one for each answer, before which the chat "
+        "template writes earlier turns otherwise",
+    )
+    return [text for row in texts for text in row or [Text([], [])]]
+
+
+def _tell_inexact(name: str, pairs: Pairs) -> None:
+    _tell(
+        *(name, pairs.inexact, len(pairs.prompts)),
+        "answers gain a space where the prompt ends, for the tokenizer cannot go on there, in the "
+        "middle of a word",
+    )
 
 
 def _learn_from(start: int, ids: list[int]) -> Text:
@@ -113,24 +167,30 @@ def _learn_from(start: int, ids: list[int]) -> Text:
 
 def load_rankings(
     config: RewardConfig, name: str, split: str, tokenizer: PreTrainedTokenizerBase
-) -> list[list[list[int]]]:
-    """Reward data: for each row the token ids of prompt + answer, best answer first.
+) -> list[Ranking]:
+    """Reward data, row by row.
 
     The columns are `prompt` and `ranking` (a list of answers, best first); or `prompt`, `chosen`
-    and `rejected`; or `chosen` and `rejected`, each of which begins with its prompt. With
-    `config.append_eos` each sequence ends with EOS; without, as its text or chat template does. Of
-    longer ones the last `config.max_length` tokens stay.
+    and `rejected`; or `chosen` and `rejected`, each of which begins with its prompt; with the
+    latter two there may be a `margin`. With `config.append_eos` each sequence ends with EOS;
+    without, as its text or chat template does. Of longer ones BOS and the last tokens stay,
+    `config.max_length` in all.
     """
     columns = load_columns(name, split=split, config_name=config.dataset_config_name)
     if {"prompt", "ranking"} <= columns.keys():
         rankings = list(columns["ranking"])
+        if "margin" in columns:
+            raise UserError(
+                f"{name} has the columns ranking and margin, but a margin is between two answers: "
+                "give chosen and rejected, or leave margin out"
+            )
     elif {"chosen", "rejected"} <= columns.keys():
         rankings = [list(pair) for pair in zip(columns["chosen"], columns["rejected"], strict=True)]
     else:
         raise _missing_columns(
             columns, name, "prompt and ranking, or chosen and rejected with or without prompt"
         )
-    rows = [f"{name}, row {number}" for number in range(1, len(rankings) + 1)]
+    rows = _wheres(name, len(rankings))
     for row, ranking in zip(rows, rankings, strict=True):
         if not isinstance(ranking, list) or len(ranking) < 2:
             raise UserError(
@@ -140,31 +200,49 @@ def load_rankings(
     has_prompts = "prompt" in columns
     read = _reader(columns["prompt"][0] if has_prompts else rankings[0][0])
     prompts = _column(columns, name, "prompt", read) if has_prompts else [[] for _ in rankings]
-    rankings = [
+    answers = [
         [read(answer, f"{row}: an answer") for answer in ranking]
         for row, ranking in zip(rows, rankings, strict=True)
     ]
-    # `answers` is all of them end to end; `starts` is what each row's answers still lack.
-    starts = [[] for _ in rankings]
-    if read is _messages:
-        chats = [
-            _render(tokenizer, prompt + answer, row)
-            for row, prompt, ranking in zip(rows, prompts, rankings, strict=True)
-            for answer in ranking
-        ]
-        answers = tokenizer(chats, add_special_tokens=False).input_ids
+    # End to end, each answer with what is its row's.
+    sizes = list(map(len, answers))
+    flat = list(chain.from_iterable(answers))
+    prompts, rows, options = (
+        [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
+        for values in (prompts, rows, template_options(columns, name, len(answers)))
+    )
+    if read is read_messages:
+        chats = [prompt + answer for prompt, answer in zip(prompts, flat, strict=True)]
+        starts, ends = encode_answers(tokenizer, chats, rows, options)
     else:
-        texts = list(chain.from_iterable(rankings))
-        answers = tokenizer(texts, add_special_tokens=not has_prompts).input_ids
+        refuse_options(columns, name)
         if has_prompts:
-            starts = tokenize_prompts(tokenizer, prompts, config.max_length)
+            pairs = encode_pairs(tokenizer, encode_texts, prompts, flat)
+            _tell_inexact(name, pairs)
+            starts, ends = [or_first(tokenizer, row) for row in pairs.prompts], pairs.completions
+        else:
+            starts, ends = [[] for _ in flat], encode_texts(tokenizer, flat)
     if config.append_eos:
-        answers = [with_eos(tokenizer, answer) for answer in answers]
-    answers = iter(answers)
+        ends = [with_eos(tokenizer, end) for end in ends]
+    ids = [start + end for start, end in zip(starts, ends, strict=True)]
+    ids = iter(_cut(tokenizer, ids, config.max_length, name, "answers", "max_length"))
+    margins = (
+        _column(columns, name, "margin", _number) if "margin" in columns else [0.0] * len(sizes)
+    )
     return [
-        [(start + next(answers))[-config.max_length :] for _ in ranking]
-        for start, ranking in zip(starts, rankings, strict=True)
+        Ranking([next(ids) for _ in range(size)], margin)
+        for size, margin in zip(sizes, margins, strict=True)
     ]
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # every CSV cell is a string
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{what} must be a finite number, got {value!r:.60}")
+    return number
 
 
 def load_prompts(
@@ -175,16 +253,16 @@ def load_prompts(
 ) -> Prompts:
     """PPO data: `prompt`; or `messages`, without the assistant's last; or the beginnings of `text`.
 
-    A beginning is as many tokens as `random.Random(config.seed)` draws from the two bounds of
-    `config.text_prompt_length`, or a few more where it would end inside a character; texts shorter
-    than the lower bound are left out. Of longer prompts the last `config.max_prompt_length` tokens
-    stay.
+    A conversation becomes the prompt for the assistant's answer. A beginning is as many tokens as
+    `random.Random(config.seed)` draws from the two bounds of `config.text_prompt_length`, or a few
+    more where it would end inside a character; texts shorter than the lower bound are
+    left out. Of longer prompts BOS and the last tokens stay, `config.max_prompt_length` in all.
     """
     columns = load_columns(name, split=split, config_name=config.dataset_config_name)
     if "prompt" in columns:
         prompts = _column(columns, name, "prompt", _reader(columns["prompt"][0]))
     elif "messages" in columns:
-        prompts = _column(columns, name, "messages", _messages)
+        prompts = _column(columns, name, "messages", read_messages)
         prompts = [
             messages[:-1] if messages[-1]["role"] == "assistant" else messages
             for messages in prompts
@@ -199,14 +277,12 @@ def load_prompts(
     else:
         raise _missing_columns(columns, name, "prompt, or messages, or text")
     if isinstance(prompts[0], str):
-        ids = tokenize_prompts(tokenizer, prompts, config.max_prompt_length)
+        refuse_options(columns, name)
+        ids = prompt_ids(tokenizer, prompts)
     else:
-        chats = [
-            _render(tokenizer, messages, f"{name}, row {number}", add_generation_prompt=True)
-            for number, messages in enumerate(prompts, 1)
-        ]
-        ids = tokenizer(chats, add_special_tokens=False).input_ids
-        ids = [row[-config.max_prompt_length :] for row in ids]
+        options = template_options(columns, name, len(prompts))
+        ids = encode_prompt_chats(tokenizer, prompts, _wheres(name, len(prompts)), options)
+    ids = cut_prompts(tokenizer, ids, config, name)
     others = {column: list(values) for column, values in columns.items() if column != "prompt"}
     return Prompts(ids, prompts, others)
 
@@ -217,22 +293,23 @@ def _beginnings(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Prompts:
+    refuse_options(columns, name)
     least, most = config.text_prompt_length
     rng = random.Random(config.seed)
     columns = {column: list(values) for column, values in columns.items()}
     found = Prompts([], [], {column: [] for column in columns})
-    rows = tokenizer(_column(columns, name, "text", _string)).input_ids
+    begins = {tokenizer.bos_token_id, *opening(tokenizer)}
+    rows = encode_texts(tokenizer, _column(columns, name, "text", _string))
     for number, row in enumerate(rows):
-        row = _without_eos(tokenizer, row)
-        start = int(row[:1] == [tokenizer.bos_token_id])
+        start = int(row[0] in begins) if row else 0
         end = start + rng.randint(least, most)
         if len(row) < start + least:
             continue
-        prompt = tokenizer.decode(row[start:end])
-        while prompt.endswith("\N{REPLACEMENT CHARACTER}") and end < len(row):
+        (prompt,) = decode(tokenizer, [row[start:end]])
+        while prompt.endswith(REPLACEMENT) and end < len(row):
             end += 1
-            prompt = tokenizer.decode(row[start:end])
-        found.ids.append(row[:end][-config.max_prompt_length :])
+            (prompt,) = decode(tokenizer, [row[start:end]])
+        found.ids.append(row[:end])
         found.prompts.append(prompt)
         for column, values in columns.items():
             found.columns[column].append(values[number])
@@ -241,111 +318,44 @@ def _beginnings(
             f"{name}: no text has the {least} tokens of the shortest prompt: give longer texts, or "
             "lower text_prompt_length"
         )
-    what = f"texts have less than the {least} tokens of the shortest prompt"
-    _tell_left_out(name, found.ids, rows, what)
-    return found
+    _tell(
+        *(name, len(rows) - len(found.ids), len(rows)),
+        f"texts have less than the {least} tokens of the shortest prompt and are left out",
+    )
+    return found._replace(ids=cut_prompts(tokenizer, found.ids, config, name))
 
 
-def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int
-) -> list[list[int]]:
-    """Token ids as the tokenizer begins a text, without EOS at the end, the last `max_length`.
-
-    An empty prompt becomes BOS (EOS for a tokenizer without), so that there is a first position.
-    """
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    ids = [_without_eos(tokenizer, row) for row in tokenizer(prompts).input_ids]
-    return [row[-max_length:] or [first] for row in ids]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Rows:
+    """Token ids as the tokenizer begins a text, without EOS at the end. An empty prompt becomes BOS
+    (EOS for a tokenizer without)."""
+    return [or_first(tokenizer, row) for row in encode_texts(tokenizer, prompts)]
 
 
-def _without_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def cut_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    config: PPOConfig | InferenceConfig,
+    name: str,
+) -> Rows:
+    """The prompts, BOS and the last tokens of longer ones; tells how many these are."""
+    length = config.max_prompt_length
+    return _cut(tokenizer, rows, length, name, "prompts", "max_prompt_length")
 
 
-def with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """The ids up to the EOS that only white space follows (chat templates write it after a turn, no
-    response has it), or with EOS appended where there is none."""
-    eos = tokenizer.eos_token_id
-    if eos in ids:
-        end = len(ids) - ids[::-1].index(eos)
-        if not tokenizer.decode(ids[end:]).strip():
-            return ids[:end]
-    return [*ids, eos]
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, length: int, name: str, what: str, option: str
+) -> Rows:
+    number = sum(len(row) > length for row in rows)
+    _tell(
+        *(name, number, len(rows)),
+        f"{what} have more than the {length} tokens of {option} and lose their beginning, a system "
+        "prompt first",
+    )
+    return cut_left(tokenizer, rows, length) if number else rows
 
 
-def _assistant_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, row: str) -> Text:
-    """A conversation of which what the assistant says is learnt."""
-    if tokenizer.is_fast and GENERATION_BLOCK.search(str(tokenizer.chat_template)):
-        encoded = _apply_template(
-            tokenizer, messages, row, return_dict=True, return_assistant_tokens_mask=True
-        )
-        learnt = [bool(flag) for flag in encoded["assistant_masks"]]
-        return _end_chat(tokenizer, messages, Text(encoded["input_ids"], learnt))
-    if messages[0]["role"] == "assistant":
-        raise UserError(f"{row}: messages must begin with a system or user message, to be answered")
-    turns = [(i, i + 1) for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return _chat_text(tokenizer, messages, turns, row)
-
-
-def _chat_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, turns: list[tuple[int, int]], row: str
-) -> Text:
-    """A conversation of which the messages start, ..., end - 1 of each turn (start, end) are
-    learnt, from where a response would begin on."""
-    chats = []
-    for start, end in turns:
-        chats += [
-            _render(tokenizer, messages[:start], row, add_generation_prompt=True),
-            _render(tokenizer, messages[:end], row),
-        ]
-    chats.append(_render(tokenizer, messages, row))
-    if not all(longer.startswith(shorter) for shorter, longer in pairwise(chats)):
-        raise UserError(
-            f"{row}: the tokenizer's chat template writes a message otherwise once others follow, "
-            "so that what to learn cannot be told: mark it in the template with {% generation %}, "
-            "or give each answer its own row"
-        )
-    *parts, ids = tokenizer(chats, add_special_tokens=False).input_ids
-    # Not the length of each part: its last token may have grown together with the next text.
-    bounds = [_common_length(part, ids) for part in parts]
-    learnt = [False] * len(ids)
-    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-        learnt[start:end] = [True] * (end - start)
-    return _end_chat(tokenizer, messages, Text(ids, learnt))
-
-
-def _end_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: Text) -> Text:
-    if messages[-1]["role"] != "assistant":
-        return text
-    ids = with_eos(tokenizer, text.ids)
-    return Text(ids, [*text.learnt, True][: len(ids)])
-
-
-def _common_length(first: list[int], second: list[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, row: str, **options) -> str:
-    chat = _apply_template(tokenizer, messages, row, tokenize=False, **options)
-    if not is_unicode(chat):
-        raise UserError(f"{row}: the messages must be valid Unicode, got {chat!r:.60}")
-    return chat
-
-
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, row: str, **options):
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{row} holds messages, but the tokenizer has no chat template: use a model that has "
-            "one, set tokenizer.chat_template and save the tokenizer, or give plain strings"
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a template raises whatever its expressions raise
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{row}: the chat template does not take these messages: {reason:.300}"
-        ) from error
+def _wheres(name: str, count: int) -> list[str]:
+    return [f"{name}, row {number}" for number in range(1, count + 1)]
 
 
 def _missing_columns(columns: dict[str, Sequence], name: str, wanted: str) -> UserError:
@@ -365,32 +375,12 @@ def _column(
 
 def _reader(first: Any) -> Callable[[Any, str], Any]:
     """What reads the values that must be of the same kind as the first."""
-    return _messages if isinstance(first, list) else _string
+    return read_messages if isinstance(first, list) else _string
 
 
 def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{what} must be a string, got {value!r:.60}{_hint(value, list)}")
+        raise UserError(f"{what} must be a string, got {value!r:.60}{hint(value, list)}")
     if not is_unicode(value):
         raise UserError(f"{what} must be valid Unicode, got {value!r:.60}")
     return value
-
-
-def _hint(value: Any, other: type) -> str:
-    """What to say of a value that is of the `other` kind, messages or strings."""
-    rule = " (messages must be in all rows and columns or in none, and never in text)"
-    return rule if isinstance(value, other) and value else ""
-
-
-def _messages(value: Any, what: str) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{what} must be a list of messages, got {value!r:.60}{_hint(value, str)}")
-    for message in value:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise UserError(
-                f"{what} must hold messages with the strings role and content, got {message!r:.60}"
-            )
-    # Arrow tables give every message the keys of all, None where it has none.
-    return [{k: v for k, v in message.items() if v is not None} for message in value]

@@ -29,6 +29,7 @@ from rlhf.report import write_report
 from rlhf.rollout import Draws, sample_responses
 from rlhf.saving import Checkpoints, is_due
 from rlhf.scores import score_samples
+from rlhf.seam import decode
 from rlhf.trainer import PPOTrainer
 
 
@@ -172,7 +173,7 @@ def compare_completions(trainer: PPOTrainer) -> list[dict]:
                 )
             samples = trainer.samples(prompts, rows, responses)
             answers.append(scored_answers(samples, score_samples(trainer.rewards, samples)))
-    texts = [trainer.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    texts = decode(trainer.tokenizer, ids)
     return [
         {"prompt": prompt, "before": before, "after": after}
         for prompt, before, after in zip(texts, *answers, strict=True)

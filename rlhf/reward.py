@@ -3,7 +3,11 @@
 A ranking of k answers stands for all its k (k - 1) / 2 pairs of a better and a worse answer, and
 each answer is read once::
 
-    loss = mean over pairs of -log σ(score_better - score_worse)
+    loss = mean over pairs of -log σ(score_better - score_worse - margin)
+                              + center_rewards_coefficient * (score_better + score_worse)²
+
+The margin is the data's, or 0 (Touvron et al., 2023); the second term keeps the mean of the scores
+near 0 (Eisenstein et al., 2023).
 """
 
 import time
@@ -19,7 +23,7 @@ from rlhf import distributed
 from rlhf.batches import pad
 from rlhf.card import write_card
 from rlhf.config import RewardConfig
-from rlhf.data import load_rankings
+from rlhf.data import Ranking, load_rankings
 from rlhf.loading import load_learning_reward_model, load_tokenizer, padding_in_text
 from rlhf.metrics import MetricsLog, plot_metrics, to_floats
 from rlhf.models import (
@@ -61,17 +65,27 @@ def pair_indices(sizes: list[int]) -> tuple[Tensor, Tensor]:
     return better, worse
 
 
-def pair_margins(scores: Tensor, sizes: list[int]) -> Tensor:
-    """score_better - score_worse of every pair, (pairs,)."""
-    better, worse = (index.to(scores.device) for index in pair_indices(sizes))
-    return scores[better] - scores[worse]
+def count_pairs(rankings: list[Ranking]) -> int:
+    return sum(comb(len(ranking.answers), 2) for ranking in rankings)
 
 
-def pair_metrics(margins: Tensor, denominator: float) -> dict[str, Tensor]:
-    """Sums over pairs, divided by `denominator`, of the loss, of 1 where the better answer's score
-    is the higher one, and of the margin."""
+def pair_metrics(
+    scores: Tensor, rankings: list[Ranking], center: float, denominator: float
+) -> dict[str, Tensor]:
+    """Sums over all pairs, divided by `denominator`, of the loss, of 1 where the better answer's
+    score is the higher one, and of score_better - score_worse.
+
+    `scores` (answers,) are those of the rankings' answers, laid end to end; `center` is the
+    coefficient of the loss's second term.
+    """
+    sizes = [len(ranking.answers) for ranking in rankings]
+    better, worse = (scores[index.to(scores.device)] for index in pair_indices(sizes))
+    asked = [ranking.margin for ranking in rankings for _ in range(count_pairs([ranking]))]
+    margins = better - worse
+    losses = -F.logsigmoid(margins - torch.tensor(asked, device=scores.device))
+    losses = losses + center * (better + worse).square()
     sums = {
-        "loss": -F.logsigmoid(margins).sum(),
+        "loss": losses.sum(),
         "accuracy": (margins > 0).float().sum(),
         "margin": margins.sum(),
     }
@@ -91,13 +105,13 @@ def score_answers(
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rankings: list[list[list[int]]],
+    rankings: list[Ranking],
     config: RewardConfig,
 ) -> tuple[dict[str, float], Tensor]:
     """Loss, accuracy and margin over all pairs, and every answer's score; the answers are divided
     over the processes."""
     model.eval()
-    answers = [answer for ranking in rankings for answer in ranking]
+    answers = [answer for ranking in rankings for answer in ranking.answers]
     order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     size, num_processes = config.per_device_eval_batch_size, distributed.world_size()
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -108,8 +122,8 @@ def evaluate(
         scores[rows] = num_processes * part
     scores = distributed.mean_of({"scores": scores})["scores"]
     model.train()
-    margins = pair_margins(scores, [len(ranking) for ranking in rankings])
-    metrics = pair_metrics(margins, len(margins))
+    center = config.center_rewards_coefficient
+    metrics = pair_metrics(scores, rankings, center, count_pairs(rankings))
     return {f"eval/{name}": value for name, value in to_floats(metrics).items()}, scores
 
 
@@ -134,31 +148,35 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
     prove_scorer(model, path)
     for name in ("reward_mean", "reward_std"):  # of the reward model that it may have been
         model.config.__dict__.pop(name, None)
-    longest = max(len(answer) for ranking in rankings + eval_rankings for answer in ranking)
+    longest = max(len(answer) for ranking in rankings + eval_rankings for answer in ranking.answers)
     check_fits(model, tokenizer, longest, "lower max_length")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
 
-    lengths = [max(len(answer) for answer in ranking) for ranking in rankings]
+    lengths = [max(map(len, ranking.answers)) for ranking in rankings]
     trainer = SupervisedTrainer(config, Scorer(model, tokenizer), rankings, lengths, eval_rankings)
     checkpoints = Checkpoints(config, "reward", trainer, {"": model}, tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()
 
-    def passes(rankings: list[list[list[int]]]) -> int:
-        count, size = sum(map(len, rankings)), config.per_device_eval_batch_size
+    def passes(rankings: list[Ranking]) -> int:
+        count, size = (
+            sum(len(ranking.answers) for ranking in rankings),
+            config.per_device_eval_batch_size,
+        )
         return num_passes(count, size, distributed.world_size())
 
     with MetricsLog(output_dir, "reward", total, config.report_to, SHOWN, step=trainer.step) as log:
         for batch in trainer.batches():
-            num_pairs = sum(comb(len(rankings[i]), 2) for rows in batch for i in rows)
+            num_pairs = count_pairs([rankings[i] for rows in batch for i in rows])
             for rows, weight in trainer.passes(batch):
-                answers = [answer for i in rows for answer in rankings[i]]
+                micro = [rankings[i] for i in rows]
+                answers = [answer for ranking in micro for answer in ranking.answers]
                 scores = score_answers(
                     trainer.parallel, answers, tokenizer.pad_token_id, config.bf16
                 )
-                margins = pair_margins(scores, [len(rankings[i]) for i in rows])
-                trainer.backward(weight, pair_metrics(margins, num_pairs))
+                center = config.center_rewards_coefficient
+                trainer.backward(weight, pair_metrics(scores, micro, center, num_pairs))
             trainer.take_step()
             log.advance()
             if is_due(config.logging_steps, trainer.step, total):

@@ -24,10 +24,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf import distributed
 from rlhf.batches import pad
+from rlhf.chat import (
+    Messages,
+    encode_answers,
+    encode_prompt_chats,
+    known_options,
+    template_options,
+)
 from rlhf.config import PPOConfig
-from rlhf.data import Prompts, tokenize_prompts, with_eos
-from rlhf.errors import UserError, one_line
+from rlhf.data import Prompts, prompt_ids
+from rlhf.errors import UserError
 from rlhf.functions import call, load_function
 from rlhf.loading import load_reward_model, load_tokenizer, padding_in_text
 from rlhf.models import (
@@ -41,6 +49,7 @@ from rlhf.options import Options
 from rlhf.proof import prove_scorer
 from rlhf.rollout import Responses
 from rlhf.scores import Reward, Samples, shorten
+from rlhf.seam import cut_left, encode_pairs, encode_texts, or_first, with_eos
 
 # What functions are given beside the columns of the data.
 ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -48,13 +57,15 @@ ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 @dataclass
 class ModelReward(Reward):
-    """A reward model's normalised score, on the policy's token ids if its tokenizer has the same
-    vocabulary, EOS and BOS and, where prompts are conversational, no other chat template.
+    """A reward model's normalised score, on the policy's token ids where its tokenizer, with the
+    same vocabulary and EOS, gives the same ids to the sample's prompt. Without a chat template it
+    takes conversations as the policy's has them.
 
     Otherwise on the text, tokenized anew as `load_rankings` does: prompt and completion, or the
-    conversation in the chat template of the reward model's tokenizer, up to EOS, which is appended
-    if the response ended by itself and there is none; of all that the last tokens for which the
-    model has positions. A chat template closes the assistant's turn even if the response was cut.
+    conversation in the chat template of the reward model's tokenizer, with those of `tools` and
+    `chat_template_kwargs` that it knows, up to EOS, which is appended if the response ended by
+    itself and there is none; of all that BOS and the last tokens for which the model has positions.
+    A chat template closes the assistant's turn even if the response was cut.
     """
 
     model: PreTrainedModel
@@ -66,6 +77,10 @@ class ModelReward(Reward):
     def __post_init__(self):
         self.skipped = padding_in_text(self.model, self.tokenizer)
         self.shares_vocabulary = self.tokenizer.get_vocab() == self.policy_tokenizer.get_vocab()
+        self.shares_tokens = (
+            self.shares_vocabulary
+            and self.tokenizer.eos_token_id == self.policy_tokenizer.eos_token_id
+        )
         if not hasattr(self.model, "score"):
             raise UserError(
                 f"reward {self.name} is a {type(self.model).__name__}, whose score is not read at "
@@ -74,19 +89,27 @@ class ModelReward(Reward):
 
     def check(self, prompts: Prompts, longest: int) -> None:
         conversational = isinstance(prompts.prompts[0], list)
-        shared = self._shares_tokens(conversational)
-        if conversational and not shared and self.tokenizer.chat_template is None:
+        if conversational and self.tokenizer.chat_template is None and not self.shares_tokens:
             raise UserError(
                 f"reward {self.name} has no chat template for a conversational data set: set its "
                 "tokenizer's chat_template, or use plain prompts"
             )
+        anew = self._tokenized_anew(prompts.prompts, prompts.columns)
+        if conversational and anew:
+            self._tell_unknown_options(prompts)
         remedy = f"lower max_prompt_length or response_length (reward {self.name})"
-        check_fits(self.model, self.tokenizer, longest if shared else 1, remedy)
+        check_fits(
+            self.model, self.tokenizer, 1 if len(anew) == len(prompts.ids) else longest, remedy
+        )
 
     def __call__(self, samples: Samples) -> list[float]:
         responses = samples.responses
-        if not self._shares_tokens(isinstance(samples.prompts[0], list)):
-            responses = self._tokenize(samples)
+        if anew := self._tokenized_anew(samples.prompts, samples.columns):
+            starts, ends = responses.unpadded
+            rows = [start + end for start, end in zip(starts, ends, strict=True)]
+            for i, row in zip(anew, self._tokenize(samples, anew), strict=True):
+                rows[i] = row
+            responses = self._as_responses(rows, responses)
 
         def score(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             scores = sequence_scores(self.model, input_ids, attention_mask, self.skipped)
@@ -94,49 +117,72 @@ class ModelReward(Reward):
 
         return _score_in_parts(score, responses, self.config)
 
-    def _tokenize(self, samples: Samples) -> Responses:
-        """The samples in this model's tokens, as responses to empty prompts."""
-        tokenizer, ended = self.tokenizer, samples.responses.ended
-        if isinstance(samples.prompts[0], str):
-            starts = tokenize_prompts(tokenizer, samples.prompts, sys.maxsize)
-            texts = samples.completions
+    def _tokenized_anew(self, prompts: list[str] | list[Messages], columns: dict) -> list[int]:
+        """The rows whose prompts the model's own tokenizer does not encode as the policy's does."""
+        if not self.shares_tokens:
+            return list(range(len(prompts)))
+        if isinstance(prompts[0], str):
+            own, given = (prompt_ids(x, prompts) for x in (self.tokenizer, self.policy_tokenizer))
+        elif self.tokenizer.chat_template is None:
+            return []
         else:
-            starts, texts = [[] for _ in samples.prompts], self._render(samples)
-        answers = tokenizer(texts, add_special_tokens=False).input_ids
-        rows = [
-            start + with_eos(tokenizer, answer)[: None if end else len(answer)]
-            for start, answer, end in zip(starts, answers, ended.tolist(), strict=True)
+            own, given = (
+                encode_prompt_chats(tokenizer, prompts, *self._asides(tokenizer, prompts, columns))
+                for tokenizer in (self.tokenizer, self.policy_tokenizer)
+            )
+        return [i for i, ids in enumerate(own) if ids != given[i]]
+
+    def _tokenize(self, samples: Samples, rows: list[int]) -> list[list[int]]:
+        """These samples in the model's own tokens."""
+        tokenizer = self.tokenizer
+        prompts = [samples.prompts[i] for i in rows]
+        texts = [samples.completions[i] for i in rows]
+        if isinstance(prompts[0], str):
+            pairs = encode_pairs(tokenizer, encode_texts, prompts, texts)
+            starts, ends = [or_first(tokenizer, row) for row in pairs.prompts], pairs.completions
+        else:
+            chats = [
+                [*prompt, {"role": "assistant", "content": text}]
+                for prompt, text in zip(prompts, texts, strict=True)
+            ]
+            columns = {name: [values[i] for i in rows] for name, values in samples.columns.items()}
+            starts, ends = encode_answers(
+                tokenizer, chats, *self._asides(tokenizer, prompts, columns)
+            )
+        ended = samples.responses.ended.tolist()
+        whole = [
+            start + with_eos(tokenizer, end)[: None if ended[i] else len(end)]
+            for i, start, end in zip(rows, starts, ends, strict=True)
         ]
         longest = getattr(self.model.config, "max_position_embeddings", sys.maxsize)
-        ids, mask = pad([row[-longest:] for row in rows], tokenizer.pad_token_id)
-        ids, mask = ids.to(ended.device), mask.to(ended.device)
-        return Responses(ids[:, :0], mask[:, :0], ids, mask, ended)
+        return cut_left(tokenizer, whole, longest)
 
-    def _render(self, samples: Samples) -> list[str]:
-        """The conversations as texts."""
-        texts = []
-        for row, (prompt, text) in enumerate(
-            zip(samples.prompts, samples.completions, strict=True)
-        ):
-            messages = [*prompt, {"role": "assistant", "content": text}]
-            try:
-                texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False))
-            except Exception as error:  # a template raises what it likes
-                raise UserError(
-                    f"the chat template of reward {self.name} cannot take {samples.describe(row)}: "
-                    f"{one_line(error)}"
-                ) from error
-        return texts
+    def _asides(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: list[Messages], columns: dict
+    ) -> tuple[list[str], list[dict]]:
+        """How errors name each conversation, and what of its row its chat template knows."""
+        wheres = [
+            f"reward {self.name}, prompt {shorten(prompt[-1].get('content'))!r}"
+            for prompt in prompts
+        ]
+        options = template_options(columns, "the data", len(prompts))
+        return wheres, [known_options(tokenizer, row) for row in options]
 
-    def _shares_tokens(self, conversational: bool) -> bool:
-        """Whether the policy's token ids are those that the model's own tokenizer would give."""
-        own, policy = self.tokenizer, self.policy_tokenizer
-        return (
-            self.shares_vocabulary
-            and own.eos_token_id == policy.eos_token_id
-            and own.bos_token_id == policy.bos_token_id
-            and not (conversational and own.chat_template not in (None, policy.chat_template))
-        )
+    def _tell_unknown_options(self, prompts: Prompts) -> None:
+        options = template_options(prompts.columns, "the data", len(prompts.prompts))
+        names = set(chain.from_iterable(options))
+        unknown = names - {name for row in options for name in known_options(self.tokenizer, row)}
+        if unknown and distributed.is_main():
+            print(
+                f"reward {self.name}: its chat template does not know {', '.join(sorted(unknown))} "
+                "of the data, and does without",
+                flush=True,
+            )
+
+    def _as_responses(self, rows: list[list[int]], given: Responses) -> Responses:
+        """These ids as responses to empty prompts."""
+        ids, mask = (x.to(given.ended.device) for x in pad(rows, self.tokenizer.pad_token_id))
+        return Responses(ids[:, :0], mask[:, :0], ids, mask, given.ended)
 
 
 @dataclass

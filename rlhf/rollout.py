@@ -20,6 +20,7 @@ from rlhf.generation import Decoding, Stopping, generate
 from rlhf.heads import ActorCritic, TokenLogits, TokenStates
 from rlhf.models import autocast
 from rlhf.options import ResponseOptions
+from rlhf.seam import decode_completions
 from rlhf.truncation import KeptIds, KeptTokenLogits, make_filters
 
 
@@ -94,6 +95,11 @@ class Responses(NamedTuple):
         return KeptTokenLogits.of(view.logits, self.mask, self.kept)
 
     @property
+    def unpadded(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The ids of the prompts and of the responses."""
+        return _unpad(self.prompt_ids, self.prompt_mask), _unpad(self.tokens, self.mask)
+
+    @property
     def input_ids(self) -> Tensor:
         return torch.cat([self.prompt_ids, self.tokens], dim=1)
 
@@ -105,6 +111,11 @@ class Responses(NamedTuple):
     def inputs(self) -> tuple[Tensor, Tensor, int]:
         """Ids, mask and T of a pass of which the last T positions score the response tokens."""
         return self.input_ids[:, :-1], self.attention_mask[:, :-1], self.tokens.shape[1]
+
+
+def _unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    rows = zip(ids.tolist(), mask.tolist(), strict=True)
+    return [[x for x, real in zip(*row, strict=True) if real] for row in rows]
 
 
 class Experience(NamedTuple):
@@ -165,9 +176,8 @@ def sample_responses(
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Responses) -> list[str]:
-    """The responses as texts, without special tokens."""
-    rows = [row[mask].tolist() for row, mask in zip(responses.tokens, responses.mask, strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    """The responses as texts, without special tokens: what each adds to its prompt's text."""
+    return decode_completions(tokenizer, *responses.unpadded)
 
 
 @torch.no_grad()

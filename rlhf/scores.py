@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rlhf.chat import answer_lead
 from rlhf.data import Prompts
 from rlhf.errors import UserError
-from rlhf.rollout import Responses
+from rlhf.rollout import Responses, decode_responses
 
 
 class Samples(NamedTuple):
@@ -23,6 +25,17 @@ class Samples(NamedTuple):
     completions: list[str]
     columns: dict[str, list]
     responses: Responses
+
+    @classmethod
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses
+    ) -> "Samples":
+        """The responses of a policy to all these prompts, in the tokens of its tokenizer."""
+        texts = decode_responses(tokenizer, responses)
+        if isinstance(next(iter(prompts.prompts), None), list):
+            lead = answer_lead(tokenizer)
+            texts = [text.removeprefix(lead) for text in texts]
+        return cls(prompts.prompts, texts, prompts.columns, responses)
 
     def describe(self, row: int) -> str:
         """One short line by which the user finds the sample."""

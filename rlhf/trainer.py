@@ -42,7 +42,6 @@ from rlhf.rollout import (
     Draws,
     Experience,
     Responses,
-    decode_responses,
     evaluate_responses,
     sample_responses,
     shaped_scores,
@@ -194,8 +193,7 @@ class PPOTrainer:
 
     def samples(self, prompts: Prompts, rows: list[int], responses: Responses) -> Samples:
         """The responses to these rows of `prompts` as reward functions see them."""
-        _, texts, columns = prompts.rows(rows)
-        return Samples(texts, decode_responses(self.tokenizer, responses), columns, responses)
+        return Samples.of(self.tokenizer, prompts.rows(rows), responses)
 
     def evaluate(self, rows: list[int], responses: Responses) -> Batch:
         """The rewards and the advantages of the responses to these rows of the prompts."""

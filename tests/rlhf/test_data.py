@@ -24,7 +24,7 @@ from rlhf.data import (
     load_prompts,
     load_rankings,
     load_texts,
-    tokenize_prompts,
+    prompt_ids,
 )
 from rlhf.errors import UserError
 from rlhf.loading import load_causal_lm
@@ -132,7 +132,8 @@ def texts(path: str, tokenizer, **changes) -> list[Text]:
 
 
 def rankings(path: str, tokenizer, **changes) -> list[list[list[int]]]:
-    return load_rankings(RewardConfig(**UNUSED | changes), path, "train", tokenizer)
+    rows = load_rankings(RewardConfig(**UNUSED | changes), path, "train", tokenizer)
+    return [row.answers for row in rows]
 
 
 def prompts(path: str, tokenizer, **changes):
@@ -335,11 +336,11 @@ def test_chatml_of_messages_all_that_the_assistant_says_is_learnt(chatml, save):
         "<|im_start|>user\nb<|im_end|>\n"
         "<|im_start|>assistant\nc<|im_end|>"  # A response ends here, and not with a line break.
     )
-    assert learnt(text, chatml) == "yo<|im_end|>\n|c<|im_end|>"
-    # After a user's last message comes no EOS.
+    assert learnt(text, chatml) == "yo<|im_end|>|c<|im_end|>"
+    # A user's last message is no answer to learn.
     (text,) = texts(save({"messages": messages[:3]}), chatml)
-    assert text.ids[-3:] == ids("b<|im_end|>\n")
-    assert learnt(text, chatml) == "yo<|im_end|>\n"
+    assert text.ids[-3:] == ids("yo<|im_end|>")
+    assert learnt(text, chatml) == "yo<|im_end|>"
 
 
 def test_llama2_of_messages_all_that_the_assistant_says_is_learnt(llama2, save):
@@ -385,7 +386,8 @@ def test_a_token_that_grew_over_the_start_of_an_answer_is_learnt(save):
     tokenizer.chat_template = CHATML.replace("<|im_start|>", "").replace("<|im_end|>", "")
     (text,) = texts(save({"messages": [user("b"), assistant("\n\nc")]}), tokenizer)
     tokens = [tokenizer.decode([i]) for i, flag in zip(*text, strict=True) if flag]
-    assert tokens == ["\n\n", "\n", "c", "\n", "<eos>"]
+    # The prompt keeps its last token, with which a policy is prompted: no "\n\n" over the seam.
+    assert tokens == ["\n", "\n", "c", "\n", "<eos>"]
 
 
 def test_chats_are_cut_at_max_length(chatml, save):
@@ -420,7 +422,7 @@ def test_rankings_hold_the_prompt_and_each_answer(plain, save):
         [ids("<s>e</s>"), ids("<s>f</s>")],
     ]
     assert rankings(path, plain, append_eos=False, max_length=2) == [
-        [ids("ab"), ids("cd"), ids("<s>a")],
+        [ids("<s>b"), ids("<s>d"), ids("<s>a")],
         [ids("<s>e"), ids("<s>f")],
     ]
 
@@ -455,7 +457,7 @@ def test_conversational_rankings(chatml, llama2, save):
         assert rankings(path, llama2) == [
             [ids(f"<s>[INST] hi [/INST] {answer} </s>") for answer in "bc"]
         ]
-        assert rankings(path, llama2, max_length=3)[0][0] == ids("b </s>")
+        assert rankings(path, llama2, max_length=4)[0][0] == ids("<s>b </s>")
 
 
 # Prompts
@@ -527,10 +529,10 @@ def test_no_prompt_ends_inside_a_character(save):
         assert found.ids == tokenizer(found.prompts).input_ids
 
 
-def test_tokenize_prompts_keeps_the_last_tokens(plain, tokenizer):
-    assert tokenize_prompts(plain, ["abc", ""], 2) == [ids("bc"), ids("<s>")]
+def test_an_empty_prompt_is_bos(plain, tokenizer):
+    assert prompt_ids(plain, ["abc", ""]) == [ids("<s>abc"), ids("<s>")]
     # This one writes no BOS, which an empty prompt must have all the same.
-    assert tokenize_prompts(tokenizer, ["film is good", ""], 2) == [[5, 7], [1]]
+    assert prompt_ids(tokenizer, ["film is good", ""]) == [[3, 5, 7], [1]]
 
 
 # Errors of rows
@@ -662,16 +664,9 @@ def test_messages_need_a_chat_template(plain, save, load, row):
     ],
 )
 def test_what_the_chat_template_refuses_is_named(llama2, save, load, columns):
-    good, bad = [user("a"), assistant("b")], [{"role": "tool", "content": "b"}, user("a")]
+    good, bad = [user("a"), assistant("b")], [{"role": "tool", "content": "b"}, assistant("a")]
     path = save(dict.fromkeys(columns, good), dict.fromkeys(columns, bad))
     fails(lambda: load(path, llama2), "row 2", "Only user and assistant roles are supported!")
-
-
-def test_a_template_that_rewrites_earlier_messages_is_refused(save):
-    template = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    tokenizer = characters(template, "</s>", adds_bos=False)
-    path = save({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]})
-    fails(lambda: texts(path, tokenizer), "row 1", "chat template", "{% generation %}")
 
 
 # Batches

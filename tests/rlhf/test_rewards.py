@@ -217,7 +217,7 @@ def test_a_function_is_given_what_its_signature_names(score):
 
     names = list(score(everything, some, Callable(), length, length).parts)
     assert names == ["everything", "some", "Callable", "length", "length_2"]
-    completions = ["good .", "bad", "fine great .", "dull ."]
+    completions = [" good .", " bad", " fine great .", " dull ."]
     assert seen["everything"] == {
         "prompts": list(PROMPTS),
         "completions": completions,
@@ -236,7 +236,7 @@ def test_conversations_are_given_as_messages_that_a_function_may_change(score, s
 
     def check(prompts, completions):
         assert prompts == MESSAGES
-        assert completions[1] == [{"role": "assistant", "content": "bad"}]
+        assert completions[1] == [{"role": "assistant", "content": " bad"}]
         return [7] * 4
 
     scores = score(spoil, check, samples=samples._replace(prompts=MESSAGES))
@@ -301,11 +301,11 @@ def test_reward_model_with_another_tokenizer_reads_the_text_in_its_own_tokens(
     rewards = load_rewards(config(other_model), tokenizer)
     scores = score_samples(rewards, samples).parts["reward"]
     model = AutoModelForSequenceClassification.from_pretrained(other_model).eval()
-    # EOS where the response ended by itself; the last six tokens of the third.
+    # EOS where the response ended by itself; BOS and the last five tokens of the third.
     texts = [
         "<start> film is good . <end>",
         "<start> plot bad",
-        "is good fine great . <end>",
+        "<start> good fine great . <end>",
         "<start> plot is dull .",
     ]
     ids = other_tokenizer(texts, add_special_tokens=False).input_ids
@@ -387,9 +387,9 @@ def test_tokenized_anew_an_ended_response_is_what_a_reward_model_is_trained_on(
     write_jsonl(tmp_path / "data.jsonl", rows)
     settings = RewardConfig(model_name_or_path="", dataset_name="", output_dir="unused")
     trained_on = load_rankings(settings, str(tmp_path / "data.jsonl"), "train", own)
-    assert {ranking[0][-1] for ranking in trained_on} == {own.eos_token_id}
+    assert {ranking.answers[0][-1] for ranking in trained_on} == {own.eos_token_id}
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
-    expected = torch.tensor([alone(model, ranking[0]) for ranking in trained_on])
+    expected = torch.tensor([alone(model, ranking.answers[0]) for ranking in trained_on])
 
     responses = samples.responses._replace(ended=torch.ones(4, dtype=torch.bool))
     rewards = load_rewards(config(path), tokenizer)
@@ -463,7 +463,7 @@ def test_a_chat_template_that_refuses_is_an_error(config, tokenizer, samples, ot
     [reward] = load_rewards(config(other_model), tokenizer)
     reward.tokenizer.chat_template = "{{ raise_exception('no\nsuch role') }}"
     assert_user_error(
-        "the chat template of reward reward cannot take prompt 'film is', completion 'good .': "
+        "reward reward, prompt 'film is': the chat template does not take these messages: "
         "TemplateError: no such role",
         *(score_samples, [reward], samples._replace(prompts=MESSAGES)),
     )
@@ -608,7 +608,7 @@ def test_an_encoder_from_python_is_a_module(score, samples):
 
 def divide(completions):
     """A function that raises on purpose."""
-    return [1 / (len(text) - 3) for text in completions]
+    return [1 / (len(text) - 4) for text in completions]
 
 
 SAMPLE = "prompt 'plot', completion 'bad'"

@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import os
-from itertools import chain, combinations
+from itertools import combinations
 from statistics import fmean
 
 import pytest
@@ -20,7 +20,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.config import RewardConfig, SFTConfig
-from rlhf.data import Text, load_rankings
+from rlhf.data import Ranking, Text, load_rankings
 from rlhf.errors import UserError
 from rlhf.loading import load_causal_lm, load_scorer
 from rlhf.optim import clip_gradients, make_optimizer
@@ -118,8 +118,9 @@ def test_reward_model_learns_and_its_folder_scores(reward_config, tokenizer, wor
     torch.testing.assert_close(scores, torch.stack([good_score, bad_score]), atol=1e-5, rtol=1e-5)
 
     config = reward_config(output_dir="unused")
-    answers = chain(*load_rankings(config, str(world / "pairs.jsonl"), "train", tokenizer))
-    scores = score_answers(scorer, [*answers], 0, bf16=False)
+    rankings = load_rankings(config, str(world / "pairs.jsonl"), "train", tokenizer)
+    answers = [answer for ranking in rankings for answer in ranking.answers]
+    scores = score_answers(scorer, answers, 0, bf16=False)
     assert model.config.reward_mean == pytest.approx(scores.mean().item(), abs=1e-4)
     assert model.config.reward_std == pytest.approx(scores.std(correction=0).item(), abs=1e-4)
 
@@ -170,7 +171,8 @@ def test_bf16_trains_too(sft_config, tmp_path):
 
 def test_metrics_of_pairs():
     """σ(0) = 1/2, σ(log 3) = 3/4; a pair whose scores are equal is not accurate."""
-    metrics = pair_metrics(torch.tensor([0.0, math.log(3), -math.log(3)]), 3)
+    scores = torch.tensor([0.0, 0.0, math.log(3), 0.0, 0.0, math.log(3)])
+    metrics = pair_metrics(scores, [Ranking([[], []], 0.0)] * 3, 0.0, 3)
     expected = {"loss": math.log(2 * 4 / 3 * 4) / 3, "accuracy": 1 / 3, "margin": 0.0}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
 
