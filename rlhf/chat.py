@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -207,49 +208,63 @@ def encode_answers(
 
 def learn_answers(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    where: str,
-    options: Options,
-    first: int = 0,
-) -> list[Text]:
-    """What the assistant says in messages[first:], learnt as it would be generated: after the very
-    tokens that the template gives as the prompt for it, up to EOS.
+    chats: Sequence[Messages],
+    wheres: Sequence[str],
+    options: Sequence[Options],
+    firsts: Sequence[int],
+) -> list[list[Text]]:
+    """What the assistant says in each conversation from its message `first` on, learnt as it would
+    be generated: after the very tokens that the template gives as the prompt for it, up to EOS.
 
     A turn stands in one row with those before it where the prompt for it begins with them. Where
     the template writes earlier turns otherwise (Qwen3 leaves out what they thought), it has a row
     of its own, of its prompt and itself.
     """
-    turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-    if turns[:1] == [0]:
+    prompts, answers, sizes = [], [], []
+    for chat, where, known, first in zip(chats, wheres, options, firsts, strict=True):
+        turns = [i for i in range(first, len(chat)) if chat[i]["role"] == "assistant"]
+        sizes.append(len(turns))
+        for turn in turns:
+            prompt, answer = _turn(tokenizer, chat[: turn + 1], where, known)
+            prompts.append(prompt)
+            answers.append(answer)
+    starts, ends, _ = encode_pairs(tokenizer, encode_chats, prompts, answers)
+    pairs = zip(starts, ends, strict=True)
+    return [_join_turns(tokenizer, list(islice(pairs, size))) for size in sizes]
+
+
+def _turn(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str, options: Options
+) -> tuple[str, str]:
+    """The prompt for the last message, and how the template goes on with it."""
+    if len(messages) == 1:
         raise UserError(
             f"{where}: messages must begin with a system or user message, to be answered"
         )
-    prompts = [
-        render(tokenizer, messages[:turn], where, options, add_generation_prompt=True)
-        for turn in turns
-    ]
-    wholes = [render(tokenizer, messages[: turn + 1], where, options) for turn in turns]
-    for prompt, whole in zip(prompts, wholes, strict=True):
-        if not whole.startswith(prompt):
-            raise UserError(
-                f"{where}: the chat template ends the prompt for an answer with {prompt[-20:]!r}, "
-                "but does not write the answer after that, so that what to learn cannot be told: "
-                "mark it in the template with {% generation %}, or choose another prompt by "
-                "chat_template_kwargs"
-            )
-    answers = [whole.removeprefix(prompt) for prompt, whole in zip(prompts, wholes, strict=True)]
+    prompt = render(tokenizer, messages[:-1], where, options, add_generation_prompt=True)
+    whole = render(tokenizer, messages, where, options)
+    if not whole.startswith(prompt):
+        raise UserError(
+            f"{where}: the chat template ends the prompt for an answer with {prompt[-20:]!r}, but "
+            "does not write the answer after that, so that what to learn cannot be told: mark it "
+            "in the template with {% generation %}, or choose another prompt by "
+            "chat_template_kwargs"
+        )
+    return prompt, whole.removeprefix(prompt)
+
+
+def _join_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: list[tuple[list[int], list[int]]]
+) -> list[Text]:
+    """The turns of a conversation, each with its prompt, in as few rows as hold them."""
     texts = []
-    if turns:
-        starts, ends, _ = encode_pairs(tokenizer, encode_chats, prompts, answers)
-        for start, end in zip(starts, ends, strict=True):
-            end = until_eos(tokenizer, end)
-            ids, learnt = texts[-1] if texts else ([], [])
-            if texts and start[: len(ids)] == ids:
-                texts.pop()
-            else:
-                learnt = []
-            gap = [False] * (len(start) - len(learnt))
-            texts.append(Text(start + end, learnt + gap + [True] * len(end)))
+    for start, end in turns:
+        end = until_eos(tokenizer, end)
+        learnt = []
+        if texts and start[: len(texts[-1].ids)] == texts[-1].ids:
+            learnt = texts.pop().learnt
+        gap = [False] * (len(start) - len(learnt))
+        texts.append(Text(start + end, learnt + gap + [True] * len(end)))
     return [_end(tokenizer, text) for text in texts]
 
 

@@ -140,10 +140,10 @@ def _answers(
 ) -> list[Text]:
     """What the assistant says in each conversation from its `first` message on."""
     options = template_options(columns, name, len(chats))
-    rows = list(zip(chats, _wheres(name, len(chats)), options, strict=True))
+    rows = chats, _wheres(name, len(chats)), options
     if marks_answers(tokenizer) and not any(firsts):
-        return [learn_marked(tokenizer, *row) for row in rows]
-    texts = [learn_answers(tokenizer, *row, first) for row, first in zip(rows, firsts, strict=True)]
+        return [learn_marked(tokenizer, *row) for row in zip(*rows, strict=True)]
+    texts = learn_answers(tokenizer, *rows, firsts)
     split = [len(row) for row in texts if len(row) > 1]
     _tell(
         *(name, len(split), len(texts)),

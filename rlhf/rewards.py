@@ -76,7 +76,9 @@ class ModelReward(Reward):
 
     def __post_init__(self):
         self.skipped = padding_in_text(self.model, self.tokenizer)
-        self.shares_vocabulary = self.tokenizer.get_vocab() == self.policy_tokenizer.get_vocab()
+        # It may have more, such as a pad token of its own.
+        own, given = self.tokenizer.get_vocab(), self.policy_tokenizer.get_vocab()
+        self.shares_vocabulary = given.items() <= own.items()
         self.shares_tokens = (
             self.shares_vocabulary
             and self.tokenizer.eos_token_id == self.policy_tokenizer.eos_token_id

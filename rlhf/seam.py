@@ -50,7 +50,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Rows:
 
 def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: list[str]) -> Rows:
     """Token ids of what a chat template wrote, BOS and EOS with the rest."""
-    return tokenizer(chats, add_special_tokens=False).input_ids
+    return tokenizer(chats, add_special_tokens=False).input_ids if chats else []
 
 
 def or_first(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -74,7 +74,7 @@ def encode_pairs(
     ends = [whole[len(start) :] for start, whole in zip(starts, wholes, strict=True)]
     merged = [i for i, start in enumerate(starts) if wholes[i][: len(start)] != start]
     texts = dict(zip(merged, _spell(tokenizer, [wholes[i] for i in merged]), strict=True))
-    for lead in LEADS:
+    for lead in LEADS if texts else ():
         found = encode_chats(tokenizer, [lead, *(lead + completions[i] for i in texts)])
         before, rows = found[0], dict(zip(texts, found[1:], strict=True))
         if lead == LEADS[0]:

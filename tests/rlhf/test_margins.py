@@ -10,7 +10,8 @@ from rlhf.batches import pad
 from rlhf.config import RewardConfig
 from rlhf.data import Ranking, load_rankings
 from rlhf.errors import UserError
-from rlhf.models import load_scorer, sequence_scores
+from rlhf.loading import load_scorer
+from rlhf.models import sequence_scores
 from rlhf.reward import evaluate, pair_metrics, train_reward
 from rlhf.tasks.base import write_jsonl
 

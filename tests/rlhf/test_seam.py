@@ -323,3 +323,15 @@ def test_only_rows_of_which_the_tokenizers_think_otherwise_are_tokenized_anew(re
     assert samples.completions == [" was"] * 2
     anew = own("the film was").input_ids
     assert read(own, policy, samples) == [prompts[0] + spelt[0], anew]
+
+
+def test_a_reward_model_with_a_pad_token_more_reads_the_policys_ids(read):
+    """Such a token a reward model gets where the policy's EOS pads."""
+    policy, own = byte_level(), byte_level()
+    own.add_special_tokens({"pad_token": "<|pad|>"})
+    prompts = policy(["the film"]).input_ids
+    spelt = [[policy.convert_tokens_to_ids(x) for x in ("Ġ", "w", "a", "s")]]
+    samples = Samples.of(
+        policy, Prompts(prompts, ["the film"], {}), answered(prompts, spelt, False)
+    )
+    assert read(own, policy, samples) == [prompts[0] + spelt[0]]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from rlhf.batches import pad
 from rlhf.chat import Text
@@ -338,7 +339,7 @@ def test_the_space_that_a_template_writes_is_not_the_answers():
 class Scorer(torch.nn.Module):
     """All that a reward model must have to be asked for its tokens."""
 
-    config = type("Config", (), {"max_position_embeddings": 999, "vocab_size": 999})
+    config = LlamaConfig(max_position_embeddings=999, vocab_size=999)
     score = torch.nn.Identity()
 
     def get_input_embeddings(self):
