@@ -154,7 +154,7 @@ class ResponseOptions(Options):
     stop_strings: list[str] | None = responses(
         None, "Texts that end a response, with the token that completes one."
     )
-    max_prompt_length: int = responses(512, "Of longer prompts the last tokens are kept.")
+    max_prompt_length: int = responses(512, "Of longer prompts BOS and the last tokens are kept.")
     text_prompt_length: list[int] = responses(
         [2, 8],
         "Where the data has text rather than prompt: the first tokens of each text are a prompt, "
