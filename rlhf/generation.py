@@ -93,8 +93,10 @@ class Stopping:
         reached = torch.isin(tokens[:, -1], self.ids)
         if self.strings and tokens.shape[1] > self.min_length:
             tail = tokens[:, -self.window :].tolist()
-            texts = self.tokenizer.batch_decode(tail)
-            before = self.tokenizer.batch_decode([ids[:-1] for ids in tail])
+            texts, before = (
+                self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+                for rows in (tail, [ids[:-1] for ids in tail])
+            )
             complete = [
                 any(text.rfind(stop) > earlier.rfind(stop) for stop in self.strings)
                 for text, earlier in zip(texts, before, strict=True)
