@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 import transformers
@@ -131,8 +131,18 @@ def check_samples(model: PreTrainedModel, folder: Path, data: Path) -> None:
             )
 
 
-def write_nothing(figure: Figure, path: Path, **options: object) -> None:
-    Path(path).touch()
+@contextmanager
+def without_plots() -> Iterator[None]:
+    """Leaves empty files in place of plots, which would take half of the time."""
+
+    def panels(figure: Figure, rows: int, columns: int, **options: object) -> list[list[MagicMock]]:
+        return [[MagicMock()] * columns] * rows
+
+    def save(figure: Figure, path: Path, **options: object) -> None:
+        path.touch()
+
+    with patch.object(Figure, "subplots", panels), patch.object(Figure, "savefig", save):
+        yield
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -195,12 +205,7 @@ def try_class(model_type: str, work: Path) -> dict[str, str]:
     if row.cells["builds"] != "yes":
         return row.cells
     write_data(work)
-    # Plots would take most of the time.
-    with (
-        row.cell("silent"),
-        warnings_into(messages),
-        patch.object(Figure, "savefig", write_nothing),
-    ):
+    with row.cell("silent"), warnings_into(messages), without_plots():
         run_stages(row, model, policy, work)
     said = dict.fromkeys(" ".join(message.split())[:200] for message in messages)
     if said:

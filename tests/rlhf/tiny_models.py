@@ -66,7 +66,7 @@ SIZES = {
         (
             *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
             *("decoder_attention_heads", "encoder_attention_heads", "swa_num_attention_heads"),
-            *("num_decoder_attention_heads", "num_encoder_attention_heads", "index_n_heads"),
+            *("num_decoder_attention_heads", "num_encoder_attention_heads"),
             *("linear_num_heads", "linear_num_value_heads", "num_local_experts", "num_experts"),
             *("n_routed_experts", "moe_num_experts", "qk_rope_head_dim", "num_query_groups"),
         ),
@@ -92,6 +92,8 @@ SIZES = {
         POSITIONS,
     ),
     "qk_head_dim": 12,
+    # Of few heads the scores of many keys are all 0, and which are the highest is chance.
+    "index_n_heads": 16,
 }
 LAYERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks"),
@@ -183,6 +185,7 @@ OVERRIDES: dict[str, dict] = {
 DRAFTS = "drafts for another model, whose keys and values it needs"
 DECODER = "transformers' mapping names a class that does not take this configuration"
 NOT_BUILT = {
+    "emu3": "saved alone, its text part is of a type that the mapping lacks",
     "gemma3n": "its vision tower needs the package timm",
     "gemma4_assistant": DRAFTS,
     "gemma4_unified_assistant": DRAFTS,
