@@ -23,7 +23,7 @@ from ppo_kernels import (
 from rlhf import distributed
 from rlhf.errors import UserError
 from rlhf.generation import Stopping
-from rlhf.models import positions, scalar_head, token_values
+from rlhf.models import positions, scalar_head, token_values, trunk
 
 # Of this many tokens, `auto` takes the hidden states.
 LARGE_VOCABULARY = 32_000
@@ -176,7 +176,7 @@ class ActorCritic(nn.Module):
 
     @property
     def shares_trunk(self) -> bool:
-        return self.critic.base_model is self.policy.base_model
+        return self.critic.base_model is trunk(self.policy)
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """The critic's parameters that are not the policy's."""

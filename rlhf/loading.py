@@ -8,6 +8,8 @@ reward model reads its head at the last token, the critic reads it at every toke
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,11 +28,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import logging
 
 from rlhf.distributed import is_main
 from rlhf.errors import UserError, one_line
 from rlhf.hub import may_be_hub_id
-from rlhf.models import default_device
+from rlhf.models import default_device, trunk
 
 HEAD = "score.weight"
 
@@ -72,11 +75,6 @@ def load_causal_lm(
     for name in config.architectures or ():
         if name.endswith("ForSequenceClassification"):
             raise UserError(f"{path} is a {name}, a reward model or a critic: give a policy")
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{path} is an encoder-decoder ({_architecture(config)}): give a decoder-only language "
-            "model"
-        )
     if not (
         type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _maps_code(config, AutoModelForCausalLM)
     ):
@@ -165,6 +163,13 @@ def _open_scorer(
     if model_class is None:
         raise unfit
     config.num_labels = 1
+    if model_class is not AutoModelForSequenceClassification and not is_classifier:
+        # By way of the language model, whose weights may have other names than a trunk's.
+        policy, loading = _open_model(AutoModelForCausalLM, path, config, options, None, frozen)
+        account_for(path, policy, loading)
+        model = new_scorer(policy)
+        nn.init.normal_(model.score.weight, std=getattr(config, "initializer_range", 0.02))
+        return model.to(default_device()), True
     model, loading = _open_model(model_class, path, config, options, None, frozen)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise unfit
@@ -200,21 +205,38 @@ def scorer_class(config: PreTrainedConfig) -> type | None:
     attributes = {
         "config_class": causal.config_class,
         "base_model_prefix": causal.base_model_prefix,
-        "__module__": __name__,
+        # Of classes of other modules transformers leaves buffers that it does not save undefined.
+        "__module__": causal.__module__,
     }
     bases = (GenericForSequenceClassification, family)
     return type(f"{stem}ForSequenceClassification", bases, attributes)
 
 
-def new_scorer(config: PreTrainedConfig) -> PreTrainedModel:
-    """A scorer of this kind without weights, on the meta device."""
-    config = deepcopy(config)
+def new_scorer(policy: PreTrainedModel) -> PreTrainedModel:
+    """A scorer on the policy's own trunk, with an fp32 head that has no values yet."""
+    config = deepcopy(policy.config)
     config.num_labels = 1
     model_class = scorer_class(config)
     with torch.device("meta"):
         if model_class is AutoModelForSequenceClassification:
-            return model_class.from_config(config)
-        return model_class(config)
+            scorer = model_class.from_config(config)
+        else:
+            scorer = model_class(config)
+    if type(scorer.base_model) is not type(trunk(policy)):
+        raise UserError(
+            f"a {type(policy).__name__} can have no scalar head: of its kind transformers opens "
+            f"another trunk, a {type(scorer.base_model).__name__}"
+        )
+    setattr(scorer, scorer.base_model_prefix, trunk(policy))
+    scorer.score.to_empty(device=policy.device).float()
+    return scorer
+
+
+def value_head(policy: PreTrainedModel) -> PreTrainedModel:
+    """A critic on the policy's own trunk; its new head gives 0 everywhere."""
+    critic = new_scorer(policy)
+    nn.init.zeros_(critic.score.weight)
+    return critic
 
 
 def _open_config(
@@ -225,7 +247,13 @@ def _open_config(
             f"{path} holds a LoRA adapter (adapter_config.json): merge it into its base model "
             "(peft's merge_and_unload) and give the folder of the merged one"
         )
-    return _open(AutoConfig, path, **_code(options), revision=revision)
+    config = _open(AutoConfig, path, **_code(options), revision=revision)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{path} is an encoder-decoder ({_architecture(config)}): give a decoder-only language "
+            "model"
+        )
+    return config
 
 
 def _open_model(
@@ -277,7 +305,8 @@ def _open(auto_class: type, path: str, **kwargs):
     if not is_folder and not may_be_hub_id(path):
         raise UserError(f"there is no folder {path!r}: give that of a model, or a hub id")
     try:
-        return auto_class.from_pretrained(path, **kwargs)
+        with quiet():
+            return auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # a damaged folder raises whatever its reader raises
         if not kwargs["trust_remote_code"] and "trust_remote_code" in str(error):
             raise UserError(
@@ -286,6 +315,17 @@ def _open(auto_class: type, path: str, **kwargs):
             ) from error
         kind = "folder" if is_folder else "hub id (there is no such folder)"
         raise UserError(f"cannot open the {kind} {path!r}: {one_line(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers from telling of weights what `account_for` tells or refuses."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def weights_lacking(loading: dict[str, Any]) -> list[str]:
@@ -310,12 +350,3 @@ def account_for(path: str, model: PreTrainedModel, loading: dict[str, Any]) -> N
         )
     if unused and is_main():
         print(f"{path}: {len(unused)} weights are not used, such as {unused[0]}", flush=True)
-
-
-def value_head(policy: PreTrainedModel) -> PreTrainedModel:
-    """A critic on the policy's own trunk; its new head gives 0 everywhere."""
-    critic = new_scorer(policy.config)
-    setattr(critic, critic.base_model_prefix, policy.base_model)
-    critic.score.to_empty(device=policy.device)
-    nn.init.zeros_(critic.score.weight)
-    return critic

@@ -58,6 +58,13 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
+def trunk(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head; some have it under another name than their own `base_model`."""
+    if model.base_model is not model:
+        return model.base_model
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
 def scalar_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The scorer's head on hidden states (..., D), in fp32 also within autocast: a score in bf16
     would have three digits."""

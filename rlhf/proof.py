@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from rlhf.distributed import is_main
 from rlhf.errors import UserError, one_line
@@ -90,11 +91,14 @@ class Check:
 
     @torch.no_grad()
     def holds(self, proof: Proof) -> bool:
-        was_training = self.model.training
+        was_training, verbosity = self.model.training, logging.get_verbosity()
         self.model.eval()
+        # A model says in its first pass what it lacks to be fast.
+        logging.set_verbosity_warning()
         try:
             return any(self._try(proof, ids) for ids in self.ids)
         finally:
+            logging.set_verbosity(verbosity)
             self.model.train(was_training)
 
     def _try(self, proof: Proof, ids: Tensor) -> bool:
@@ -105,6 +109,8 @@ class Check:
             return False
 
     def _equal(self, one: Tensor, other: Tensor) -> bool:
+        if not (one.isfinite().all() and other.isfinite().all()):
+            raise ValueError("its outputs are not finite")
         scale = one.float().std().item()
         return (one - other).abs().max().item() <= self.tolerance * scale
 
@@ -112,7 +118,7 @@ class Check:
         self.error = None
         if not self.holds(proof):
             if self.error is not None:
-                reason = f"it cannot be run: {one_line(self.error)}"
+                reason = f"it cannot be run, {one_line(self.error)}"
             raise UserError(f"{self.path} cannot be used, {type(self.model).__name__}: {reason}")
 
 

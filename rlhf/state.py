@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, one_line
 from rlhf.files import GO_ON, disk_errors, remove, sync, sync_tree
-from rlhf.loading import weights_lacking
+from rlhf.loading import quiet, weights_lacking
 
 # Integers as wide as an element, by its bytes.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -125,13 +125,14 @@ def save_model(
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copies the weights that `save_model` wrote to `folder` into the model's own tensors."""
     try:
-        saved, loading = type(model).from_pretrained(
-            folder,
-            config=copy.deepcopy(model.config),
-            dtype=torch.float32,  # holds every narrower number exactly
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with quiet():
+            saved, loading = type(model).from_pretrained(
+                folder,
+                config=copy.deepcopy(model.config),
+                dtype=torch.float32,  # holds every narrower number exactly
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # a damaged folder raises whatever its reader raises
         raise UserError(f"cannot load the weights in {folder}: {one_line(error)}") from error
     wrong = weights_lacking(loading)

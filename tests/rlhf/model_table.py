@@ -124,7 +124,8 @@ def check_samples(model: PreTrainedModel, folder: Path, data: Path) -> None:
             ids = model.generate(**inputs, max_new_tokens=row["tokens"], do_sample=False)
         own = ids[0, inputs.input_ids.shape[1] :]
         text = tokenizer.decode(own, skip_special_tokens=True)
-        if (row["completion"], row["tokens"]) != (text, len(own)):
+        # A completion begins with the space that sets it off from its prompt.
+        if (row["completion"].removeprefix(" "), row["tokens"]) != (text, len(own)):
             raise Fault(
                 "samples otherwise than its own generate: "
                 f"{row['prompt']!r} -> {row['completion']!r}, there {text!r}"

@@ -35,6 +35,7 @@ from rlhf.models import check_fits, normalise_scores, sequence_scores, token_val
 from rlhf.reward import train_reward
 from rlhf.state import load_weights, save_model
 from tests.rlhf.conftest import WORDS, make_tokenizer
+from tests.rlhf.tiny_models import make_model, model_types
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2} | IDS
@@ -157,11 +158,17 @@ def test_code_of_a_folder_runs_only_if_asked_for(tmp_path, tokenizer, monkeypatc
 FAMILIES = {
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES | HEADS)),
     "mamba": lambda: MambaForCausalLM(MambaConfig(**SIZES, state_size=4)),
+    # It has buffers that are not saved, and its trunk's weights go by other names in part.
+    "falcon_h1": lambda: make_model("falcon_h1", len(WORDS)),
+    "dory": lambda: make_model("dory", len(WORDS)),
+    "llama4": lambda: make_model("llama4_text", len(WORDS)),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scorers_of_families_without_a_class_in_transformers(family, tmp_path, tokenizer):
+    if family not in ("granite", "mamba") and family not in model_types():
+        pytest.skip("this version of transformers does not have it")
     path = save(tmp_path / "policy", FAMILIES[family]())
     scorer = load_scorer(path, tokenizer)
     save_model(tmp_path / "scorer", scorer, tokenizer)
@@ -191,7 +198,7 @@ def test_a_reward_model_with_eos_as_pad_gets_a_pad_token(tmp_path):
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
-@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+@pytest.mark.parametrize("family", ["llama", "granite", "mamba"])
 def test_the_cards_code_gives_the_reward_models_score(
     family, pad, tmp_path, reward_config, monkeypatch, capsys
 ):
