@@ -1,8 +1,8 @@
 """The configuration of each stage, and of generate and evaluate: flat dataclasses.
 
-The names are those of Hugging Face's trainers. `rlhf.parser` turns them into command-line options, as
-`transformers.HfArgumentParser` would, and a YAML file may hold the same names. Every field's help
-text is its documentation, its section the heading it stands under.
+The names are those of Hugging Face's trainers. `rlhf.parser` turns them into command-line options,
+as `transformers.HfArgumentParser` would, and a YAML file may hold the same names. Every field's
+help text is its documentation, its section the heading it stands under.
 """
 
 import math

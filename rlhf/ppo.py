@@ -27,12 +27,14 @@ from rlhf.metrics import MetricsLog, plot_metrics, to_floats
 from rlhf.progress import Display, hooked, num_passes
 from rlhf.report import write_report
 from rlhf.rollout import Draws, sample_responses
+from rlhf.safe_points import SafePoints, stoppable
 from rlhf.saving import Checkpoints, is_due
 from rlhf.scores import score_samples
 from rlhf.seam import decode
 from rlhf.trainer import PPOTrainer
 
 
+@stoppable("ppo")
 def train_ppo(
     config: PPOConfig, reward_funcs: Sequence[str | nn.Module | Callable] | None = None
 ) -> dict[str, float]:
@@ -45,6 +47,7 @@ def train_ppo(
     checkpoints = Checkpoints(config, "ppo", trainer, models, trainer.tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_iterations
     metrics = checkpoints.resume()
+    safe_points = SafePoints(checkpoints, "ppo", trainer.iteration, metrics)
     policy, reference = trainer.policy, trainer.reference
     num_processes = distributed.world_size()
     sampling, micro_batches = passes(trainer.batch_size, config, num_processes)
@@ -55,11 +58,15 @@ def train_ppo(
         while trainer.iteration < total:
             start = time.perf_counter()
             rows = trainer.next_rows()
-            with log.phase("generate", sampling, policy.register_forward_hook):
-                responses = trainer.sample(trainer.prompts, rows, trainer.generator)
-            sampled = time.perf_counter()
-            with log.phase("score", micro_batches, reference.register_forward_hook):
-                batch = trainer.evaluate(rows, responses)
+            # Until the update no weight moves: a signal ends the iteration as if it had not begun.
+            with hooked(policy.register_forward_hook, safe_points.check):
+                with log.phase("generate", sampling, policy.register_forward_hook):
+                    responses = trainer.sample(trainer.prompts, rows, trainer.generator)
+                safe_points.agree()
+                sampled = time.perf_counter()
+                with log.phase("score", micro_batches, reference.register_forward_hook):
+                    batch = trainer.evaluate(rows, responses)
+                safe_points.agree()
             evaluated = time.perf_counter()
             kl_coef, learning_rate = trainer.kl_controller.kl_coef, trainer.scheduler.get_last_lr()
             register = trainer.optimizer.register_step_post_hook
@@ -92,6 +99,7 @@ def train_ppo(
                 metrics |= figures
             if config.save_steps and is_due(config.save_steps, step, total):
                 checkpoints.save(step, metrics)
+            safe_points.reached(step, metrics)
 
     metrics["iterations"] = total
     try:

@@ -355,7 +355,7 @@ class PPOTrainer:
         """All that changes during a run, besides the weights."""
         return {
             "iteration": self.iteration,
-            "queue": self.queue,
+            "queue": list(self.queue),
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

@@ -1,5 +1,5 @@
-"""YAML of 'key: value'. A key given twice is an error, and so is an alias: a few lines of aliases of
-aliases would stand for more values than any memory holds."""
+"""YAML of 'key: value'. A key given twice is an error, and so is an alias: a few lines of aliases
+of aliases would stand for more values than any memory holds."""
 
 import re
 from pathlib import Path

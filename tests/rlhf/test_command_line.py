@@ -88,7 +88,7 @@ def test_an_option_may_be_a_switch_a_list_or_none():
 # Ctrl-C before there is anything to save
 
 
-@pytest.mark.parametrize("module", ["rlhf.options", "numpy", "torch._C", "torch.nn", "transformers"])
+@pytest.mark.parametrize("module", ["rlhf.options", "numpy", "torch", "torch.nn", "transformers"])
 def test_an_interrupt_in_the_first_seconds_is_one_line(module, tmp_path):
     """As soon as the module has been imported, and while the next one is."""
     argv = ["demo", f"--output_dir={tmp_path / 'demo'}", "--task=counting"]
@@ -189,10 +189,9 @@ def test_home_and_variables_are_expanded_in_all_paths(monkeypatch, tmp_path):
     (tmp_path / "ppo.yaml").write_text(json.dumps(values))
     config = parse_config("ppo", ["--config=~/ppo.yaml"])
     for name, value in values.items():
-        got = getattr(config, name)
-        for path, as_written in zip(*([x] if isinstance(x, str) else x for x in (got, value))):
-            assert path == os.path.expandvars(as_written.replace("~", str(tmp_path)))
-            assert path.startswith(str(tmp_path))
+        expected = json.dumps(value).replace("~", str(tmp_path))
+        assert getattr(config, name) == json.loads(os.path.expandvars(expected))
+        assert str(tmp_path) in expected or "HOME" in expected
     argv = ["--policies", "~/a", "$HOME/b", "--dataset_name=~/d", "--reward_funcs=m:f"]
     config = parse_config("evaluate", [*argv, "--output_file=~/o.json"])
     assert config.policies == [str(tmp_path / "a"), str(tmp_path / "b")]
@@ -206,7 +205,7 @@ def test_a_path_of_a_missing_variable_or_with_nul_is_refused(tmp_path, monkeypat
     Path("$NO_SUCH").mkdir()
     assert expand("output_dir", "$NO_SUCH") == "$NO_SUCH"
     (tmp_path / "a.yaml").write_text('output_dir: "a\\0b"')
-    with pytest.raises(UserError, match=r"output_dir must not hold the character NUL, got 'a\\x00b"):
+    with pytest.raises(UserError, match=r"output_dir must not hold the character NUL, got 'a\\x00"):
         parse_config("ppo", [*REQUIRED[:2], REQUIRED[3], f"--config={tmp_path / 'a.yaml'}"])
 
 
