@@ -35,8 +35,8 @@ ADAPTIVE_KL = ("none", "sequence", "token")
 LOGITS_FROM = ("auto", "hidden", "logits")
 SCORE_SCALINGS = ("none", "running", "reference")
 PROMPTS = (
-    "Prompts, as for PPO: a .jsonl, .json, .csv or .parquet file, a folder that datasets saved, or "
-    "a hub id."
+    "Prompts, as for PPO: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder that "
+    "datasets saved or that was cloned from the hub, or a hub id."
 )
 
 

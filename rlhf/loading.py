@@ -29,7 +29,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.distributed import is_main
 from rlhf.errors import UserError, one_line
-from rlhf.hub import may_be_hub_id
+from rlhf.hub import may_be_hub_id, say_asking
 from rlhf.models import default_device
 
 HEAD = "score.weight"
@@ -276,6 +276,8 @@ def _open(auto_class: type, path: str, **kwargs):
     is_folder = Path(path).is_dir()
     if not is_folder and not may_be_hub_id(path):
         raise UserError(f"there is no folder {path!r}: give that of a model, or a hub id")
+    if not is_folder:
+        say_asking(path)
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # a damaged folder raises whatever its reader raises

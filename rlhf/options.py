@@ -136,10 +136,12 @@ class ModelOptions(Options):
 class DataOptions(Options):
     dataset_name: str = required(
         SECTIONS[0],
-        "Training data: a .jsonl, .json, .csv or .parquet file, a folder that datasets saved, or a "
-        "hub id.",
+        "Training data: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder that "
+        "datasets saved or that was cloned from the hub, or a hub id.",
     )
-    dataset_config_name: str | None = data(None, "Configuration of a data set from the hub.")
+    dataset_config_name: str | None = data(
+        None, "Configuration of a data set from the hub, or of its clone."
+    )
     dataset_split: str = data("train", "Split of a data set that has several.")
 
 
