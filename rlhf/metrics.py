@@ -57,7 +57,8 @@ class MetricsLog(Display):
                 self.file = (output_dir / METRICS_FILE).open(mode, encoding="utf-8")
                 if report_to == "tensorboard":
                     # What an unfinished run reported of later steps is hidden.
-                    folder = str(output_dir / "tensorboard")
+                    # By its whole path, for another thread opens it, wherever a reward has moved.
+                    folder = str((output_dir / "tensorboard").absolute())
                     self.writer = SummaryWriter(folder, purge_step=step + 1)
         self.start = time.perf_counter()
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from transformers import set_seed
 
 from rlhf import distributed
 from rlhf.card import write_card
 from rlhf.config import PPOConfig
+from rlhf.generators import seed_all
 from rlhf.iteration import (
     NUM_COMPLETIONS,
     PLOTS,
@@ -41,7 +41,7 @@ def train_ppo(
     """Trains a policy and saves it, with its critic in the subfolder `critic`; returns the last
     metrics. `reward_funcs` may hold modules and functions, and replaces the configuration's."""
     start_time = time.perf_counter()
-    set_seed(config.seed)
+    seed_all(config.seed)
     trainer = distributed.together(lambda: PPOTrainer(config, reward_funcs))
     models = {"critic": trainer.model.critic, "": trainer.policy}
     checkpoints = Checkpoints(config, "ppo", trainer, models, trainer.tokenizer)

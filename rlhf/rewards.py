@@ -9,7 +9,8 @@ A function is called once for all samples, with the arguments among these that i
 `prompts` are texts, or lists of messages where the data is conversational, in which case each of
 `completions` is a list with one assistant message; `completion_ids` holds the sampled token ids,
 EOS among them; and there is an argument for each other column of the data. A score is a number, or
-a list with a number for each token of the completion, or None: the reward says nothing of it.
+a list with a number for each token of the completion, or None: the reward says nothing of it. A
+dict, for a completion or for all of them, is taken for its `score`. The function may be async.
 """
 
 import copy
@@ -350,11 +351,6 @@ def _find(source: str | nn.Module | Callable) -> str | nn.Module | Callable:
         raise UserError(
             f"a reward must be a function, an nn.Module or a reward model, got "
             f"{shorten(repr(source))}"
-        )
-    if any(map(inspect.iscoroutinefunction, (source, source.__call__))):
-        raise UserError(
-            f"reward {_name(source)} must be an ordinary function, not an async one: call "
-            "asyncio.run inside it"
         )
     return source
 

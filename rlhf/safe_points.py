@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from rlhf import distributed, signals
+from rlhf.generators import random_state
 from rlhf.saving import Checkpoints
-from rlhf.state import random_state
 from rlhf.terminal import complain
 
 

@@ -17,13 +17,12 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import TrainConfig
 from rlhf.errors import UserError
+from rlhf.generators import random_state, set_random_state
 from rlhf.state import (
     load_state,
     load_weights,
-    random_state,
     save_model,
     save_state,
-    set_random_state,
 )
 
 STATE_FILE = "state.pt"

@@ -40,15 +40,14 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import PPOConfig, SFTConfig
 from rlhf.errors import UserError
+from rlhf.generators import random_state, set_random_state
 from rlhf.state import (
     hash_data,
     hash_weights,
     load_state,
     load_weights,
-    random_state,
     save_model,
     save_state,
-    set_random_state,
 )
 
 SMALL = {

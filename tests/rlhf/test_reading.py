@@ -1,4 +1,4 @@
-"""Data sets of every kind that people bring: read, or refused in one line that tells what to mend."""
+"""Data sets of every kind that people bring: read, or refused in a line that names the remedy."""
 
 import datetime
 import gzip
