@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from rlhf.distributed import is_main
 from rlhf.errors import UserError, one_line
 from rlhf.hub import may_be_hub_id, say_asking
 from rlhf.models import default_device
+from rlhf.terminal import say
 
 HEAD = "score.weight"
 
@@ -310,8 +310,8 @@ def account_for(path: str, model: PreTrainedModel, loading: dict[str, Any]) -> N
             f"the weights in {path} do not fit a {type(model).__name__}: there is {wrong[0]}"
             f"{besides} ({len(wrong)} do not fit): save them under transformers' names, all of them"
         )
-    if unused and is_main():
-        print(f"{path}: {len(unused)} weights are not used, such as {unused[0]}", flush=True)
+    if unused:
+        say(f"{path}: {len(unused)} weights are not used, such as {unused[0]}")
 
 
 def value_head(policy: PreTrainedModel) -> PreTrainedModel:

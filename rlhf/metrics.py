@@ -20,6 +20,7 @@ from rlhf.distributed import is_main
 from rlhf.errors import UserError
 from rlhf.files import GO_ON, disk_errors, write_file
 from rlhf.progress import Display
+from rlhf.terminal import say
 
 
 class MetricsLog(Display):
@@ -98,7 +99,7 @@ class MetricsLog(Display):
         else:
             left = self.seconds_left(step)
             values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            print(f"{self.title} {step}/{self.total_steps}  {values}  eta {left:.0f}s", flush=True)
+            say(f"{self.title} {step}/{self.total_steps}  {values}  eta {left:.0f}s")
 
     def _table(self) -> Table:
         table = Table("metric", header_style="dim", border_style="dim")

@@ -31,6 +31,7 @@ from rlhf.safe_points import SafePoints, stoppable
 from rlhf.saving import Checkpoints, is_due
 from rlhf.scores import score_samples
 from rlhf.seam import decode
+from rlhf.terminal import say
 from rlhf.trainer import PPOTrainer
 
 
@@ -116,12 +117,11 @@ def tell_first_ratio(error: float, config: PPOConfig) -> None:
     is then not the one that was sampled from."""
     is_fp32 = not config.bf16 and config.dtype in (None, "float32")
     limit = 1e-3 if is_fp32 else 64 * torch.finfo(torch.bfloat16).eps
-    if error > limit and distributed.is_main():
-        print(
+    if error > limit:
+        say(
             f"warning: a ratio of the first minibatch is off 1 by {error:.2g} (rounding explains "
             f"{limit:.2g}): the model's log-probs depend on the other rows of a batch, on padding, "
             "or on chance (dropout); such updates are not PPO's",
-            flush=True,
         )
 
 
