@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rlhf import distributed, signals
+from rlhf.errors import UserError, one_line
 from rlhf.generators import random_state
 from rlhf.saving import Checkpoints
 from rlhf.terminal import complain
@@ -88,6 +89,14 @@ def stoppable(stage: str) -> Callable[[Callable], Callable]:
                     distributed.from_main(lambda: complain(line))
                     raise signals.Stopped(number)
                 return metrics
+            except Exception as error:
+                number = signals.received()
+                if distributed.world_size() == 1 or not number or isinstance(error, UserError):
+                    raise
+                # torchrun, which sends it to all once one has failed, has told why.
+                words = signals.WORDS[number]
+                complain(f"rlhf {stage}: {words}, and without the others: {one_line(error)}")
+                raise signals.Stopped(number) from error
             finally:
                 signals.release()
 

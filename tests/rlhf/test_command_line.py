@@ -6,12 +6,13 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from rlhf import terminal
-from rlhf.cli import main, parse_config
+from rlhf.cli import main, parse_config, quiet_writer_threads
 from rlhf.errors import UserError, quote
 from rlhf.options import expand
 
@@ -220,3 +221,21 @@ def test_aliases_are_refused(capsys, tmp_path):
     (tmp_path / "bomb.yaml").write_text(bomb)
     error = fails(capsys, ["ppo", *REQUIRED, f"--config={tmp_path / 'bomb.yaml'}"])
     assert "not valid YAML" in error and "the alias *a is refused" in error and "line 2" in error
+
+
+# Threads
+
+
+def test_an_error_of_a_user_s_thread_is_shown(monkeypatch):
+    """Those of TensorBoard's are not, which the main thread tells."""
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+
+    def fail():
+        raise OSError("no socket")
+
+    with quiet_writer_threads():
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert [args.exc_type for args in told] == [OSError]

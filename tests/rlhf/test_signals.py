@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from rlhf import cli, signals
@@ -18,8 +19,10 @@ from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.saving import Checkpoints
 from rlhf.sft import train_sft
+from rlhf.state import load_state
 from rlhf.supervised import SupervisedTrainer
 from rlhf.trainer import PPOTrainer
+from tests.rlhf.test_distributed import torchrun
 from tests.rlhf.test_ppo import records
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
@@ -196,6 +199,30 @@ def test_the_command_ends_with_the_signal_s_code(stages, tmp_path, monkeypatch, 
     argv += [f"--{name}={getattr(config, name)}" for name in ("model_name_or_path", "dataset_name")]
     assert cli.main(["sft", *argv]) == 143
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_processes_end_together_at_the_signal_of_one(stages, tmp_path):
+    """It comes to the second, in the second iteration, while the first knows nothing of it."""
+    _, config = stages["ppo"]
+    (tmp_path / "reward.py").write_text(
+        "import os, signal\n"
+        "calls = []\n"
+        "def length(completions):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [len(text) for text in completions]\n"
+    )
+    rewards = [f"{tmp_path / 'reward.py'}:length"]
+    values = vars(config) | {"reward_funcs": rewards, "output_dir": str(tmp_path / "out")}
+    file = tmp_path / "ppo.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+    done = torchrun(2, "-m", "rlhf", "ppo", "--config", str(file))
+    assert done.returncode != 0 and "rlhf/ppo.py" not in done.stderr  # but torchrun's own report
+    assert done.stderr.startswith("rlhf ppo: ended by SIGTERM: checkpoint-1 is saved in ")
+    assert done.stderr.count("rlhf ppo: ") == 1
+    assert checkpoint_damage(tmp_path / "out" / "checkpoint-1") is None
+    assert load_state(tmp_path / "out" / "checkpoint-1" / "state.pt")["iteration"] == 1
 
 
 # Processes of their own
