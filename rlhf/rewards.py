@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import distributed
 from rlhf.batches import pad
 from rlhf.chat import (
     Messages,
@@ -51,6 +50,7 @@ from rlhf.proof import prove_scorer
 from rlhf.rollout import Responses
 from rlhf.scores import Reward, Samples, shorten
 from rlhf.seam import cut_left, encode_pairs, encode_texts, or_first, with_eos
+from rlhf.terminal import say
 
 # What functions are given beside the columns of the data.
 ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -175,11 +175,10 @@ class ModelReward(Reward):
         options = template_options(prompts.columns, "the data", len(prompts.prompts))
         names = set(chain.from_iterable(options))
         unknown = names - {name for row in options for name in known_options(self.tokenizer, row)}
-        if unknown and distributed.is_main():
-            print(
+        if unknown:
+            say(
                 f"reward {self.name}: its chat template does not know {', '.join(sorted(unknown))} "
-                "of the data, and does without",
-                flush=True,
+                "of the data, and does without"
             )
 
     def _as_responses(self, rows: list[list[int]], given: Responses) -> Responses:
