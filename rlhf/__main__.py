@@ -1,15 +1,29 @@
+"""The process of a command: `python -m rlhf`, and the script `rlhf`."""
+
 import os
 import sys
 
-from rlhf.cli import main
+from rlhf import signals
+from rlhf.processes import world_size
 
-if __name__ == "__main__":
-    code = main()
-    from rlhf.distributed import world_size  # imports torch, which help need not wait for
 
+def main() -> int:
+    """Runs the command that the process was started with; returns its exit code."""
+    signals.interrupt_at_once(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # whatever a terminal's encoding lacks is printed as an escape
+            stream.reconfigure(errors="backslashreplace")
+
+    from rlhf import cli
+
+    code = cli.main()
     if world_size() > 1:
         # Threads of gloo that live on while the interpreter goes down can abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

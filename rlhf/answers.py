@@ -23,6 +23,7 @@ from rlhf.progress import hooked, num_passes
 from rlhf.proof import prove_policy
 from rlhf.rollout import Draws, Responses, sample_responses
 from rlhf.scores import Samples
+from rlhf.terminal import say
 
 
 class Policy:
@@ -35,7 +36,7 @@ class Policy:
         self.model = freeze(load_causal_lm(path, config, frozen=True))
         self.stopping = Stopping(self.tokenizer, config, self.model.generation_config)
         self.decoding = prove_policy(self.model, path)
-        print(f"{path}: {self.stopping.describe()}", flush=True)
+        say(f"{path}: {self.stopping.describe()}")
 
     def check(self, prompts: Prompts) -> int:
         """The most tokens of prompt and response. Raises UserError if the model has too few

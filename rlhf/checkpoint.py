@@ -30,6 +30,8 @@ from rlhf.files import (
     sync_tree,
     write_file,
 )
+from rlhf.terminal import say
+from rlhf.yaml_files import PlainLoader
 
 MANIFEST = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
@@ -167,7 +169,7 @@ def _check_same_configuration(config: TrainConfig, folder: Path, run_file: str) 
     """
     known = {field.name for field in fields(config)}
     try:
-        stored = yaml.safe_load((folder / run_file).read_text(encoding="utf-8"))
+        stored = yaml.load((folder / run_file).read_text(encoding="utf-8"), PlainLoader)
         gone = [name for name, value in stored.items() if name not in known and value is not None]
         there = asdict(type(config)(**{k: v for k, v in stored.items() if k in known}))
     except FileNotFoundError as error:
@@ -213,7 +215,7 @@ def _adopt(given: Path, output_dir: Path, metric: str | None) -> Path:
         source = given.resolve().parent / kept.name
         damage = None if kept.exists() else checkpoint_damage(source)
         if damage is not None:
-            print(f"the best checkpoint, {source}, cannot be kept: {damage}", flush=True)
+            say(f"the best checkpoint, {source}, cannot be kept: {damage}")
         elif not kept.exists():
             _copy(source, kept)
     if not (checkpoint.exists() and checkpoint.samefile(given)):
@@ -245,7 +247,7 @@ def _set_stale(checkpoint: Path) -> None:
     remove(stale)
     os.replace(checkpoint, stale)
     sync(stale.parent)
-    print(f"{checkpoint} is no longer of this run: it is renamed {stale.name}", flush=True)
+    say(f"{checkpoint} is no longer of this run: it is renamed {stale.name}")
 
 
 def save_checkpoint(
@@ -347,15 +349,15 @@ def _newest_whole_checkpoint(output_dir: Path) -> Path | None:
     for checkpoint in reversed(_checkpoints(output_dir)):
         damage = checkpoint_damage(checkpoint)
         if damage is None:
-            print(f"going on from {checkpoint}", flush=True)
+            say(f"going on from {checkpoint}")
             return checkpoint
-        print(f"skipping {checkpoint}: {damage}", flush=True)
+        say(f"skipping {checkpoint}: {damage}")
     if (output_dir / "config.json").exists():
         raise UserError(
             f"output_dir {output_dir} holds a finished run, and no whole checkpoint to go on from: "
             "replace it with --overwrite_output_dir, or choose another folder"
         )
-    print(f"no whole checkpoint in {output_dir}: starting from the beginning", flush=True)
+    say(f"no whole checkpoint in {output_dir}: starting from the beginning")
     return None
 
 

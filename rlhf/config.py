@@ -1,8 +1,8 @@
 """The configuration of each stage, and of generate and evaluate: flat dataclasses.
 
-The names are those of Hugging Face's trainers. `transformers.HfArgumentParser` turns them into
-command-line options, and a YAML file may hold the same names. Every field's help text is its
-documentation, its section the heading it stands under.
+The names are those of Hugging Face's trainers. `rlhf.parser` turns them into command-line options,
+as `transformers.HfArgumentParser` would, and a YAML file may hold the same names. Every field's
+help text is its documentation, its section the heading it stands under.
 """
 
 import math
@@ -35,8 +35,8 @@ ADAPTIVE_KL = ("none", "sequence", "token")
 LOGITS_FROM = ("auto", "hidden", "logits")
 SCORE_SCALINGS = ("none", "running", "reference")
 PROMPTS = (
-    "Prompts, as for PPO: a .jsonl, .json, .csv or .parquet file, a folder that datasets saved, or "
-    "a hub id."
+    "Prompts, as for PPO: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder that "
+    "datasets saved or that was cloned from the hub, or a hub id."
 )
 
 

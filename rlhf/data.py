@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import distributed
 from rlhf.chat import (
     Messages,
     Text,
@@ -44,6 +43,7 @@ from rlhf.seam import (
     or_first,
     with_eos,
 )
+from rlhf.terminal import say
 
 
 class Prompts(NamedTuple):
@@ -108,8 +108,8 @@ def load_texts(
 
 def _tell(name: str, number: int, total: int, what: str) -> None:
     """Prints of how many rows this is so, if of any."""
-    if number and distributed.is_main():
-        print(f"{name}: {number} of {total} {what}", flush=True)
+    if number:
+        say(f"{name}: {number} of {total} {what}")
 
 
 def _completions(

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from rlhf.checkpoint import claim_output_dir, write_run_file
 from rlhf.errors import UserError
+from rlhf.options import expand
 from rlhf.report import SUMMARY_FILE, write_report
 from rlhf.tasks import labelled
 from rlhf.tasks.labelled_run import LabelledSizes, run_labelled
 from rlhf.tasks.reviews_run import ReviewsSizes, run_reviews
+from rlhf.terminal import say
 
 RUN_FILE = "demo.yaml"
 STAGED = ("reviews", "labelled")
@@ -71,7 +73,7 @@ def run_curves(
         runs.append({"seed": seed + done, **run(seed + done)})
         left = (time.perf_counter() - start) / (done + 1) * (seeds - done - 1)
         figures = "  ".join(f"{name} {value:.4g}" for name, value in runs[-1].items())
-        print(f"{task} {done + 1}/{seeds}  {figures}  eta {left:.0f}s", flush=True)
+        say(f"{task} {done + 1}/{seeds}  {figures}  eta {left:.0f}s")
     summary = {"task": task, "threshold": module.THRESHOLD, "runs": runs}
     write_summary(output_dir, summary)
     return summary
@@ -156,7 +158,7 @@ def show_stages(summary: dict, output_dir: Path) -> None:
     table.add_row("all, seconds", f"{summary['seconds']:.1f}")
     console = Console()
     console.print(table)
-    console.print(f"Completions before and after: {output_dir / 'ppo' / 'completions.md'}")
+    say(f"Completions before and after: {output_dir / 'ppo' / 'completions.md'}")
 
 
 def show_curves(summary: dict) -> bool:
@@ -170,7 +172,7 @@ def show_curves(summary: dict) -> bool:
         table.add_row(str(seed), *(f"{x:.2f}" for x in figures), "pass" if reached else "FAIL")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{sum(passed)} of {len(runs)} seeds reach {threshold:g}")
+    say(f"{sum(passed)} of {len(runs)} seeds reach {threshold:g}")
     return all(passed)
 
 
@@ -178,6 +180,8 @@ def main(args: Namespace) -> int:
     """Runs the demo; returns the exit code: 1 if a seed misses its task's threshold, else 0."""
     task = choose_task(args)
     output_dir = args.output_dir or Path("runs", "demo" if task == "reviews" else task)
+    output_dir = Path(expand("output_dir", str(output_dir)))
+    data = args.data and Path(expand("data", str(args.data)))
     if task in CURVES:
         summary = run_curves(
             task, output_dir, args.seed, args.seeds, overwrite_output_dir=args.overwrite_output_dir
@@ -187,10 +191,10 @@ def main(args: Namespace) -> int:
         output_dir,
         args.seed,
         ReviewsSizes() if task == "reviews" else LabelledSizes(),
-        data=args.data,
+        data=data,
         bf16=args.bf16,
         overwrite_output_dir=args.overwrite_output_dir,
     )
     show_stages(summary, output_dir)
-    print(f"Report: {write_report(output_dir)}")
+    say(f"Report: {write_report(output_dir)}")
     return 0

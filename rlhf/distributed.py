@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.errors import UserError
+from rlhf.processes import is_main, rank, world_size
 
 Result = TypeVar("Result")
 
@@ -42,18 +43,6 @@ def session() -> Iterator[None]:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main() -> bool:
-    return rank() == 0
 
 
 def together(function: Callable[[], Result]) -> Result:

@@ -11,3 +11,12 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """Somebody else's error, to be quoted in a UserError."""
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+
+def quote(value: object, length: int = 60) -> str:
+    """The value as Python writes it, cut to a length that can be read."""
+    try:
+        text = repr(value)
+    except Exception as error:  # an integer of thousands of digits, or whatever a class raises
+        text = f"<{type(value).__name__}: {one_line(error)}>"
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -29,6 +29,7 @@ from rlhf.intervals import CONFIDENCE, mean_interval, win_rate_interval
 from rlhf.progress import Display, is_live
 from rlhf.rewards import check_rewards, for_tokenizer, make_rewards
 from rlhf.scores import Samples, score_apart, to_jsonl
+from rlhf.terminal import printable, say
 
 SIDES = ("a", "b")
 NOTE = (
@@ -73,7 +74,7 @@ def run(config: EvaluateConfig) -> dict:
     with disk_errors(f"write output_file {path}", "choose another one"):
         path.unlink(missing_ok=True)  # the figures of other answers
     write_output(pairs_path, to_jsonl(pairs))
-    print(f"answers: {pairs_path}")
+    say(f"answers: {pairs_path}")
     scores = {}
     for both in zip(*judges, strict=True):
         name = both[0].name
@@ -96,7 +97,7 @@ def run(config: EvaluateConfig) -> dict:
     text = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     write_output(path, text.encode("utf-8", "backslashreplace"))
     show(figures)
-    print(f"figures: {path}")
+    say(f"figures: {path}")
     return figures
 
 
@@ -163,21 +164,21 @@ def show(figures: dict) -> None:
     console = Console(highlight=False)
     rows = {name: _summary(judge) for name, judge in figures["judges"].items()}
     if is_live(console):
-        table = Table("judge", *map(escape, rows), caption=NOTE)
+        table = Table("judge", *(escape(printable(name)) for name in rows), caption=NOTE)
         for key in next(iter(rows.values())):
             table.add_row(key, *(row[key] for row in rows.values()))
         console.print(table)
     else:
         for name, row in rows.items():
-            print("  ".join([f"judge {name}", *(f"{key} {cell}" for key, cell in row.items())]))
+            say("  ".join([f"judge {name}", *(f"{key} {cell}" for key, cell in row.items())]))
     for side in SIDES:
         answers = figures["answers"][side]
-        print(
+        say(
             f"{side.upper()} {figures['policies'][side]}: {answers['tokens']:.1f} tokens, "
             f"{answers['characters']:.1f} characters, {answers['ended']:.0%} ended"
         )
     if figures["kl_b_a"] is not None:
-        print(f"KL(B || A) {figures['kl_b_a']:.2f} nats per answer")
+        say(f"KL(B || A) {figures['kl_b_a']:.2f} nats per answer")
 
 
 def _summary(judge: dict) -> dict[str, str]:

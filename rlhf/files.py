@@ -62,14 +62,42 @@ def lock_folder(folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        holder = _lock_holder(descriptor)
         os.close(descriptor)
         raise UserError(
-            f"output_dir {folder} is in use by another run: wait until its process ends, or choose "
-            "another folder"
+            f"output_dir {folder} is in use by another run{holder}: wait until its process ends, "
+            "or choose another folder"
         ) from error
     except OSError:  # a file system that cannot lock folders
         pass
     _locks[folder] = descriptor
+
+
+def _lock_holder(descriptor: int) -> str:
+    """' (pid N)' of the process that has locked an open folder, where Linux tells it."""
+    status = os.fstat(descriptor)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        locks = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return ""
+    # 1: FLOCK  ADVISORY  WRITE 7871 fe:00:2172347 0 EOF
+    for _, kind, _, _, pid, where, *_ in map(str.split, locks):
+        if (kind, where) == ("FLOCK", place):
+            return f" (pid {pid})"
+    return ""
+
+
+def _release_locks() -> None:
+    """A process that is forked, as by a reward function, would keep the folders locked after the
+    run's own end."""
+    for descriptor in _locks.values():
+        os.close(descriptor)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_locks)
 
 
 @contextmanager

@@ -1,16 +1,33 @@
-"""Reward functions of the user's: found by name, called, and their errors told in one line."""
+"""Reward functions of the user's: found by name, called, and their errors told in one line.
 
+They have surroundings of their own: the current folder, torch's default dtype and the random
+generators are to each call as the last one left them, and to the run as the run did.
+"""
+
+import asyncio
+import atexit
+import concurrent.futures
 import difflib
 import importlib
 import importlib.util
+import inspect
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from rlhf.errors import UserError, one_line
+from rlhf.generators import generators_of_functions
+
+_moved: dict[str, Any] = {}  # the folder and the dtype of the functions, where they are others
 
 
 def load_function(source: str) -> Any:
@@ -48,12 +65,13 @@ def _import(place: str) -> ModuleType:
         return sys.modules[name]
     try:
         importlib.invalidate_caches()
-        if not place.endswith(".py"):
-            return importlib.import_module(name)
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        with _surroundings():
+            if not place.endswith(".py"):
+                return importlib.import_module(name)
+            spec = importlib.util.spec_from_file_location(name, path)
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
         frames = traceback.extract_tb(error.__traceback__)[1:]
@@ -73,12 +91,69 @@ def _remedy(place: str, error: BaseException) -> str:
 
 
 def call(name: str, function: Callable, arguments: dict):
-    """The function's result; what it raises becomes a UserError that says where."""
+    """The function's result, awaited where it is to be; what it raises becomes a UserError that
+    says where."""
     try:
-        return function(**arguments)
+        with _surroundings():
+            result = function(**arguments)
+            return _wait_for(result) if inspect.isawaitable(result) else result
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)[1:]
+        frames = traceback.extract_tb(error.__traceback__)
+        between = (__file__, *(os.path.dirname(m.__file__) for m in (asyncio, concurrent.futures)))
+        frames = [frame for frame in frames if not frame.filename.startswith(between)]
         raise UserError(f"reward {name} raised {one_line(error)}{_place(frames)}") from error
+
+
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """What the module's docstring says."""
+    ours = {"folder": _current_folder(), "dtype": torch.get_default_dtype()}
+    _enter(_moved)
+    try:
+        with generators_of_functions():
+            yield
+    finally:
+        theirs = {"folder": _current_folder(), "dtype": torch.get_default_dtype()}
+        _moved.clear()
+        _moved.update({name: theirs[name] for name in ours if theirs[name] != ours[name]})
+        _enter({name: ours[name] for name in _moved})
+
+
+def _current_folder() -> str | None:
+    """None if it has been deleted."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+def _enter(surroundings: dict[str, Any]) -> None:
+    if surroundings.get("folder") is not None:
+        os.chdir(surroundings["folder"])
+    if "dtype" in surroundings:
+        torch.set_default_dtype(surroundings["dtype"])
+
+
+def _wait_for(awaitable: Awaitable) -> Any:
+    """Its result. All are awaited in one event loop, to which the open connections of a client may
+    belong; where another loop is running, as in a notebook, that is done in a thread."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _event_loop().run_until_complete(wait())
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_event_loop().run_until_complete, wait()).result()
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    atexit.register(loop.close)
+    return loop
 
 
 def _place(frames: list[traceback.FrameSummary]) -> str:

@@ -7,6 +7,7 @@ from rlhf.config import GenerateConfig
 from rlhf.errors import UserError
 from rlhf.progress import Display
 from rlhf.scores import to_jsonl
+from rlhf.terminal import say
 
 NUM_SHOWN = 3
 KEYS = ("completion", "tokens", "ended")
@@ -43,6 +44,6 @@ def run(config: GenerateConfig) -> list[dict]:
     ]
     write_output(path, to_jsonl(rows))
     for row in range(min(NUM_SHOWN, len(rows))):
-        print(samples.describe(row))
-    print(f"{path}: {len(rows)} completions, {sum(row['ended'] for row in rows)} ended")
+        say(samples.describe(row))
+    say(f"{path}: {len(rows)} completions, {sum(row['ended'] for row in rows)} ended")
     return rows

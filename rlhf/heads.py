@@ -20,10 +20,10 @@ from ppo_kernels import (
     token_logprobs,
     token_logprobs_and_entropy,
 )
-from rlhf import distributed
 from rlhf.errors import UserError
 from rlhf.generation import Stopping
 from rlhf.models import positions, scalar_head, token_values, trunk
+from rlhf.terminal import say
 
 # Of this many tokens, `auto` takes the hidden states.
 LARGE_VOCABULARY = 32_000
@@ -244,6 +244,5 @@ def make_head(
         return HiddenHead(stopping, recipe)
     if logits_from == "hidden":
         raise UserError(f"logits_from hidden cannot be: {reason}: take auto or logits")
-    if distributed.is_main():
-        print(f"logits_from auto takes logits: {reason}", flush=True)
+    say(f"logits_from auto takes logits: {reason}")
     return LogitsHead(stopping)

@@ -30,10 +30,10 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging
 
-from rlhf.distributed import is_main
 from rlhf.errors import UserError, one_line
-from rlhf.hub import may_be_hub_id
+from rlhf.hub import may_be_hub_id, say_asking
 from rlhf.models import default_device, trunk
+from rlhf.terminal import say
 
 HEAD = "score.weight"
 
@@ -304,6 +304,8 @@ def _open(auto_class: type, path: str, **kwargs):
     is_folder = Path(path).is_dir()
     if not is_folder and not may_be_hub_id(path):
         raise UserError(f"there is no folder {path!r}: give that of a model, or a hub id")
+    if not is_folder:
+        say_asking(path)
     try:
         with quiet():
             return auto_class.from_pretrained(path, **kwargs)
@@ -348,5 +350,5 @@ def account_for(path: str, model: PreTrainedModel, loading: dict[str, Any]) -> N
             f"the weights in {path} do not fit a {type(model).__name__}: there is {wrong[0]}"
             f"{besides} ({len(wrong)} do not fit): save them under transformers' names, all of them"
         )
-    if unused and is_main():
-        print(f"{path}: {len(unused)} weights are not used, such as {unused[0]}", flush=True)
+    if unused:
+        say(f"{path}: {len(unused)} weights are not used, such as {unused[0]}")

@@ -20,6 +20,7 @@ from rlhf.distributed import is_main
 from rlhf.errors import UserError
 from rlhf.files import GO_ON, disk_errors, write_file
 from rlhf.progress import Display
+from rlhf.terminal import say
 
 
 class MetricsLog(Display):
@@ -57,7 +58,8 @@ class MetricsLog(Display):
                 self.file = (output_dir / METRICS_FILE).open(mode, encoding="utf-8")
                 if report_to == "tensorboard":
                     # What an unfinished run reported of later steps is hidden.
-                    folder = str(output_dir / "tensorboard")
+                    # By its whole path, for another thread opens it, wherever a reward has moved.
+                    folder = str((output_dir / "tensorboard").absolute())
                     self.writer = SummaryWriter(folder, purge_step=step + 1)
         self.start = time.perf_counter()
 
@@ -97,7 +99,7 @@ class MetricsLog(Display):
         else:
             left = self.seconds_left(step)
             values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            print(f"{self.title} {step}/{self.total_steps}  {values}  eta {left:.0f}s", flush=True)
+            say(f"{self.title} {step}/{self.total_steps}  {values}  eta {left:.0f}s")
 
     def _table(self) -> Table:
         table = Table("metric", header_style="dim", border_style="dim")

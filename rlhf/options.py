@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from functools import partial
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, quote
 
 # The headings, in the order of the help and of the YAML files.
 SECTIONS = (
@@ -20,6 +20,13 @@ SECTIONS = (
     "PPO",
     "Responses",
 )
+
+# The options that name files, folders, or what may be one.
+PATHS = {
+    *("model_name_or_path", "critic_model_path", "policies", "reward_funcs"),
+    *("dataset_name", "eval_dataset_name"),
+    *("output_dir", "output_file", "resume_from_checkpoint"),
+}
 
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -52,6 +59,22 @@ def _path_as_text(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def expand(name: str, path: str) -> str:
+    """The path that an option gives, its `~` and `$HOME` replaced as a shell would have done. What
+    is there under the very name stays."""
+    if "\0" in path:
+        raise UserError(f"{name} must not hold the character NUL, got {quote(path)}")
+    if os.path.lexists(path):
+        return path
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", expanded):
+        raise UserError(
+            f"{name} {quote(path)} holds {unset[0]}, and there is no such variable in the "
+            "environment: set it, or write out the path"
+        )
+    return expanded
+
+
 def is_unicode(text: str) -> bool:
     """Whether a tokenizer takes the text: not half a surrogate pair, as JSON may hold one, and as
     the command line has for a byte of another encoding."""
@@ -80,7 +103,12 @@ class Options:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            setattr(self, name, _path_as_text(value))
+            value = _path_as_text(value)
+            if name in PATHS and isinstance(value, str):
+                value = expand(name, value)
+            elif name in PATHS and isinstance(value, list):
+                value = [expand(name, item) for item in value]
+            setattr(self, name, value)
         self._check("must be in [0, 2**32)", lambda x: 0 <= x < 2**32, "seed")
         self._check("must be >= 1", lambda x: x >= 1, "per_device_eval_batch_size")
         self._check_choices(dtype=(None, *DTYPES))
@@ -89,7 +117,7 @@ class Options:
         for name in names:
             value = getattr(self, name)
             if not holds(value):
-                raise UserError(f"{name} {rule}, got {value!r}")
+                raise UserError(f"{name} {rule}, got {quote(value)}")
 
     def _check_choices(self, **choices: tuple[str, ...]) -> None:
         for name, allowed in choices.items():
@@ -108,10 +136,12 @@ class ModelOptions(Options):
 class DataOptions(Options):
     dataset_name: str = required(
         SECTIONS[0],
-        "Training data: a .jsonl, .json, .csv or .parquet file, a folder that datasets saved, or a "
-        "hub id.",
+        "Training data: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder that "
+        "datasets saved or that was cloned from the hub, or a hub id.",
     )
-    dataset_config_name: str | None = data(None, "Configuration of a data set from the hub.")
+    dataset_config_name: str | None = data(
+        None, "Configuration of a data set from the hub, or of its clone."
+    )
     dataset_split: str = data("train", "Split of a data set that has several.")
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from transformers import set_seed
 
 from rlhf import distributed
 from rlhf.card import write_card
 from rlhf.config import PPOConfig
+from rlhf.generators import seed_all
 from rlhf.iteration import (
     NUM_COMPLETIONS,
     PLOTS,
@@ -27,24 +27,28 @@ from rlhf.metrics import MetricsLog, plot_metrics, to_floats
 from rlhf.progress import Display, hooked, num_passes
 from rlhf.report import write_report
 from rlhf.rollout import Draws, sample_responses
+from rlhf.safe_points import SafePoints, stoppable
 from rlhf.saving import Checkpoints, is_due
 from rlhf.scores import score_samples
 from rlhf.seam import decode
+from rlhf.terminal import say
 from rlhf.trainer import PPOTrainer
 
 
+@stoppable("ppo")
 def train_ppo(
     config: PPOConfig, reward_funcs: Sequence[str | nn.Module | Callable] | None = None
 ) -> dict[str, float]:
     """Trains a policy and saves it, with its critic in the subfolder `critic`; returns the last
     metrics. `reward_funcs` may hold modules and functions, and replaces the configuration's."""
     start_time = time.perf_counter()
-    set_seed(config.seed)
+    seed_all(config.seed)
     trainer = distributed.together(lambda: PPOTrainer(config, reward_funcs))
     models = {"critic": trainer.model.critic, "": trainer.policy}
     checkpoints = Checkpoints(config, "ppo", trainer, models, trainer.tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_iterations
     metrics = checkpoints.resume()
+    safe_points = SafePoints(checkpoints, "ppo", trainer.iteration, metrics)
     policy, reference = trainer.policy, trainer.reference
     num_processes = distributed.world_size()
     sampling, micro_batches = passes(trainer.batch_size, config, num_processes)
@@ -55,11 +59,15 @@ def train_ppo(
         while trainer.iteration < total:
             start = time.perf_counter()
             rows = trainer.next_rows()
-            with log.phase("generate", sampling, policy.register_forward_hook):
-                responses = trainer.sample(trainer.prompts, rows, trainer.generator)
-            sampled = time.perf_counter()
-            with log.phase("score", micro_batches, reference.register_forward_hook):
-                batch = trainer.evaluate(rows, responses)
+            # Until the update no weight moves: a signal ends the iteration as if it had not begun.
+            with hooked(policy.register_forward_hook, safe_points.check):
+                with log.phase("generate", sampling, policy.register_forward_hook):
+                    responses = trainer.sample(trainer.prompts, rows, trainer.generator)
+                safe_points.agree()
+                sampled = time.perf_counter()
+                with log.phase("score", micro_batches, reference.register_forward_hook):
+                    batch = trainer.evaluate(rows, responses)
+                safe_points.agree()
             evaluated = time.perf_counter()
             kl_coef, learning_rate = trainer.kl_controller.kl_coef, trainer.scheduler.get_last_lr()
             register = trainer.optimizer.register_step_post_hook
@@ -92,6 +100,7 @@ def train_ppo(
                 metrics |= figures
             if config.save_steps and is_due(config.save_steps, step, total):
                 checkpoints.save(step, metrics)
+            safe_points.reached(step, metrics)
 
     metrics["iterations"] = total
     try:
@@ -108,12 +117,11 @@ def tell_first_ratio(error: float, config: PPOConfig) -> None:
     is then not the one that was sampled from."""
     is_fp32 = not config.bf16 and config.dtype in (None, "float32")
     limit = 1e-3 if is_fp32 else 64 * torch.finfo(torch.bfloat16).eps
-    if error > limit and distributed.is_main():
-        print(
+    if error > limit:
+        say(
             f"warning: a ratio of the first minibatch is off 1 by {error:.2g} (rounding explains "
             f"{limit:.2g}): the model's log-probs depend on the other rows of a batch, on padding, "
             "or on chance (dropout); such updates are not PPO's",
-            flush=True,
         )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from rlhf.distributed import is_main
 from rlhf.errors import UserError, one_line
 from rlhf.generation import Decoding, cache_keyword, next_logits
 from rlhf.models import positions, token_values
+from rlhf.terminal import say
 
 ATTEMPTS = 3
 LENGTH = 8  # tokens of a row
@@ -56,10 +56,10 @@ def prove_policy(model: PreTrainedModel, path: str) -> Decoding:
     proven = (way for way in ways if check.holds(continues(model, logits, way, cut=False)))
     decoding = next(proven, None)
     if decoding is None:
-        _tell(f"{slower}has no cache that gives what a whole pass gives: sampling does without")
+        say(f"{slower}has no cache that gives what a whole pass gives: sampling does without")
         return Decoding(None)
     if not check.holds(continues(model, logits, decoding, cut=True)):
-        _tell(f"{slower}cannot cut its cache: responses that have ended stay in their batch")
+        say(f"{slower}cannot cut its cache: responses that have ended stay in their batch")
         return decoding._replace(drops_rows=False)
     return decoding
 
@@ -164,8 +164,3 @@ def continues(model: PreTrainedModel, outputs: Outputs, decoding: Decoding, cut:
             yield whole[:, last], logits
 
     return proof
-
-
-def _tell(line: str) -> None:
-    if is_main():
-        print(line, flush=True)

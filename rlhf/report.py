@@ -29,6 +29,9 @@ from rlhf.charts import (
 from rlhf.checkpoint import COMPLETIONS_FILE, METRICS_FILE
 from rlhf.errors import UserError, one_line
 from rlhf.files import disk_errors, write_file
+from rlhf.options import expand
+from rlhf.terminal import say
+from rlhf.yaml_files import PlainLoader
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name(REPORT_FILE)
@@ -104,7 +107,7 @@ def read_stage(name: str, folder: Path, notes: list[str]) -> Stage:
     path = folder / f"{name}.yaml"
     try:
         text = path.read_text(encoding="utf-8")
-        settings = dict(yaml.safe_load(text))
+        settings = dict(yaml.load(text, PlainLoader))
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}: restore the file") from error
     records = read_lines(folder / METRICS_FILE, has_step, notes)
@@ -263,5 +266,5 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(args: Namespace) -> int:
-    print(write_report(args.folder))
+    say(write_report(Path(expand("folder", str(args.folder)))))
     return 0

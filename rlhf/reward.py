@@ -36,6 +36,7 @@ from rlhf.models import (
 )
 from rlhf.progress import Display, hooked, num_passes
 from rlhf.proof import prove_scorer
+from rlhf.safe_points import SafePoints, stoppable
 from rlhf.saving import Checkpoints, is_due
 from rlhf.supervised import SupervisedTrainer
 
@@ -127,6 +128,7 @@ def evaluate(
     return {f"eval/{name}": value for name, value in to_floats(metrics).items()}, scores
 
 
+@stoppable("reward")
 def train_reward(config: RewardConfig) -> dict[str, float]:
     """Trains and saves a reward model; returns the last metrics.
 
@@ -158,6 +160,7 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
     checkpoints = Checkpoints(config, "reward", trainer, {"": model}, tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()
+    safe_points = SafePoints(checkpoints, "reward", trainer.step, metrics)
 
     def passes(rankings: list[Ranking]) -> int:
         count, size = (
@@ -170,6 +173,7 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
         for batch in trainer.batches():
             num_pairs = count_pairs([rankings[i] for rows in batch for i in rows])
             for rows, weight in trainer.passes(batch):
+                safe_points.check()
                 micro = [rankings[i] for i in rows]
                 answers = [answer for ranking in micro for answer in ranking.answers]
                 scores = score_answers(
@@ -190,6 +194,7 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
                 metrics |= figures
             if config.save_steps and is_due(config.save_steps, trainer.step, total):
                 checkpoints.save(trainer.step, metrics)
+            safe_points.reached(trainer.step, metrics)
 
     metrics["steps"] = total
 

@@ -9,7 +9,8 @@ A function is called once for all samples, with the arguments among these that i
 `prompts` are texts, or lists of messages where the data is conversational, in which case each of
 `completions` is a list with one assistant message; `completion_ids` holds the sampled token ids,
 EOS among them; and there is an argument for each other column of the data. A score is a number, or
-a list with a number for each token of the completion, or None: the reward says nothing of it.
+a list with a number for each token of the completion, or None: the reward says nothing of it. A
+dict, for a completion or for all of them, is taken for its `score`. The function may be async.
 """
 
 import copy
@@ -24,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import distributed
 from rlhf.batches import pad
 from rlhf.chat import (
     Messages,
@@ -50,6 +50,7 @@ from rlhf.proof import prove_scorer
 from rlhf.rollout import Responses
 from rlhf.scores import Reward, Samples, shorten
 from rlhf.seam import cut_left, encode_pairs, encode_texts, or_first, with_eos
+from rlhf.terminal import say
 
 # What functions are given beside the columns of the data.
 ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -174,11 +175,10 @@ class ModelReward(Reward):
         options = template_options(prompts.columns, "the data", len(prompts.prompts))
         names = set(chain.from_iterable(options))
         unknown = names - {name for row in options for name in known_options(self.tokenizer, row)}
-        if unknown and distributed.is_main():
-            print(
+        if unknown:
+            say(
                 f"reward {self.name}: its chat template does not know {', '.join(sorted(unknown))} "
-                "of the data, and does without",
-                flush=True,
+                "of the data, and does without"
             )
 
     def _as_responses(self, rows: list[list[int]], given: Responses) -> Responses:
@@ -350,11 +350,6 @@ def _find(source: str | nn.Module | Callable) -> str | nn.Module | Callable:
         raise UserError(
             f"a reward must be a function, an nn.Module or a reward model, got "
             f"{shorten(repr(source))}"
-        )
-    if any(map(inspect.iscoroutinefunction, (source, source.__call__))):
-        raise UserError(
-            f"reward {_name(source)} must be an ordinary function, not an async one: call "
-            "asyncio.run inside it"
         )
     return source
 

@@ -17,13 +17,12 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import TrainConfig
 from rlhf.errors import UserError
+from rlhf.generators import random_state, set_random_state
 from rlhf.state import (
     load_state,
     load_weights,
-    random_state,
     save_model,
     save_state,
-    set_random_state,
 )
 
 STATE_FILE = "state.pt"
@@ -81,6 +80,7 @@ class Checkpoints:
         self.tokenizer = tokenizer
         self.best = Best(config.metric_for_best_model, config.greater_is_better)
         self.run = distributed.from_main(lambda: open_run(config, stage))
+        self.newest = 0  # step of the newest checkpoint; 0 stands for the beginning
         self.inputs = trainer.inputs()
 
     def resume(self) -> dict[str, float]:
@@ -104,7 +104,9 @@ class Checkpoints:
                 )
         self._load_models(checkpoint)
         self.trainer.load_state_dict(state)
-        best = Best(**read_manifest(checkpoint)["best"])
+        manifest = read_manifest(checkpoint)
+        self.newest = manifest["step"]
+        best = Best(**manifest["best"])
         if best[:2] == self.best[:2]:
             self.best = best
         # Last, because loading a model may draw numbers.
@@ -116,10 +118,23 @@ class Checkpoints:
         the checkpoints beyond save_total_limit. Raises UserError, when all is saved, if
         metric_for_best_model is not among the metrics."""
         self.best = distributed.from_main(lambda: self._best_with(f"checkpoint-{step}", metrics))
-        state = self.trainer.state_dict() | {
+        self.save_at(step, metrics, self.trainer.state_dict(), random_state())
+        metric = self.config.metric_for_best_model
+        if metric is not None and metric not in metrics:
+            raise UserError(
+                f"metric_for_best_model {metric} is not measured: give one of "
+                f"{', '.join(sorted(metrics))}, and go on with --resume_from_checkpoint auto"
+            )
+
+    def save_at(self, step: int, metrics: dict[str, float], state: dict, random: dict) -> None:
+        """Saves the run as it was after `step` steps, unless it is, with the state of its trainer
+        and of this process's random generators then; the models must be what they were."""
+        if step == self.newest:
+            return
+        state = state | {
             "inputs": self.inputs,
             "metrics": metrics,
-            "random": distributed.gather_objects(random_state()),
+            "random": distributed.gather_objects(random),
         }
 
         def write(folder: Path) -> None:
@@ -130,14 +145,9 @@ class Checkpoints:
             newest = save_checkpoint(self.run, step, write, self.best._asdict())
             keep = self.best.checkpoint and self.run.output_dir / self.best.checkpoint
             rotate_checkpoints(newest, self.config.save_total_limit, keep)
-            metric = self.config.metric_for_best_model
-            if metric is not None and metric not in metrics:
-                raise UserError(
-                    f"metric_for_best_model {metric} is not measured: give one of "
-                    f"{', '.join(sorted(metrics))}, and go on with --resume_from_checkpoint auto"
-                )
 
         distributed.from_main(write_and_rotate)
+        self.newest = step
 
     def _best_with(self, checkpoint: str, metrics: dict[str, float]) -> Best:
         """The best checkpoint when this one, with these metrics, is among them."""

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite, nan
 from numbers import Real
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.chat import answer_lead
 from rlhf.data import Prompts
-from rlhf.errors import UserError
+from rlhf.errors import UserError, quote
 from rlhf.rollout import Responses, decode_responses
 
 
@@ -111,7 +111,7 @@ def score_apart(reward: Reward, samples: Samples) -> Tensor:
 def _checked(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
     """The reward's scores of sequences (B,) and of tokens (B, T), and their total as in `parts`."""
     lengths = samples.responses.mask.sum(1).tolist()
-    scores = reward(samples)
+    scores = _score_of(reward, reward(samples))
     shape = tuple(getattr(scores, "shape", ()))
     if shape[1:] == (1,):
         raise UserError(
@@ -129,7 +129,7 @@ def _checked(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
             f"reward {reward.name} returned {len(scores)} scores for {len(lengths)} completions: "
             "it must return one for each (None where it has none)"
         )
-    scores = [_plain(score) for score in scores]
+    scores = [_plain(_score_of(reward, score)) for score in scores]
     sequence_part = torch.zeros(len(lengths))
     token_part = torch.zeros(samples.responses.tokens.shape)
     for row, (score, length) in enumerate(zip(scores, lengths, strict=True)):
@@ -151,6 +151,18 @@ def _checked(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
     return sequence_part, token_part, (sequence_part + token_part.sum(1)).masked_fill(silent, nan)
 
 
+def _score_of(reward: Reward, value):
+    """The `score` of a dict, anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    if "score" not in value:
+        raise UserError(
+            f"reward {reward.name} returned a dict without the key 'score', it has "
+            f"{quote(list(value))}: a dict must hold the score, or the scores of all, under it"
+        )
+    return value["score"]
+
+
 def _number(reward: Reward, value, samples: Samples, row: int) -> float:
     if not isinstance(value, Real):
         rule = "a score must be a number, None, or a list with a number for each token"
@@ -158,9 +170,7 @@ def _number(reward: Reward, value, samples: Samples, row: int) -> float:
         rule = "a score must be finite (or None, to say nothing of the sample)"
     else:
         return float(value)
-    raise UserError(
-        f"reward {reward.name} gave {shorten(repr(value))} for {samples.describe(row)}: {rule}"
-    )
+    raise UserError(f"reward {reward.name} gave {quote(value)} for {samples.describe(row)}: {rule}")
 
 
 def to_jsonl(rows: list[dict]) -> bytes:

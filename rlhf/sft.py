@@ -22,6 +22,7 @@ from rlhf.models import (
 )
 from rlhf.progress import num_passes
 from rlhf.proof import prove_causal
+from rlhf.safe_points import SafePoints, stoppable
 from rlhf.saving import Checkpoints, is_due
 from rlhf.supervised import SupervisedTrainer
 
@@ -65,6 +66,7 @@ def evaluate(
     return {"eval/loss": loss.item(), "eval/perplexity": loss.exp().item()}
 
 
+@stoppable("sft")
 def train_sft(config: SFTConfig) -> dict[str, float]:
     """Trains and saves a causal language model; returns the last metrics."""
     start_time = time.perf_counter()
@@ -89,12 +91,14 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
     checkpoints = Checkpoints(config, "sft", trainer, {"": model}, tokenizer)
     output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()
+    safe_points = SafePoints(checkpoints, "sft", trainer.step, metrics)
 
     with MetricsLog(output_dir, "sft", total, config.report_to, SHOWN, step=trainer.step) as log:
         num_tokens, since = 0, time.perf_counter()
         for batch in trainer.batches():
             num_learnt = sum(count_learnt([texts[i] for i in rows]) for rows in batch)
             for rows, weight in trainer.passes(batch):
+                safe_points.check()
                 micro = [texts[i] for i in rows]
                 with autocast(config.bf16):
                     loss = token_loss(trainer.parallel, micro, tokenizer.pad_token_id, num_learnt)
@@ -118,6 +122,7 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
                 metrics |= figures
             if config.save_steps and is_due(config.save_steps, trainer.step, total):
                 checkpoints.save(trainer.step, metrics)
+            safe_points.reached(trainer.step, metrics)
 
     metrics["steps"] = total
 

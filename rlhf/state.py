@@ -1,16 +1,14 @@
-"""What a checkpoint is made of: models, the state of a run, and that of the random generators."""
+"""What a checkpoint is made of: models, and the state of a run."""
 
 import copy
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,30 +59,6 @@ def hash_weights(models: Iterable[nn.Module]) -> str:
                 total = sum(part.sum(dtype=torch.int64).item() for part in bits.split(1 << 24))
                 digest.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
     return digest.hexdigest()
-
-
-def random_state() -> dict:
-    """The state of this process's random generators: Python's, NumPy's, and torch's on the CPU and
-    on the current GPU."""
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"] = {
-        "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-        "pos": numpy_state["state"]["pos"],
-    }
-    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict) -> None:
-    """Sets the generators to a state of `random_state`."""
-    random.setstate(state["python"])
-    key = state["numpy"]["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state(state["numpy"] | {"state": state["numpy"]["state"] | {"key": key}})
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def save_model(

@@ -49,6 +49,7 @@ from rlhf.rollout import (
 )
 from rlhf.scores import Samples, Scores, score_samples
 from rlhf.state import hash_data, hash_weights
+from rlhf.terminal import say
 from rlhf.truncation import KeptIds, make_filters
 
 
@@ -92,8 +93,7 @@ class PPOTrainer:
         self.decoding = prove_policy(self.policy, path)
         self.reference = freeze(copy.deepcopy(self.policy))
         self.stopping = Stopping(self.tokenizer, config, self.policy.generation_config)
-        if distributed.is_main():
-            print(self.stopping.describe(), flush=True)
+        say(self.stopping.describe())
         head = make_head(
             config.logits_from, self.policy, self.stopping, filtered=bool(make_filters(config))
         )
@@ -355,7 +355,7 @@ class PPOTrainer:
         """All that changes during a run, besides the weights."""
         return {
             "iteration": self.iteration,
-            "queue": self.queue,
+            "queue": list(self.queue),
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

@@ -1,15 +1,17 @@
-"""`python -m tests.rlhf.crash --kills 20`: runs of PPO that are killed and resumed.
+"""`python -m tests.rlhf.crash --kills 20 --sigterms 20`: runs of PPO that are ended and resumed.
 
 A small run that uses all state there is goes through unbroken. Then, for each kill, it is started
 again, killed with SIGKILL at a random moment (of a rollout, of an update, of a save, or anywhere)
 and resumed; its weights and its metrics, times aside, must be those of the unbroken run, bit for
-bit. Exit code 1 if one is not.
+bit. With SIGTERM likewise, where a run that has begun must also say where to go on, with exit code
+143. Exit code 1 if one is different.
 """
 
 import argparse
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -149,9 +151,11 @@ class Runs:
         return {"metrics": metrics, "weights": [file.read_bytes() for file in weights]}
 
 
-def kill(runs: Runs, name: str, target: str, rng: random.Random, seconds: float) -> str | None:
-    """Starts a run and kills it: in phase `target` of a random iteration, or at a random moment of
-    its `seconds`. Returns where it died; None if it ended before."""
+def kill(
+    runs: Runs, name: str, target: str, rng: random.Random, seconds: float, number: int
+) -> str | None:
+    """Starts a run and sends it a signal: in phase `target` of a random iteration, or at a random
+    moment of its `seconds`. Returns where that was; None if it ended before."""
     process = runs.start(name)
     phase = runs.phase(name)
     deadline = time.monotonic() + rng.uniform(0, seconds)
@@ -168,32 +172,51 @@ def kill(runs: Runs, name: str, target: str, rng: random.Random, seconds: float)
                 break
         time.sleep(0.0005)
     ended = process.poll() is not None
-    process.kill()
-    process.wait()
+    now, at = phase.read()
+    process.send_signal(number)
+    code = process.wait()
     if ended:
         return None
-    now, at = phase.read()
+    if number == signal.SIGKILL:
+        now, at = phase.read()
+    else:
+        log = (runs.root / f"{name}.log").read_text().splitlines()
+        told = code == 143 and log[-1].startswith("rlhf ppo: ended by SIGTERM: ")
+        if not told and now != "start":
+            raise SystemExit(f"SIGTERM in {now} of iteration {at}: code {code}, {log[-1:]}")
     return f"{now} of iteration {at}" + "".join(f", leaving {x}" for x in runs.half_saved(name))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.rlhf.crash", description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=0, help="if no --sigterms: 20")
+    parser.add_argument("--sigterms", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run is not None:
         return run_noting_phases(args.run, Phase(args.run.with_suffix(".phase")))
+    if not args.kills + args.sigterms:
+        args.kills = 20
     with tempfile.TemporaryDirectory() as folder:
-        targets = [(*PHASES, "anywhere")[number % 4] for number in range(args.kills)]
+        cycle = [*PHASES, "anywhere"]
+        targets = [
+            (number, cycle[i % 4])
+            for number, times in ((signal.SIGKILL, args.kills), (signal.SIGTERM, args.sigterms))
+            for i in range(times)
+        ]
         different, half_saves = crash(Path(folder), targets, random.Random(args.seed))
-    print(f"{args.kills} kills, {half_saves} in the middle of a save, {different} runs differ")
+    print(
+        f"{args.kills} kills, {half_saves} in the middle of a save, {args.sigterms} SIGTERMs, "
+        f"{different} runs differ"
+    )
     return int(different > 0)
 
 
-def crash(root: Path, targets: list[str], rng: random.Random) -> tuple[int, int]:
-    """Kills and resumes a run for each of `targets`, a phase or "anywhere"; returns how many of
-    them ended differently from the unbroken run, and how many died in the middle of a save."""
+def crash(root: Path, targets: list[tuple[int, str]], rng: random.Random) -> tuple[int, int]:
+    """Ends and resumes a run for each of `targets`, a signal and a phase or "anywhere"; returns how
+    many of them were different at last from the unbroken run, and how many died in the middle of a
+    save."""
     runs = Runs(root)
     start = time.monotonic()
     runs.finish("unbroken")
@@ -201,13 +224,13 @@ def crash(root: Path, targets: list[str], rng: random.Random) -> tuple[int, int]
     expected = runs.result("unbroken")
     print(f"unbroken: {len(expected['metrics'])} lines of metrics, {seconds:.1f} s", flush=True)
     different = half_saves = 0
-    for number, target in enumerate(targets, 1):
-        name = f"killed-{number}"
+    for count, (number, target) in enumerate(targets, 1):
+        name = f"ended-{count}"
         for _ in range(20):  # A save is over in a moment, and a run may end before its kill.
-            where = kill(runs, name, target, rng, seconds)
+            where = kill(runs, name, target, rng, seconds, number)
             if where is None:
                 shutil.rmtree(root / name)
-            elif target != "save" or runs.half_saved(name):
+            elif target != "save" or number != signal.SIGKILL or runs.half_saved(name):
                 break
         else:
             raise SystemExit(f"no kill out of 20 hit the {target} of {name}")
@@ -216,7 +239,7 @@ def crash(root: Path, targets: list[str], rng: random.Random) -> tuple[int, int]
         same = runs.result(name) == expected
         different += not same
         verdict = "bitwise the unbroken run" if same else "DIFFERS from the unbroken run"
-        print(f"kill {number}: in {where}; resumed: {verdict}", flush=True)
+        print(f"{signal.Signals(number).name} {count}: in {where}; resumed: {verdict}", flush=True)
     return different, half_saves
 
 

@@ -356,7 +356,7 @@ def test_missing_options_are_named(capsys):
     fails(capsys, ["ppo"], *names, "--config", "rlhf config ppo")
 
 
-@pytest.mark.parametrize("argv", [[], ["train"], ["--seed", "1"], ["config"], ["config", "demo"]])
+@pytest.mark.parametrize("argv", [["train"], ["--seed", "1"], ["config"], ["config", "demo"]])
 def test_an_unknown_command_prints_the_usage(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)

@@ -252,7 +252,7 @@ def test_a_data_set_that_the_hub_does_not_give_is_named(monkeypatch):
     [
         ("d.jsonl", '{"a": 1}\n\n{"a": \n', ("d.jsonl, line 3: not valid JSON",)),
         ("d.json", '[{"a": 1},\n x]', ("d.json, line 2: not valid JSON",)),
-        ("d.json", '{"a": 1}', ("must hold a list of objects", "{'a': 1}")),
+        ("d.json", '{\n"a": 1}', ("must hold a list of objects", "{'a': 1}")),
         ("d.jsonl", '{"a": 1}\n[2]\n', ("row 2: must be an object, got [2]",)),
         ("d.jsonl", "[" * 100_000, ("line 1: JSON nested too deeply",)),
         ("d.jsonl", b"\xff\xfe", ("cannot read", "d.jsonl")),
@@ -279,7 +279,7 @@ def test_an_empty_saved_data_set_is_named(tmp_path):
 
     Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
     fails(
-        lambda: load_columns(str(tmp_path / "saved")), "saved is not a saved data set, or an empty"
+        lambda: load_columns(str(tmp_path / "saved")), "saved is not a saved data set", "an empty"
     )
     Dataset.from_dict({"text": []}).to_parquet(tmp_path / "data.parquet")
     fails(lambda: load_columns(str(tmp_path / "data.parquet")), "data.parquet is empty")

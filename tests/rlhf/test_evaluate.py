@@ -271,7 +271,7 @@ def test_a_judge_that_fails_costs_neither_answers_nor_other_scores(
     with pytest.raises(UserError, match=error):
         run(config(reward_funcs=[f"{tmp_path / 'judges.py'}:{name}" for name in names]))
     assert not (tmp_path / "evaluation.json").exists()
-    assert capsys.readouterr().out == f"answers: {tmp_path / 'evaluation.jsonl'}\n"
+    assert capsys.readouterr().out.endswith(f"\nanswers: {tmp_path / 'evaluation.jsonl'}\n")
     kept = answers()
     run(config())
     for pair, expected in zip(kept, answers(), strict=True):

@@ -1,0 +1,59 @@
+"""A folder that a run has locked is that run's alone, and only as long as it runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.files import lock_folder
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from rlhf.files import lock_folder
+
+lock_folder(Path(sys.argv[1]))
+helper = os.fork() if len(sys.argv) > 2 else None
+if helper == 0:
+    time.sleep(60)
+print(helper or os.getpid(), flush=True)
+if helper is None:
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """Starts a process that locks the folder; gives what it prints."""
+    processes, pids = [], []
+
+    def start(*arguments: str) -> int:
+        command = [sys.executable, "-c", HOLDER, str(tmp_path), *arguments]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        pids.append(int(processes[-1].stdout.readline()))
+        if arguments:
+            processes[-1].wait()
+        return pids[-1]
+
+    yield start
+    for pid in pids:
+        os.kill(pid, 9)
+    for process in processes:
+        process.wait()
+
+
+def test_who_holds_the_lock_is_named(hold, tmp_path):
+    pid = hold()
+    with pytest.raises(UserError) as error:
+        lock_folder(tmp_path)
+    named = f" (pid {pid})" if os.path.exists("/proc/locks") else ""
+    assert f"{tmp_path} is in use by another run{named}: wait until" in str(error.value)
+
+
+def test_a_forked_helper_does_not_keep_the_lock(hold, tmp_path):
+    """The run has ended, and the helper of a reward function's lives on."""
+    helper = hold("and fork")
+    os.kill(helper, 0)
+    lock_folder(tmp_path)
