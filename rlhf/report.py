@@ -7,6 +7,7 @@ files give the same bytes.
 
 import json
 import math
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -26,11 +27,17 @@ from rlhf.charts import (
     finite,
     points,
 )
-from rlhf.checkpoint import COMPLETIONS_FILE, METRICS_FILE
 from rlhf.errors import UserError, one_line
-from rlhf.files import disk_errors, write_file
+from rlhf.files import disk_errors, read_file, write_file
+from rlhf.folder import (
+    COMPLETIONS_FILE,
+    MARKER,
+    METRICS_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    kind_of,
+)
 
-REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name(REPORT_FILE)
 TITLES = {"ppo": "PPO", "reward": "Reward model", "sft": "Supervised fine-tuning"}
 # On top: title, metric, what it is of, and which of its values; of two with one title the first.
@@ -45,7 +52,6 @@ KEY_FIGURES = {
     ),
     "sft": (("SFT loss", "loss", "nats per token, first → last", (0, -1)),),
 }
-SUMMARY_FILE = "summary.json"
 MAX_CHARACTERS = 2000  # of a text on the page
 
 
@@ -67,7 +73,7 @@ def read_lines(path: Path, is_whole: Callable[[dict], bool], notes: list[str]) -
     kill or a run at work leaves the last one, or of which `is_whole` is false, `notes` gets
     word."""
     rows, torn = [], 0
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in read_file(path).splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -103,7 +109,7 @@ def is_answered(row: dict) -> bool:
 def read_stage(name: str, folder: Path, notes: list[str]) -> Stage:
     path = folder / f"{name}.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode("utf-8")
         settings = dict(yaml.safe_load(text))
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}: restore the file") from error
@@ -137,7 +143,7 @@ def read_summary(path: Path, notes: list[str]) -> dict:
     if not path.exists():
         return {}
     try:
-        summary = json.loads(path.read_bytes())
+        summary = json.loads(read_file(path))
     except (ValueError, RecursionError):
         summary = None
     if not isinstance(summary, dict):
@@ -250,6 +256,11 @@ def write_report(folder: Path) -> Path:
         curves={stage.name: draw_curves(stage.name, stage.records, judges) for stage in stages},
     )
     path = folder / REPORT_FILE
+    if os.path.lexists(path) and kind_of(folder) is None:
+        raise UserError(
+            f"{path} is not replaced, for no run of this version has made the folder, which would "
+            f"hold a {MARKER}: move the file elsewhere"
+        )
     with disk_errors(f"write {path}", "free some space, or copy the run elsewhere"):
         # A text may hold half a character, which UTF-8 has no bytes for.
         write_file(path, html.encode("utf-8", "replace"))
