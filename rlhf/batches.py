@@ -62,21 +62,25 @@ class Batches:
         return self.taken - self.taken_of_epoch + last
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        """For each step that is left the micro-batches of its batch.
+        """For each step that is left the micro-batches of its batch; `advance` ends a step.
 
         Every process gets the same ones, of at most per_device_train_batch_size rows each, and
         takes `batch[rank::world_size]`; after an epoch's last batch some get none.
         """
         size = self.config.per_device_train_batch_size
-        for _ in range(self.total - self.taken):
+        while self.taken < self.total:
             if not self.left_of_epoch:
                 rows = torch.randperm(len(self.lengths), generator=self.generator).tolist()
                 self.left_of_epoch = self._shuffled(rows)
                 self.epochs, self.taken_of_epoch = self.epochs + 1, 0
-            batch = self.left_of_epoch.pop(0)
-            self.taken += 1
-            self.taken_of_epoch += 1
+            batch = self.left_of_epoch[0]
             yield [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    def advance(self) -> None:
+        """Counts the batch that came last among those taken."""
+        self.left_of_epoch.pop(0)
+        self.taken += 1
+        self.taken_of_epoch += 1
 
     def _shuffled(self, rows: list[int]) -> list[list[int]]:
         """The rows in batches."""

@@ -56,7 +56,7 @@ class SupervisedTrainer:
 
     @property
     def step(self) -> int:
-        """Steps done, each with a batch of `batches`."""
+        """Steps done."""
         return self.batches.taken
 
     @property
@@ -93,6 +93,7 @@ class SupervisedTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.sums.clear()
+        self.batches.advance()
 
     def take_metrics(self) -> dict[str, float]:
         """The means of the steps' metrics since the last call; the learning rate is the last's."""

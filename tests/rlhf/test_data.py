@@ -9,6 +9,7 @@ import random
 import re
 import sys
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
@@ -682,12 +683,21 @@ def test_rows_are_padded_on_either_side():
     assert flags.tolist() == [[False, True], [True, False]]
 
 
+def take(batches: Batches, count: int | None = None) -> list[list[list[int]]]:
+    """The next `count` batches, or all that are left."""
+    taken = []
+    for batch in islice(batches, count):
+        taken.append(batch)
+        batches.advance()
+    return taken
+
+
 def test_every_epoch_holds_every_example_once():
     config = SFTConfig(**UNUSED, per_device_train_batch_size=3, gradient_accumulation_steps=2)
     lengths = [1 + i % 7 for i in range(20)]
     assert Batches(lengths, config).total == 4
     config.num_train_epochs = 2
-    steps = list(Batches(lengths, config))
+    steps = take(Batches(lengths, config))
     for epoch in (steps[:4], steps[4:]):
         assert Counter(i for batch in epoch for micro in batch for i in micro) == Counter(range(20))
         assert sorted(sum(map(len, batch)) for batch in epoch) == [2, 6, 6, 6]
@@ -715,7 +725,7 @@ def test_batches_do_not_depend_on_how_many_processes_share_them(monkeypatch):
             gradient_accumulation_steps=accumulation,
             max_steps=9,
         )
-        return list(Batches(list(range(40)), config))
+        return take(Batches(list(range(40)), config))
 
     alone = first_batches(4)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -23,6 +23,7 @@ from rlhf.state import load_state
 from rlhf.supervised import SupervisedTrainer
 from rlhf.trainer import PPOTrainer
 from tests.rlhf.test_checkpoint import unlock
+from tests.rlhf.test_data import take
 from tests.rlhf.test_ppo import records
 from tests.rlhf.test_resume import REWARD, Stage, weights
 
@@ -275,25 +276,25 @@ def rows(steps: list[list[list[int]]]) -> list[int]:
 
 @pytest.mark.parametrize("epochs", [2, 1.5, 2.3, 0.4])
 def test_batches_go_on_where_they_were(tmp_path, epochs):
-    expected = list(make_batches(4, num_train_epochs=epochs))
+    expected = take(make_batches(4, num_train_epochs=epochs))
     for stop in range(len(expected) + 1):
         first = make_batches(4, num_train_epochs=epochs)
-        steps = [step for _, step in zip(range(stop), first, strict=False)]
+        steps = take(first, stop)
         torch.save(first.state_dict(), tmp_path / "state.pt")
         second = make_batches(4, num_train_epochs=epochs)
         second.load_state_dict(load_state(tmp_path / "state.pt"))
         assert (second.taken, second.total) == (stop, len(expected))
-        assert [*steps, *second] == expected
+        assert [*steps, *take(second)] == expected
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 40])
 @pytest.mark.parametrize("stop", [1, 5, 6, 8])
 def test_an_epoch_holds_every_row_once_with_another_batch_size_too(size, stop):
     first, second = make_batches(4, num_train_epochs=3), make_batches(size, num_train_epochs=3)
-    seen = rows([step for _, step in zip(range(stop), first, strict=False)])
+    seen = rows(take(first, stop))
     second.load_state_dict(first.state_dict())
     total = second.total
-    steps = list(second)
+    steps = take(second)
     assert second.taken == total == stop + len(steps)
     seen += rows(steps)
     assert len(seen) == 3 * 23
@@ -304,9 +305,9 @@ def test_an_epoch_holds_every_row_once_with_another_batch_size_too(size, stop):
 
 def test_more_epochs_after_the_last_are_as_many_as_are_asked_for():
     first, second = make_batches(4, num_train_epochs=1), make_batches(4, num_train_epochs=2.5)
-    assert len(list(first)) == 6
+    assert len(take(first)) == 6
     second.load_state_dict(first.state_dict())
-    assert second.total == 15 and len(list(second)) == 9
+    assert second.total == 15 and len(take(second)) == 9
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "inverse_sqrt", "constant_with_warmup"])
