@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Batches:
         self.taken = 0  # in all
         self.epochs = 0  # that have begun
         self.taken_of_epoch = 0
-        self.left_of_epoch: list[list[int]] = []
+        self._begin_epoch([])
 
     @property
     def total(self) -> int:
@@ -56,9 +57,8 @@ class Batches:
         epochs = Fraction(str(self.config.num_train_epochs))
         if epochs >= self.epochs:
             later = math.ceil((epochs - self.epochs) * math.ceil(len(self.lengths) / self.size))
-            return self.taken + len(self.left_of_epoch) + later
-        size = self.taken_of_epoch + len(self.left_of_epoch)
-        last = math.ceil((epochs - self.epochs + 1) * size)
+            return self.taken + len(self.epoch) - self.taken_of_epoch + later
+        last = math.ceil((epochs - self.epochs + 1) * len(self.epoch))
         return self.taken - self.taken_of_epoch + last
 
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -69,16 +69,15 @@ class Batches:
         """
         size = self.config.per_device_train_batch_size
         while self.taken < self.total:
-            if not self.left_of_epoch:
+            if self.taken_of_epoch == len(self.epoch):
                 rows = torch.randperm(len(self.lengths), generator=self.generator).tolist()
-                self.left_of_epoch = self._shuffled(rows)
+                self._begin_epoch(self._shuffled(rows))
                 self.epochs, self.taken_of_epoch = self.epochs + 1, 0
-            batch = self.left_of_epoch[0]
+            batch = self.epoch[self.taken_of_epoch]
             yield [batch[i : i + size] for i in range(0, len(batch), size)]
 
     def advance(self) -> None:
         """Counts the batch that came last among those taken."""
-        self.left_of_epoch.pop(0)
         self.taken += 1
         self.taken_of_epoch += 1
 
@@ -91,16 +90,21 @@ class Batches:
         order = torch.randperm(len(batches), generator=self.generator).tolist()
         return [batches[index] for index in order]
 
+    def _begin_epoch(self, batches: list[list[int]]) -> None:
+        self.epoch = batches
+        # Once an epoch, for a state is asked for at every step.
+        self.rows = torch.tensor(list(chain.from_iterable(batches)), dtype=torch.int64)
+        self.sizes = [len(batch) for batch in batches]
+
     def state_dict(self) -> dict:
-        rows = [row for batch in self.left_of_epoch for row in batch]
         return {
             "generator": self.generator.get_state(),
             "taken": self.taken,
             "epochs": self.epochs,
             "taken_of_epoch": self.taken_of_epoch,
             "size": self.size,
-            "rows": torch.tensor(rows, dtype=torch.int64),
-            "sizes": [len(batch) for batch in self.left_of_epoch],
+            "rows": self.rows,
+            "sizes": self.sizes,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -109,8 +113,8 @@ class Batches:
         self.generator.set_state(state["generator"])
         self.taken, self.epochs = state["taken"], state["epochs"]
         self.taken_of_epoch = state["taken_of_epoch"]
-        rows = state["rows"]
-        if state["size"] == self.size:
-            self.left_of_epoch = [part.tolist() for part in rows.split(state["sizes"])]
-        else:
-            self.left_of_epoch = self._shuffled(rows.tolist())
+        batches = [part.tolist() for part in state["rows"].split(state["sizes"])]
+        if state["size"] != self.size:
+            taken, left = batches[: self.taken_of_epoch], batches[self.taken_of_epoch :]
+            batches = taken + self._shuffled(list(chain.from_iterable(left)))
+        self._begin_epoch(batches)

@@ -111,7 +111,7 @@ class SupervisedTrainer:
     def state_dict(self) -> dict:
         return {
             "batches": self.batches.state_dict(),
-            "unlogged": self.unlogged,
+            "unlogged": list(self.unlogged),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }

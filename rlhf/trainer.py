@@ -361,7 +361,7 @@ class PPOTrainer:
         return {
             "iteration": self.iteration,
             "episodes": self.episodes,
-            "queue": self.queue,
+            "queue": list(self.queue),
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
