@@ -31,14 +31,13 @@ from rlhf.errors import UserError, one_line
 from rlhf.files import disk_errors, read_file, write_file
 from rlhf.folder import (
     COMPLETIONS_FILE,
-    MARKER,
     METRICS_FILE,
     REPORT_FILE,
     SUMMARY_FILE,
-    kind_of,
 )
 
 TEMPLATE = Path(__file__).with_name(REPORT_FILE)
+GENERATOR = b'<meta name="generator" content="rlhf report">'  # in every report, and nowhere else
 TITLES = {"ppo": "PPO", "reward": "Reward model", "sft": "Supervised fine-tuning"}
 # On top: title, metric, what it is of, and which of its values; of two with one title the first.
 KEY_FIGURES = {
@@ -256,12 +255,11 @@ def write_report(folder: Path) -> Path:
         curves={stage.name: draw_curves(stage.name, stage.records, judges) for stage in stages},
     )
     path = folder / REPORT_FILE
-    if os.path.lexists(path) and kind_of(folder) is None:
-        raise UserError(
-            f"{path} is not replaced, for no run of this version has made the folder, which would "
-            f"hold a {MARKER}: move the file elsewhere"
-        )
     with disk_errors(f"write {path}", "free some space, or copy the run elsewhere"):
+        if os.path.lexists(path) and GENERATOR not in read_file(path):
+            raise UserError(
+                f"{path} is not replaced, for it is no report of rlhf: move it elsewhere"
+            )
         # A text may hold half a character, which UTF-8 has no bytes for.
         write_file(path, html.encode("utf-8", "replace"))
     return path

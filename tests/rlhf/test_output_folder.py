@@ -298,7 +298,6 @@ def test_a_report_replaces_no_file_of_the_user_s(tmp_path):
     run = start(tmp_path / "run")
     write_report(run.output_dir)
     write_report(run.output_dir)
-    (run.output_dir / MARKER).unlink()
     (run.output_dir / "report.html").write_text("years of work")
     assert "report.html is not replaced" in refusal(lambda: write_report(run.output_dir))
     assert (run.output_dir / "report.html").read_text() == "years of work"
