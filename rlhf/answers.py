@@ -14,6 +14,7 @@ from rlhf.config import InferenceConfig
 from rlhf.data import Prompts, cut_prompts, load_prompts, prompt_ids
 from rlhf.errors import UserError
 from rlhf.files import disk_errors, write_file
+from rlhf.folder import is_run_name, local_inputs
 from rlhf.generation import Stopping
 from rlhf.heads import LogitsHead
 from rlhf.loading import load_causal_lm, load_tokenizer
@@ -103,18 +104,22 @@ def text_prompts(
 
 
 def check_output(path: Path, config: InferenceConfig) -> None:
-    """Raises UserError if a file cannot be written there, if it would be (in) the data set, or if
-    it is there and may not be replaced. Leaves nothing behind."""
-    data = config.dataset_name
+    """Raises UserError if a file cannot be written there, if it would be (in) the data set or one
+    of a model's files or a judge's, or if it is there and may not be replaced. Leaves nothing
+    behind."""
     with disk_errors(f"write output_file {path}", "choose another one"):
-        is_local = data is not None and Path(data).exists()
-        if is_local and path.resolve().is_relative_to(Path(data).resolve()):
-            raise UserError(
-                f"output_file {path} must not be dataset_name {data}, nor lie in it: choose "
-                "another one"
-            )
+        for option, name in local_inputs(vars(config)):
+            source, place = Path(name).resolve(), path.resolve()
+            is_own = place == source or option == "dataset_name" or is_run_name(place.name)
+            if place.is_relative_to(source) and is_own:
+                raise UserError(
+                    f"output_file {path} must not be {option} {name}, nor a file of it: choose "
+                    "another one"
+                )
         if path.is_dir():
             raise UserError(f"output_file {path} is a folder: choose a file in it")
+        if path.exists() and not path.is_file():
+            raise UserError(f"output_file {path} is not a regular file: choose another one")
         if path.exists() and not config.overwrite:
             raise UserError(
                 f"output_file {path} exists: choose another one, or replace it with --overwrite"

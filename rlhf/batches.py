@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,38 +25,96 @@ def pad(rows: list[list[int]], pad_token_id: int, side: str = "right") -> tuple[
     return ids, mask
 
 
-def count_steps(num_examples: int, config: SupervisedConfig) -> int:
-    """Optimizer steps of a run."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * math.ceil(num_examples / _batch_size(config)))
+class Batches:
+    """The whole batches of row numbers of a run, one for each optimizer step, and what is left.
 
+    An epoch is a shuffle of the rows. Within a window of 32 batches they are sorted by length, so
+    that a batch holds little padding, and the batches are shuffled again. The last batch of an
+    epoch may be smaller.
 
-def _batch_size(config: SupervisedConfig) -> int:
-    """Rows of one optimizer step, over all processes."""
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return size * world_size()
-
-
-def micro_batches(
-    lengths: list[int], config: SupervisedConfig, generator: torch.Generator
-) -> Iterator[list[list[int]]]:
-    """For each optimizer step, without end, the micro-batches of indices of its whole batch.
-
-    Every process gets the same ones, of at most per_device_train_batch_size indices each, and takes
-    `batch[rank::world_size]`; after an epoch's last batch, which may be smaller, some get none.
-
-    An epoch is a shuffle of the examples. Within a window of 32 batches they are sorted by length,
-    so that a batch holds little padding, and the batches are shuffled again.
+    Args:
+        lengths: the number of tokens of each row.
+        config: of the run.
     """
-    batch_size = _batch_size(config)
-    size = config.per_device_train_batch_size
-    while True:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        batches = []
-        for start in range(0, len(order), 32 * batch_size):
-            window = sorted(order[start : start + 32 * batch_size], key=lengths.__getitem__)
-            batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            batch = batches[index]
+
+    def __init__(self, lengths: list[int], config: SupervisedConfig):
+        self.lengths = lengths
+        self.config = config
+        # Over all processes.
+        self.size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.size *= world_size()
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.taken = 0  # in all
+        self.epochs = 0  # that have begun
+        self.taken_of_epoch = 0
+        self._begin_epoch([])
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run, of which `taken` are done."""
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        epochs = Fraction(str(self.config.num_train_epochs))
+        if epochs >= self.epochs:
+            later = math.ceil((epochs - self.epochs) * math.ceil(len(self.lengths) / self.size))
+            return self.taken + len(self.epoch) - self.taken_of_epoch + later
+        last = math.ceil((epochs - self.epochs + 1) * len(self.epoch))
+        return self.taken - self.taken_of_epoch + last
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        """For each step that is left the micro-batches of its batch; `advance` ends a step.
+
+        Every process gets the same ones, of at most per_device_train_batch_size rows each, and
+        takes `batch[rank::world_size]`; after an epoch's last batch some get none.
+        """
+        size = self.config.per_device_train_batch_size
+        while self.taken < self.total:
+            if self.taken_of_epoch == len(self.epoch):
+                rows = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+                self._begin_epoch(self._shuffled(rows))
+                self.epochs, self.taken_of_epoch = self.epochs + 1, 0
+            batch = self.epoch[self.taken_of_epoch]
             yield [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    def advance(self) -> None:
+        """Counts the batch that came last among those taken."""
+        self.taken += 1
+        self.taken_of_epoch += 1
+
+    def _shuffled(self, rows: list[int]) -> list[list[int]]:
+        """The rows in batches."""
+        batches = []
+        for start in range(0, len(rows), 32 * self.size):
+            window = sorted(rows[start : start + 32 * self.size], key=self.lengths.__getitem__)
+            batches += [window[i : i + self.size] for i in range(0, len(window), self.size)]
+        order = torch.randperm(len(batches), generator=self.generator).tolist()
+        return [batches[index] for index in order]
+
+    def _begin_epoch(self, batches: list[list[int]]) -> None:
+        self.epoch = batches
+        # Once an epoch, for a state is asked for at every step.
+        self.rows = torch.tensor(list(chain.from_iterable(batches)), dtype=torch.int64)
+        self.sizes = [len(batch) for batch in batches]
+
+    def state_dict(self) -> dict:
+        return {
+            "generator": self.generator.get_state(),
+            "taken": self.taken,
+            "epochs": self.epochs,
+            "taken_of_epoch": self.taken_of_epoch,
+            "size": self.size,
+            "rows": self.rows,
+            "sizes": self.sizes,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """With batches of another size the rows that are left of the epoch are put into new ones,
+        so that it still holds every row once."""
+        self.generator.set_state(state["generator"])
+        self.taken, self.epochs = state["taken"], state["epochs"]
+        self.taken_of_epoch = state["taken_of_epoch"]
+        batches = [part.tolist() for part in state["rows"].split(state["sizes"])]
+        if state["size"] != self.size:
+            taken, left = batches[: self.taken_of_epoch], batches[self.taken_of_epoch :]
+            batches = taken + self._shuffled(list(chain.from_iterable(left)))
+        self._begin_epoch(batches)

@@ -11,10 +11,10 @@ import ppo_kernels
 from rlhf.charts import MAIN_METRICS, describe, find_judges, finite
 from rlhf.config import TrainConfig
 from rlhf.files import GO_ON, disk_errors, write_file
+from rlhf.folder import CARD_FILE
 from rlhf.hub import may_be_hub_id
 from rlhf.loading import scorer_class
 
-CARD_FILE = "README.md"
 # What the model is, its tag and its pipeline on the hub.
 KINDS = {
     "sft": ("causal language model, fine-tuned on examples", "sft", "text-generation"),

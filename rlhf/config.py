@@ -63,6 +63,12 @@ class TrainConfig(DataOptions, ModelOptions):
         "Checkpoint folder to go on from; 'auto': the newest whole one in output_dir, or the "
         "beginning if there is none.",
     )
+    resume_loosely: bool = output(
+        False,
+        "Go on also with other batch sizes, another length of the run, another logging, evaluation "
+        "or gradient_checkpointing, or another number of processes; weights and metrics are then "
+        "not, bit for bit, those of a run that never stopped.",
+    )
     metric_for_best_model: str | None = output(
         None,
         "Metric by which the best checkpoint is known; it is kept whatever save_total_limit. Each "

@@ -11,10 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.checkpoint import claim_output_dir, write_run_file
 from rlhf.errors import UserError
+from rlhf.files import disk_errors, write_file
+from rlhf.folder import SUMMARY_FILE, claim_output_dir, output_path
 from rlhf.options import expand
-from rlhf.report import SUMMARY_FILE, write_report
+from rlhf.report import write_report
+from rlhf.settings import to_yaml
 from rlhf.tasks import labelled
 from rlhf.tasks.labelled_run import LabelledSizes, run_labelled
 from rlhf.tasks.reviews_run import ReviewsSizes, run_reviews
@@ -43,12 +45,10 @@ def run_demo(
     start = time.perf_counter()
     # Checked first, so that a mistake costs no earlier run.
     check_seeds(seed, 1)
-    if data is not None and Path(data).resolve().is_relative_to(output_dir.resolve()):
-        raise UserError(f"data file {data} lies in output_dir {output_dir}, which is emptied")
     examples = None if data is None else labelled.read_examples(data)
-    claim_output_dir(output_dir, run_file=RUN_FILE, overwrite=overwrite_output_dir)
     settings = {"seed": seed, "data": data and str(data), "bf16": bf16, **asdict(sizes)}
-    write_run_file(output_dir / RUN_FILE, settings)
+    inputs = [] if data is None else [("data", data)]
+    begin(output_dir, settings, inputs, overwrite_output_dir)
     if examples is None:
         results = run_reviews(output_dir, seed, bf16, sizes)
     else:
@@ -66,8 +66,7 @@ def run_curves(
     check_seeds(seed, seeds)
     module = importlib.import_module(f"rlhf.tasks.{task}")  # cartpole needs an extra
     run, runs = getattr(module, f"run_{task}"), []
-    claim_output_dir(output_dir, run_file=RUN_FILE, overwrite=overwrite_output_dir)
-    write_run_file(output_dir / RUN_FILE, {"task": task, "seed": seed, "seeds": seeds})
+    begin(output_dir, {"task": task, "seed": seed, "seeds": seeds}, [], overwrite_output_dir)
     start = time.perf_counter()
     for done in range(seeds):
         runs.append({"seed": seed + done, **run(seed + done)})
@@ -86,8 +85,21 @@ def check_seeds(seed: int, seeds: int) -> None:
         raise UserError(f"seed must be in [0, 2**32), as the {seeds} seeds from it on, got {seed}")
 
 
+def begin(
+    output_dir: Path, settings: dict, inputs: list[tuple[str, Path]], overwrite_output_dir: bool
+) -> None:
+    """Makes the folder ready for a demo, and writes its settings there as `demo.yaml`."""
+    claim_output_dir(output_dir, kind="demo", overwrite=overwrite_output_dir, inputs=inputs)
+    write(output_dir / RUN_FILE, to_yaml(settings))
+
+
 def write_summary(output_dir: Path, summary: dict) -> None:
-    (output_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    write(output_dir / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    with disk_errors(f"write to output_dir {path.parent}", "choose another folder"):
+        write_file(path, content)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -108,7 +120,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output_dir",
-        type=Path,
         help="folder of the run (default: runs/demo; of a task other than reviews runs/TASK)",
     )
     parser.add_argument(
@@ -180,7 +191,7 @@ def main(args: Namespace) -> int:
     """Runs the demo; returns the exit code: 1 if a seed misses its task's threshold, else 0."""
     task = choose_task(args)
     output_dir = args.output_dir or Path("runs", "demo" if task == "reviews" else task)
-    output_dir = Path(expand("output_dir", str(output_dir)))
+    output_dir = output_path(expand("output_dir", str(output_dir)))
     data = args.data and Path(expand("data", str(args.data)))
     if task in CURVES:
         summary = run_curves(

@@ -1,11 +1,19 @@
-"""Files that are whole or not there and surely on the disk, and errors of the disk in one line."""
+"""Files that are whole or not there and surely on the disk, and errors of the disk in one line.
 
+What is being written or deleted stands beside its place under a name that nobody can foresee,
+`.saving-NAME-<16 hex digits>` or `.deleting-…`; a kill may leave it there.
+"""
+
+import errno
 import os
 import re
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 from rlhf.errors import UserError
 
@@ -16,7 +24,23 @@ except ImportError:  # Windows, where folders are not locked
 
 _locks: dict[Path, int] = {}  # open descriptors of the folders that this process has locked
 
+LEFTOVER = re.compile(r"\.(saving|deleting)-.+-[0-9a-f]{16}", re.DOTALL)
 GO_ON = "free some space or mend the folder, then go on with --resume_from_checkpoint auto"
+
+
+def saving_name(path: Path) -> Path:
+    """A new name beside `path`, for what is renamed `path` once it is whole."""
+    return path.with_name(f".saving-{path.name}-{secrets.token_hex(8)}")
+
+
+def deleting_name(path: Path) -> Path:
+    """A new name beside `path`, for what is to be deleted and never there in part."""
+    return path.with_name(f".deleting-{path.name}-{secrets.token_hex(8)}")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether the name is one of those above."""
+    return LEFTOVER.fullmatch(path.name) is not None
 
 
 def remove(path: Path) -> None:
@@ -27,12 +51,53 @@ def remove(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file, complete or not at all."""
-    temporary = path.with_name(f".saving-{path.name}")
-    temporary.write_bytes(content)
-    sync(temporary)
-    os.replace(temporary, path)
+    """Writes a file, complete or not at all; a link that has its name is replaced.
+
+    It may be written by several processes at once: it is then the file of one of them.
+    """
+    try:
+        _write_and_rename(path, content)
+    except FileNotFoundError:
+        # A run that started in the folder took the temporary file for what a kill had left.
+        _write_and_rename(path, content)
     sync(path.parent)
+
+
+def _write_and_rename(path: Path, content: bytes) -> None:
+    temporary = saving_name(path)
+    try:
+        create(temporary, content)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def create(path: Path, content: bytes) -> None:
+    """Writes a file that must not be there yet, nor a link of its name."""
+    with path.open("xb") as file:
+        file.write(content)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Opens a text file, which must be no link, to add to it."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """Opens a regular file. Raises OSError for pipes and devices, for which one might wait."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_file(path: Path) -> bytes:
+    with open_to_read(path) as file:
+        return file.read()
 
 
 def sync_tree(folder: Path) -> None:

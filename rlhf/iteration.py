@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ppo_kernels import masked_mean
-from rlhf.checkpoint import COMPLETIONS_FILE
 from rlhf.files import write_file
+from rlhf.folder import COMPLETIONS_FILE
 from rlhf.rollout import Experience, Responses
 from rlhf.scores import Samples, Scores, to_jsonl
 

@@ -15,10 +15,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from rlhf.checkpoint import METRICS_FILE
 from rlhf.distributed import is_main
 from rlhf.errors import UserError
-from rlhf.files import GO_ON, disk_errors, write_file
+from rlhf.files import GO_ON, disk_errors, open_to_append, read_file, write_file
+from rlhf.folder import METRICS_FILE
+from rlhf.manifest import metrics_line
 from rlhf.progress import Display
 from rlhf.terminal import say
 
@@ -53,9 +54,10 @@ class MetricsLog(Display):
         self.first_step = step
         self.file = self.writer = None
         if is_main():
-            mode = "a" if step else "w"
             with disk_errors(f"write metrics to {output_dir}", GO_ON):
-                self.file = (output_dir / METRICS_FILE).open(mode, encoding="utf-8")
+                if step == 0:
+                    write_file(output_dir / METRICS_FILE, b"")
+                self.file = open_to_append(output_dir / METRICS_FILE)
                 if report_to == "tensorboard":
                     # What an unfinished run reported of later steps is hidden.
                     # By its whole path, for another thread opens it, wherever a reward has moved.
@@ -116,9 +118,10 @@ class MetricsLog(Display):
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float | None]]:
-    """The lines of a folder's metrics.jsonl; one that a full disk cut off is left out."""
-    lines = (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a folder's metrics.jsonl; one that a full disk cut off, or that somebody else
+    wrote, is left out."""
+    lines = read_file(output_dir / METRICS_FILE).split(b"\n")[:-1]
+    return [values for values in map(metrics_line, lines) if values is not None]
 
 
 def write_csv(output_dir: Path) -> None:
@@ -159,4 +162,6 @@ def plot_metrics(output_dir: Path, plots: dict[str, tuple[str, ...]]) -> None:
             axes.set(title=name, xlabel="step")
             axes.grid(alpha=0.3)
         with disk_errors(f"draw {output_dir / f'{plot}.png'}", GO_ON):
-            figure.savefig(output_dir / f"{plot}.png", dpi=120)
+            image = io.BytesIO()
+            figure.savefig(image, dpi=120)
+            write_file(output_dir / f"{plot}.png", image.getvalue())

@@ -49,13 +49,36 @@ def make_optimizer(
     )
     if config.optim == "adamw_tensorflow":
         optimizer.register_step_pre_hook(scale_epsilon)
-    scheduler = get_scheduler(
+    return optimizer, make_scheduler(optimizer, config, num_steps)
+
+
+def make_scheduler(
+    optimizer: torch.optim.AdamW, config: TrainConfig, num_steps: int
+) -> LRScheduler:
+    """The schedule of the optimizer's learning rates over `num_steps` steps."""
+    return get_scheduler(
         config.lr_scheduler_type,
         optimizer,
         num_warmup_steps=round(config.warmup_ratio * num_steps),
         num_training_steps=num_steps,
     )
-    return optimizer, scheduler
+
+
+def resume_schedule(
+    optimizer: torch.optim.AdamW, config: TrainConfig, num_steps: int, state: dict
+) -> LRScheduler:
+    """The schedule over `num_steps` steps from where a schedule of the state `state`, which may
+    have been over another number of steps, had come to; `optimizer` goes on at its rates."""
+    scheduler = make_scheduler(optimizer, config, num_steps)
+    scheduler.load_state_dict(state)
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+    return scheduler
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:

@@ -46,8 +46,8 @@ def train_ppo(
     trainer = distributed.together(lambda: PPOTrainer(config, reward_funcs))
     models = {"critic": trainer.model.critic, "": trainer.policy}
     checkpoints = Checkpoints(config, "ppo", trainer, models, trainer.tokenizer)
-    output_dir, total = checkpoints.run.output_dir, trainer.num_iterations
     metrics = checkpoints.resume()
+    output_dir, total = checkpoints.run.output_dir, trainer.num_iterations
     safe_points = SafePoints(checkpoints, "ppo", trainer.iteration, metrics)
     policy, reference = trainer.policy, trainer.reference
     num_processes = distributed.world_size()
@@ -87,7 +87,7 @@ def train_ppo(
                     "tokens_per_second": int(responses.mask.sum()) / (end - start),
                     "kl_coef": kl_coef,
                     "lr": learning_rate[0],
-                    "episodes": step * trainer.batch_size,
+                    "episodes": trainer.episodes,
                 }
                 log.write(step, figures)
                 metrics |= figures

@@ -7,6 +7,7 @@ files give the same bytes.
 
 import json
 import math
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -26,15 +27,20 @@ from rlhf.charts import (
     finite,
     points,
 )
-from rlhf.checkpoint import COMPLETIONS_FILE, METRICS_FILE
 from rlhf.errors import UserError, one_line
-from rlhf.files import disk_errors, write_file
+from rlhf.files import disk_errors, read_file, write_file
+from rlhf.folder import (
+    COMPLETIONS_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+)
 from rlhf.options import expand
 from rlhf.terminal import say
 from rlhf.yaml_files import PlainLoader
 
-REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name(REPORT_FILE)
+GENERATOR = b'<meta name="generator" content="rlhf report">'  # in every report, and nowhere else
 TITLES = {"ppo": "PPO", "reward": "Reward model", "sft": "Supervised fine-tuning"}
 # On top: title, metric, what it is of, and which of its values; of two with one title the first.
 KEY_FIGURES = {
@@ -48,7 +54,6 @@ KEY_FIGURES = {
     ),
     "sft": (("SFT loss", "loss", "nats per token, first → last", (0, -1)),),
 }
-SUMMARY_FILE = "summary.json"
 MAX_CHARACTERS = 2000  # of a text on the page
 
 
@@ -70,7 +75,7 @@ def read_lines(path: Path, is_whole: Callable[[dict], bool], notes: list[str]) -
     kill or a run at work leaves the last one, or of which `is_whole` is false, `notes` gets
     word."""
     rows, torn = [], 0
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in read_file(path).splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -106,7 +111,7 @@ def is_answered(row: dict) -> bool:
 def read_stage(name: str, folder: Path, notes: list[str]) -> Stage:
     path = folder / f"{name}.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode("utf-8")
         settings = dict(yaml.load(text, PlainLoader))
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}: restore the file") from error
@@ -140,7 +145,7 @@ def read_summary(path: Path, notes: list[str]) -> dict:
     if not path.exists():
         return {}
     try:
-        summary = json.loads(path.read_bytes())
+        summary = json.loads(read_file(path))
     except (ValueError, RecursionError):
         summary = None
     if not isinstance(summary, dict):
@@ -254,6 +259,10 @@ def write_report(folder: Path) -> Path:
     )
     path = folder / REPORT_FILE
     with disk_errors(f"write {path}", "free some space, or copy the run elsewhere"):
+        if os.path.lexists(path) and GENERATOR not in read_file(path):
+            raise UserError(
+                f"{path} is not replaced, for it is no report of rlhf: move it elsewhere"
+            )
         # A text may hold half a character, which UTF-8 has no bytes for.
         write_file(path, html.encode("utf-8", "replace"))
     return path

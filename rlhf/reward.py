@@ -158,8 +158,8 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
     lengths = [max(map(len, ranking.answers)) for ranking in rankings]
     trainer = SupervisedTrainer(config, Scorer(model, tokenizer), rankings, lengths, eval_rankings)
     checkpoints = Checkpoints(config, "reward", trainer, {"": model}, tokenizer)
-    output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()
+    output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     safe_points = SafePoints(checkpoints, "reward", trainer.step, metrics)
 
     def passes(rankings: list[Ranking]) -> int:
@@ -170,7 +170,7 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
         return num_passes(count, size, distributed.world_size())
 
     with MetricsLog(output_dir, "reward", total, config.report_to, SHOWN, step=trainer.step) as log:
-        for batch in trainer.batches():
+        for batch in trainer.batches:
             num_pairs = count_pairs([rankings[i] for rows in batch for i in rows])
             for rows, weight in trainer.passes(batch):
                 safe_points.check()

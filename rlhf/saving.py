@@ -2,30 +2,28 @@
 generators of all processes, its metrics, and which checkpoint is the best."""
 
 import math
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from pathlib import Path, PurePath
+from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import distributed
-from rlhf.checkpoint import (
-    checkpoint_damage,
-    open_run,
-    read_manifest,
-    rotate_checkpoints,
-    save_checkpoint,
-)
+from rlhf.checkpoint import open_run, record_settings, rotate_checkpoints, save_checkpoint
 from rlhf.config import TrainConfig
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
+from rlhf.folder import STATE_FILE
 from rlhf.generators import random_state, set_random_state
+from rlhf.manifest import Best, checkpoint_damage, read_manifest
 from rlhf.state import (
+    hash_config,
     load_state,
     load_weights,
     save_model,
     save_state,
 )
 
-STATE_FILE = "state.pt"
+# The option that a model to be trained comes from, by its folder in a checkpoint.
+MODEL_OPTIONS = {"": "model_name_or_path", "critic": "critic_model_path"}
 
 
 def is_due(every: int, step: int, num_steps: int) -> bool:
@@ -43,16 +41,6 @@ class Trainer(Protocol):
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None: ...
-
-
-class Best(NamedTuple):
-    """The name of the best checkpoint so far, the metric it is the best by, whether more of this is
-    better, and its value (None if that is not finite)."""
-
-    metric: str | None
-    greater_is_better: bool | None
-    checkpoint: str | None = None
-    value: float | None = None
 
 
 class Checkpoints:
@@ -79,9 +67,11 @@ class Checkpoints:
         self.models = models
         self.tokenizer = tokenizer
         self.best = Best(config.metric_for_best_model, config.greater_is_better)
-        self.run = distributed.from_main(lambda: open_run(config, stage))
+        self.run = distributed.from_main(lambda: open_run(config, stage, self._fault))
         self.newest = 0  # step of the newest checkpoint; 0 stands for the beginning
-        self.inputs = trainer.inputs()
+        # The weights of what is trained are in the checkpoint, so that its kind alone counts.
+        kinds = {MODEL_OPTIONS[name]: hash_config(model) for name, model in models.items()}
+        self.inputs = kinds | trainer.inputs()
 
     def resume(self) -> dict[str, float]:
         """Puts everything back as it was at the checkpoint that the run goes on from, if there is
@@ -90,28 +80,56 @@ class Checkpoints:
         if checkpoint is None:
             return {}
         state = load_state(checkpoint / STATE_FILE)
-        processes = len(state["random"])
-        if processes != distributed.world_size():
+        processes, rank = len(state["random"]), distributed.rank()
+        if processes != distributed.world_size() and not self.config.resume_loosely:
             raise UserError(
                 f"{checkpoint} was written by {processes} processes, and here are "
-                f"{distributed.world_size()}: start as many"
+                f"{distributed.world_size()}: start as many, or go on without the bitwise promise "
+                "with --resume_loosely"
             )
-        for name, value in self.inputs.items():
-            if value != state["inputs"].get(name):
+        for name in state["inputs"] | self.inputs:
+            if self.inputs.get(name) != state["inputs"].get(name):
                 raise UserError(
                     f"{name} {getattr(self.config, name)} holds something else than when "
                     f"{checkpoint} was saved: restore it, or start anew in another output_dir"
                 )
         self._load_models(checkpoint)
-        self.trainer.load_state_dict(state)
+        try:
+            self.trainer.load_state_dict(state)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"{checkpoint / STATE_FILE} is not of this run ({one_line(error)}): go on from "
+                "another checkpoint, or start anew in another output_dir"
+            ) from error
         manifest = read_manifest(checkpoint)
-        self.newest = manifest["step"]
-        best = Best(**manifest["best"])
+        self.newest, best = manifest.step, manifest.best
         if best[:2] == self.best[:2]:
             self.best = best
-        # Last, because loading a model may draw numbers.
-        set_random_state(state["random"][distributed.rank()])
+        distributed.from_main(lambda: record_settings(self.run, self.config))
+        # Last, because loading a model may draw numbers. A process that was not there then goes on
+        # with its own.
+        if rank < processes:
+            set_random_state(state["random"][rank])
         return state["metrics"]
+
+    def _fault(self, checkpoint: Path) -> str | None:
+        """What is wrong with the state in a checkpoint that is whole: that a part of it is missing
+        or of another type than the trainer's."""
+        models = (PurePath(name, "config.json").as_posix() for name in self.models)
+        for name in (STATE_FILE, *models):
+            if name not in read_manifest(checkpoint).files:
+                return f"{name} is missing"
+        try:
+            state = load_state(checkpoint / STATE_FILE, mmap=True)
+        except Exception as error:  # torch raises what it likes
+            return f"{STATE_FILE} cannot be read, {one_line(error)}"
+        expected = self.trainer.state_dict() | {"inputs": {}, "metrics": {}, "random": []}
+        if not isinstance(state, dict):
+            return f"{STATE_FILE} holds no state"
+        for name, value in expected.items():
+            if type(state.get(name)) is not type(value):
+                return f"{STATE_FILE} has no {name} as this version saves it"
+        return None
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
         """Saves the run after `step` steps with the last value of each of its metrics, and deletes
@@ -142,7 +160,7 @@ class Checkpoints:
             save_state(folder / STATE_FILE, state)
 
         def write_and_rotate() -> None:
-            newest = save_checkpoint(self.run, step, write, self.best._asdict())
+            newest = save_checkpoint(self.run, step, write, self.best)
             keep = self.best.checkpoint and self.run.output_dir / self.best.checkpoint
             rotate_checkpoints(newest, self.config.save_total_limit, keep)
 

@@ -89,13 +89,13 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
     lengths = [len(text.ids) for text in texts]
     trainer = SupervisedTrainer(config, model, texts, lengths, eval_texts)
     checkpoints = Checkpoints(config, "sft", trainer, {"": model}, tokenizer)
-    output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     metrics = checkpoints.resume()
+    output_dir, total = checkpoints.run.output_dir, trainer.num_steps
     safe_points = SafePoints(checkpoints, "sft", trainer.step, metrics)
 
     with MetricsLog(output_dir, "sft", total, config.report_to, SHOWN, step=trainer.step) as log:
         num_tokens, since = 0, time.perf_counter()
-        for batch in trainer.batches():
+        for batch in trainer.batches:
             num_learnt = sum(count_learnt([texts[i] for i in rows]) for rows in batch)
             for rows, weight in trainer.passes(batch):
                 safe_points.check()

@@ -14,11 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, one_line
-from rlhf.files import GO_ON, disk_errors, remove, sync, sync_tree
+from rlhf.files import GO_ON, disk_errors, remove, saving_name, sync, sync_tree
 from rlhf.loading import quiet, weights_lacking
 
 # Integers as wide as an element, by its bytes.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Entries of a model's configuration that tell where it comes from and how it is run.
+PROVENANCE = {
+    *("_name_or_path", "architectures", "transformers_version"),
+    *("dtype", "torch_dtype", "use_cache", "_attn_implementation"),
+}
 
 
 def save_state(path: Path, state: dict) -> None:
@@ -28,9 +33,9 @@ def save_state(path: Path, state: dict) -> None:
         torch.save(state, file)
 
 
-def load_state(path: Path) -> dict:
-    """What `save_state` saved, its tensors on the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+def load_state(path: Path, *, mmap: bool = False) -> dict:
+    """What `save_state` saved, its tensors on the CPU; with `mmap` they are not read before use."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def hash_data(rows: Iterable) -> str:
@@ -48,8 +53,9 @@ def _represent(value: object) -> str:
 
 
 def hash_weights(models: Iterable[nn.Module]) -> str:
-    """SHA-256 of the models' parameters and buffers: the name and shape of each, and the sum of its
-    elements' bits as integers, which is exact, fast and the same on every device."""
+    """SHA-256 of the models' parameters and buffers, and of configurations: the name and shape of
+    each, and the sum of its elements' bits as integers, which is exact, fast and the same on every
+    device."""
     digest = hashlib.sha256()
     for model in models:
         for name, tensor in model.state_dict().items():
@@ -58,7 +64,15 @@ def hash_weights(models: Iterable[nn.Module]) -> str:
                 # In parts, for a sum as int64 takes a copy as int64.
                 total = sum(part.sum(dtype=torch.int64).item() for part in bits.split(1 << 24))
                 digest.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
+        if isinstance(model, PreTrainedModel):
+            digest.update(hash_config(model).encode())
     return digest.hexdigest()
+
+
+def hash_config(model: PreTrainedModel) -> str:
+    """SHA-256 of what in a model's configuration bears on its numbers."""
+    values = model.config.to_diff_dict()
+    return hash_data([{name: values[name] for name in sorted(values.keys() - PROVENANCE)}])
 
 
 def save_model(
@@ -75,10 +89,10 @@ def save_model(
     and the last to come of this one, so that no weights are read that do not belong to it. Files of
     other names stay. Errors of the disk end with `remedy`.
     """
-    temporary = path / ".saving-model"
+    temporary = saving_name(path / "model")
     with disk_errors(f"save the model in {path}", remedy):
         try:
-            remove(temporary)
+            temporary.mkdir(parents=True)
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             sync_tree(temporary)

@@ -4,7 +4,6 @@ over the processes, and the optimizer step."""
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from statistics import fmean
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rlhf import distributed
-from rlhf.batches import count_steps, micro_batches
+from rlhf.batches import Batches
 from rlhf.config import SupervisedConfig
+from rlhf.errors import UserError
 from rlhf.metrics import to_floats
-from rlhf.optim import clip_gradients, make_optimizer
+from rlhf.optim import clip_gradients, make_optimizer, resume_schedule
 from rlhf.state import hash_data
 
 
@@ -41,8 +41,7 @@ class SupervisedTrainer:
         self.config = config
         self.rows = rows
         self.eval_rows = eval_rows
-        self.lengths = lengths
-        self.num_steps = count_steps(len(rows), config)
+        self.batches = Batches(lengths, config)
         self.parameters = list(model.parameters())
         self.optimizer, self.scheduler = make_optimizer(
             [(self.parameters, config.learning_rate)], config, self.num_steps
@@ -52,15 +51,17 @@ class SupervisedTrainer:
             self.parallel = DistributedDataParallel(model)
             # Each process drops out other activations.
             torch.manual_seed(config.seed + distributed.rank())
-        self.step = 0
         self.sums = defaultdict(float)
         self.unlogged: list[dict[str, float]] = []
 
-    def batches(self) -> Iterator[list[list[int]]]:
-        """The micro-batches of row numbers of each step that is left."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        batches = micro_batches(self.lengths, self.config, generator)
-        return islice(batches, self.step, self.num_steps)
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.batches.taken
+
+    @property
+    def num_steps(self) -> int:
+        return self.batches.total
 
     def passes(self, batch: list[list[int]]) -> Iterator[tuple[list[int], float]]:
         """This process's micro-batches of a batch, each with the weight of its loss.
@@ -92,7 +93,7 @@ class SupervisedTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.sums.clear()
-        self.step += 1
+        self.batches.advance()
 
     def take_metrics(self) -> dict[str, float]:
         """The means of the steps' metrics since the last call; the learning rate is the last's."""
@@ -109,14 +110,22 @@ class SupervisedTrainer:
 
     def state_dict(self) -> dict:
         return {
-            "step": self.step,
-            "unlogged": self.unlogged,
+            "batches": self.batches.state_dict(),
+            "unlogged": list(self.unlogged),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.step = state["step"]
+        self.batches.load_state_dict(state["batches"])
+        if self.num_steps < self.step:
+            raise UserError(
+                f"max_steps {self.config.max_steps} or num_train_epochs "
+                f"{self.config.num_train_epochs} ends before step {self.step}, which the "
+                "checkpoint has behind it: give more"
+            )
         self.unlogged = state["unlogged"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler = resume_schedule(
+            self.optimizer, self.config, self.num_steps, state["scheduler"]
+        )

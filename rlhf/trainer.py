@@ -35,7 +35,7 @@ from rlhf.models import (
     enable_gradient_checkpointing,
     freeze,
 )
-from rlhf.optim import clip_gradients, make_optimizer
+from rlhf.optim import clip_gradients, make_optimizer, resume_schedule
 from rlhf.proof import prove_policy, prove_scorer
 from rlhf.rewards import check_rewards, critic_path, load_rewards
 from rlhf.rollout import (
@@ -68,7 +68,7 @@ class PPOTrainer:
     ):
         self.config = config
         self.batch_size = config.responses_per_iteration(distributed.world_size())
-        self.num_iterations = -(-config.total_episodes // self.batch_size)
+        self.iteration = self.episodes = 0  # done
         self.steps_per_iteration = config.num_ppo_epochs * config.num_mini_batches
         if config.adaptive_kl != "none" and self.batch_size >= 5 * config.kl_horizon:
             raise UserError(
@@ -117,7 +117,11 @@ class PPOTrainer:
         self.score_scaler = ScoreScaler(config)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.queue: list[int] = []
-        self.iteration = 0
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of the whole run: those done, and as many as the other episodes take."""
+        return self.iteration - (self.episodes - self.config.total_episodes) // self.batch_size
 
     @cached_property
     def parallel(self) -> nn.Module:
@@ -244,6 +248,7 @@ class PPOTrainer:
         kl = experience.logprobs - experience.ref_logprobs
         self.kl_controller.update(kl, batch.responses.mask)
         self.iteration += 1
+        self.episodes += self.batch_size
         return steps
 
     def _minibatches(self) -> Iterator[Tensor]:
@@ -355,6 +360,7 @@ class PPOTrainer:
         """All that changes during a run, besides the weights."""
         return {
             "iteration": self.iteration,
+            "episodes": self.episodes,
             "queue": list(self.queue),
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict(),
@@ -364,8 +370,20 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.iteration = state["iteration"]
+        self.iteration, self.episodes = state["iteration"], state["episodes"]
         self.queue = state["queue"]
         self.generator.set_state(state["generator"])
-        for name in ("optimizer", "scheduler", "kl_controller", "score_scaler"):
+        for name in ("optimizer", "kl_controller", "score_scaler"):
             getattr(self, name).load_state_dict(state[name])
+        if self.num_iterations < self.iteration:
+            raise UserError(
+                f"total_episodes {self.config.total_episodes} is less than the {self.episodes} "
+                "that the checkpoint has behind it: give at least as many"
+            )
+        steps_left = (self.num_iterations - self.iteration) * self.steps_per_iteration
+        self.scheduler = resume_schedule(
+            self.optimizer,
+            self.config,
+            state["scheduler"]["last_epoch"] + steps_left,
+            state["scheduler"],
+        )

@@ -30,17 +30,12 @@ from transformers import (
 
 from rlhf import checkpoint as module
 from rlhf import files
-from rlhf.checkpoint import (
-    Run,
-    checkpoint_damage,
-    open_run,
-    read_manifest,
-    rotate_checkpoints,
-    save_checkpoint,
-)
+from rlhf.checkpoint import Run, open_run, rotate_checkpoints, save_checkpoint
 from rlhf.config import PPOConfig, SFTConfig
 from rlhf.errors import UserError
+from rlhf.folder import MARKER
 from rlhf.generators import random_state, set_random_state
+from rlhf.manifest import Best, checkpoint_damage, read_manifest
 from rlhf.state import (
     hash_data,
     hash_weights,
@@ -50,6 +45,7 @@ from rlhf.state import (
     save_state,
 )
 
+WEIGHTS = "model.safetensors"
 SMALL = {
     "vocab_size": 11,
     "hidden_size": 8,
@@ -82,9 +78,9 @@ def run(make_config) -> Run:
 
 
 def write_parts(folder: Path) -> None:
-    (folder / "weights").write_bytes(bytes(range(256)))
+    (folder / "model.safetensors").write_bytes(bytes(range(256)))
     (folder / "critic").mkdir()
-    (folder / "critic" / "weights").write_bytes(b"critic")
+    (folder / "critic" / "model.safetensors").write_bytes(b"critic")
 
 
 def save(run: Run, step: int, write=write_parts, best: int | None = None) -> Path:
@@ -92,12 +88,12 @@ def save(run: Run, step: int, write=write_parts, best: int | None = None) -> Pat
     lines = [json.dumps({"step": s}) + "\n" for s in range(1, step + 1)]
     (run.output_dir / "metrics.jsonl").write_text("".join(lines))
     name = None if best is None else f"checkpoint-{best}"
-    return save_checkpoint(run, step, write, {"checkpoint": name, "metric": "loss"})
+    return save_checkpoint(run, step, write, Best("loss", False, name))
 
 
 def step_of(run: Run) -> int:
     """Steps that the checkpoint has behind it from which the run goes on."""
-    return read_manifest(run.checkpoint)["step"]
+    return read_manifest(run.checkpoint).step
 
 
 def unlock() -> None:
@@ -107,7 +103,8 @@ def unlock() -> None:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """Without the marker, which every claimed folder holds."""
+    return {path.name for path in folder.iterdir()} - {MARKER}
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -124,16 +121,16 @@ def test_a_checkpoint_holds_what_was_written_the_configuration_and_the_metrics(r
     assert checkpoint_damage(path) is None
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 3
-    assert manifest["files"]["critic/weights"] == {
+    assert manifest["files"]["critic/model.safetensors"] == {
         "bytes": 6,
         "sha256": hashlib.sha256(b"critic").hexdigest(),
     }
-    assert set(manifest["files"]) == {"weights", "critic/weights", "ppo.yaml", "metrics.jsonl"}
+    assert set(manifest["files"]) == {WEIGHTS, f"critic/{WEIGHTS}", "ppo.yaml", "metrics.jsonl"}
     assert (path / "ppo.yaml").read_bytes() == (run.output_dir / "ppo.yaml").read_bytes()
     assert names(run.output_dir) == {"ppo.yaml", "metrics.jsonl", "checkpoint-3"}
 
 
-@pytest.mark.parametrize("name", ["weights", "critic/weights", "ppo.yaml", "manifest.json"])
+@pytest.mark.parametrize("name", [WEIGHTS, f"critic/{WEIGHTS}", "ppo.yaml", "manifest.json"])
 def test_every_bit_of_a_checkpoint_is_checked(run, name):
     path = save(run, 1)
     content = (path / name).read_bytes()
@@ -153,15 +150,15 @@ def test_every_bit_of_a_checkpoint_is_checked(run, name):
     ("damage", "message"),
     [
         (lambda path: shutil.rmtree(path), "there is no such folder"),
-        (lambda path: (path / "weights").unlink(), "weights is missing"),
-        (lambda path: shutil.rmtree(path / "critic"), "critic/weights is missing"),
+        (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda path: shutil.rmtree(path / "critic"), "critic/model.safetensors is missing"),
         (
-            lambda path: os.truncate(path / "weights", 255),
-            "weights has 255 bytes, it was saved with 256",
+            lambda path: os.truncate(path / "model.safetensors", 255),
+            "model.safetensors has 255 bytes, it was saved with 256",
         ),
         (
-            lambda path: (path / "critic/weights").write_bytes(b"cricit"),
-            "critic/weights is damaged",
+            lambda path: (path / "critic/model.safetensors").write_bytes(b"cricit"),
+            "critic/model.safetensors is damaged",
         ),
         (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda path: os.truncate(path / "manifest.json", 30), "manifest.json is damaged"),
@@ -173,16 +170,6 @@ def test_damage_is_named(run, damage, message):
     path = save(run, 1)
     damage(path)
     assert checkpoint_damage(path).startswith(message)
-
-
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "critic/../../secret"])
-def test_a_manifest_stays_within_its_folder(run, name):
-    path = save(run, 1)
-    (run.output_dir / "secret").write_text("")
-    manifest = {"step": 1, "files": {name: {"bytes": 0, "sha256": ""}}}
-    manifest["sha256"] = module._manifest_hash(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    assert checkpoint_damage(path) == f"manifest.json names a file outside the folder, {name}"
 
 
 # Saving
@@ -227,8 +214,8 @@ def kill_at(call: int) -> None:
 
     for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, watched(getattr(os, name)))
-    for name in ("write_text", "write_bytes"):
-        setattr(Path, name, watched(getattr(Path, name), writes=True))
+    files.create = watched(files.create, writes=True)
+    Path.write_text = watched(Path.write_text, writes=True)
     shutil.copyfile = watched(shutil.copyfile)
 
 
@@ -401,7 +388,7 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(run, monkeypatch):
     path, replace = save(run, 4), os.replace
 
     def fail(source, target):
-        if Path(source).name == ".saving-checkpoint-4":
+        if Path(source).name.startswith(".saving-checkpoint-4-"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         replace(source, target)
 
@@ -489,19 +476,20 @@ def test_a_new_run_writes_its_configuration(make_config):
 
 
 def test_only_a_run_of_the_same_kind_is_overwritten(run, make_config):
-    with pytest.raises(UserError, match=r"holds no sft\.yaml"):
+    with pytest.raises(UserError, match="it holds a run of ppo, not of sft"):
         open_run(make_config(overwrite_output_dir=True), "sft")
     assert names(run.output_dir) == {"ppo.yaml", "metrics.jsonl"}
 
 
 def test_a_run_that_is_refused_touches_nothing(run, make_config):
     """It may be running still."""
-    (run.output_dir / ".saving-checkpoint-2").mkdir()
+    leftover = ".saving-checkpoint-2-0123456789abcdef"
+    (run.output_dir / leftover).mkdir()
     with pytest.raises(UserError, match="not empty"):
         open_run(make_config(), "ppo")
     with pytest.raises(UserError, match="another configuration"):
         open_run(make_config(resume_from_checkpoint="auto", seed=1), "ppo")
-    assert ".saving-checkpoint-2" in names(run.output_dir)
+    assert leftover in names(run.output_dir)
 
 
 def test_auto_begins_a_run_where_there_is_none(make_config, tmp_path):
@@ -509,7 +497,7 @@ def test_auto_begins_a_run_where_there_is_none(make_config, tmp_path):
     assert open_run(config, "ppo").checkpoint is None
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".saving-ppo.yaml").write_text("model_na")
+    (tmp_path / "run" / f".saving-{MARKER}-0123456789abcdef").write_text("{")
     assert open_run(config, "ppo").checkpoint is None
     assert names(tmp_path / "run") == {"ppo.yaml"}
     (tmp_path / "run" / "ppo.yaml").rename(tmp_path / "run" / "sft.yaml")
@@ -522,9 +510,10 @@ def test_auto_takes_the_newest_whole_checkpoint_and_names_the_others(run, make_c
         save(run, step)
     (run.output_dir / "checkpoint-12").mkdir()
     (run.output_dir / "checkpoint-old").mkdir()
-    (run.output_dir / ".saving-checkpoint-14").mkdir()
-    (run.output_dir / ".deleting-checkpoint-1").mkdir()
-    (run.output_dir / "checkpoint-10" / "weights").write_bytes(b"")
+    leftovers = {f"{name}-0123456789abcdef" for name in (".saving-checkpoint-14", ".deleting-x")}
+    for name in leftovers:
+        (run.output_dir / name).mkdir()
+    (run.output_dir / "checkpoint-10" / "model.safetensors").write_bytes(b"")
     with (run.output_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11}\n{"st')
     run = open_run(make_config(resume_from_checkpoint="auto"), "ppo")
@@ -532,10 +521,10 @@ def test_auto_takes_the_newest_whole_checkpoint_and_names_the_others(run, make_c
     assert step_of(run) == 9
     assert capsys.readouterr().out.splitlines() == [
         f"skipping {run.output_dir}/checkpoint-12: manifest.json is missing",
-        f"skipping {run.output_dir}/checkpoint-10: weights has 0 bytes, it was saved with 256",
+        f"skipping {run.output_dir}/checkpoint-10: {WEIGHTS} has 0 bytes, it was saved with 256",
         f"going on from {run.output_dir}/checkpoint-9",
     ]
-    assert not {".saving-checkpoint-14", ".deleting-checkpoint-1"} & names(run.output_dir)
+    assert not leftovers & names(run.output_dir)
     lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, 10)]
 
@@ -551,7 +540,7 @@ def test_auto_without_a_whole_checkpoint_starts_from_the_beginning(run, make_con
 def test_auto_does_not_begin_a_finished_run_again(run, make_config, damaged):
     (run.output_dir / "config.json").write_text("{}")
     if damaged:
-        (save(run, 2) / "weights").unlink()
+        (save(run, 2) / "model.safetensors").unlink()
     before = names(run.output_dir)
     with pytest.raises(UserError, match=r"a finished run, and no whole .*overwrite") as e:
         open_run(make_config(resume_from_checkpoint="auto"), "ppo")
@@ -566,13 +555,13 @@ def test_a_path_resumes_in_the_run_s_folder_or_in_a_new_one(run, make_config, tm
     path = tmp_path / "copy"
     first = run.output_dir / "checkpoint-2"
     resumed = open_run(make_config(resume_from_checkpoint=str(first)), "ppo")
-    assert resumed == Run(run.output_dir, "ppo.yaml", first)
+    assert resumed == Run(run.output_dir, "ppo", first)
     assert (run.output_dir / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
     new = tmp_path / "new"
     config = make_config(resume_from_checkpoint=str(path), output_dir=str(new))
     resumed = open_run(config, "ppo")
-    assert resumed == Run(new, "ppo.yaml", new / "checkpoint-4")
+    assert resumed == Run(new, "ppo", new / "checkpoint-4")
     assert names(new) == {"ppo.yaml", "metrics.jsonl", "checkpoint-4"}
     assert checkpoint_damage(new / "checkpoint-4") is None
     assert len((new / "metrics.jsonl").read_text().splitlines()) == 4
@@ -623,11 +612,11 @@ def test_a_run_in_a_new_folder_takes_the_best_checkpoint_along(run, make_config,
         assert names(new) == {"ppo.yaml", "metrics.jsonl"} | found
         for name in found:
             assert checkpoint_damage(new / name) is None
-    (run.output_dir / "checkpoint-2" / "weights").unlink()
+    (run.output_dir / "checkpoint-2" / "model.safetensors").unlink()
     capsys.readouterr()
     config = make_config(output_dir=str(tmp_path / "new"), metric_for_best_model="loss", **changes)
     assert open_run(config, "ppo").checkpoint == tmp_path / "new" / "checkpoint-6"
-    assert "checkpoint-2, cannot be kept: weights is missing" in capsys.readouterr().out
+    assert "checkpoint-2, cannot be kept: model.safetensors is missing" in capsys.readouterr().out
 
 
 def test_a_link_to_a_checkpoint_is_the_run_s_own(run, make_config, tmp_path):
@@ -697,7 +686,7 @@ def test_two_processes_cannot_run_in_one_folder(make_config, tmp_path):
         text=True,
     )
     assert process.stdout.readline() == "open\n"
-    (out / ".saving-checkpoint-2").mkdir()
+    (out / ".saving-checkpoint-2-0123456789abcdef").mkdir()
     before = {path: path.stat() for path in out.iterdir()}
     for changes in ({}, {"resume_from_checkpoint": "auto"}, {"overwrite_output_dir": True}):
         with pytest.raises(UserError, match=r"is in use by another run.*: wait until") as error:
@@ -724,7 +713,7 @@ def test_a_folder_that_cannot_be_locked_is_used_without(make_config, monkeypatch
 
 def test_a_damaged_checkpoint_is_refused_by_name(run, make_config, tmp_path):
     path = save(run, 2)
-    (path / "weights").unlink()
+    (path / "model.safetensors").unlink()
     for config in (
         make_config(resume_from_checkpoint=str(path)),
         make_config(resume_from_checkpoint=str(path), output_dir=str(tmp_path / "new")),
@@ -732,7 +721,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(run, make_config, tmp_path):
         with pytest.raises(UserError) as error:
             open_run(config, "ppo")
         assert one_line(error) == (
-            f"cannot go on from {path}: weights is missing: give a whole checkpoint, or "
+            f"cannot go on from {path}: model.safetensors is missing: give a whole checkpoint, or "
             "--resume_from_checkpoint auto, which skips damaged ones"
         )
     assert not (tmp_path / "new").exists()
@@ -743,7 +732,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(run, make_config, tmp_path):
 def test_a_checkpoint_of_another_configuration_is_refused(run, make_config, tmp_path):
     path = save(run, 2)
     for changes, folder in (
-        ({"resume_from_checkpoint": "auto"}, run.output_dir),
+        ({"resume_from_checkpoint": "auto"}, path),
         ({"resume_from_checkpoint": str(path)}, path),
         ({"resume_from_checkpoint": str(path), "output_dir": str(tmp_path / "new")}, path),
     ):
@@ -772,14 +761,15 @@ def test_options_that_change_no_number_may_change(run, make_config):
 
 
 def test_options_that_this_version_added_count_as_their_default(run, make_config):
-    save(run, 2)
     stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text())
     del stored["kl_coef"], stored["cliprange_high"]  # the latter's default is cliprange's value
     (run.output_dir / "ppo.yaml").write_text(yaml.safe_dump(stored))
+    save(run, 2)
     assert step_of(open_run(make_config(resume_from_checkpoint="auto"), "ppo")) == 2
     with pytest.raises(UserError, match=r"cliprange_high is 0\.2 there and 0.3 here"):
         open_run(make_config(resume_from_checkpoint="auto", cliprange_high=0.3), "ppo")
     (run.output_dir / "ppo.yaml").write_text(yaml.safe_dump(stored | {"magic": 2}))
+    save(run, 3)
     another = "written by another version, which had the option magic: go on with that version"
     with pytest.raises(UserError, match=another):
         open_run(make_config(resume_from_checkpoint="auto"), "ppo")
@@ -1030,7 +1020,7 @@ def test_a_model_is_saved_over_an_earlier_one(tmp_path):
         save_model(tmp_path, wrapped, Vocabulary())
         assert equal(AutoModelForCausalLM.from_pretrained(tmp_path), model.state_dict())
         assert ("model.safetensors" in names(tmp_path)) == (wrapped is model)
-        assert ".saving-model" not in names(tmp_path)
+        assert not any(map(files.is_leftover, tmp_path.iterdir()))
     assert [other.read_text() for other in others] == [other.name for other in others]
 
 
@@ -1041,7 +1031,7 @@ class Copied:
         self.folder = folder
 
     def save_pretrained(self, folder: Path) -> None:
-        shutil.copytree(self.folder, folder)
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -1084,7 +1074,7 @@ def test_a_model_that_cannot_be_saved_leaves_the_earlier_one(tmp_path, monkeypat
     with pytest.raises(UserError) as error:
         save_model(tmp_path, model, Broken())
     assert one_line(error).startswith(f"cannot save the model in {tmp_path}: No space left on dev")
-    assert ".saving-model" not in names(tmp_path)
+    assert not any(map(files.is_leftover, tmp_path.iterdir()))
     assert equal(AutoModelForCausalLM.from_pretrained(tmp_path), before)
 
 

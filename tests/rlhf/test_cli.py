@@ -558,8 +558,8 @@ def test_an_output_folder_in_use_is_kept(options, capsys, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    fails(capsys, options("sft"), str(out), "not empty", "--overwrite_output_dir")
-    fails(capsys, [*options("sft"), "--overwrite_output_dir"], "holds no sft.yaml")
+    fails(capsys, options("sft"), str(out), "not empty: choose another folder")
+    fails(capsys, [*options("sft"), "--overwrite_output_dir"], "holds no .rlhf-run.json")
     assert (out / "thesis.txt").read_text() == "years of work"
     fails(capsys, options("sft", output_dir=out / "thesis.txt"), "is a file")
 

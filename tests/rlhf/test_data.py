@@ -16,7 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.batches import count_steps, micro_batches, pad
+from rlhf.batches import Batches, pad
 from rlhf.columns import load_columns
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.data import (
@@ -683,13 +683,22 @@ def test_rows_are_padded_on_either_side():
     assert flags.tolist() == [[False, True], [True, False]]
 
 
+def take(batches: Batches, count: int | None = None) -> list[list[list[int]]]:
+    """The next `count` batches, or all that are left."""
+    taken = []
+    for batch in islice(batches, count):
+        taken.append(batch)
+        batches.advance()
+    return taken
+
+
 def test_every_epoch_holds_every_example_once():
     config = SFTConfig(**UNUSED, per_device_train_batch_size=3, gradient_accumulation_steps=2)
     lengths = [1 + i % 7 for i in range(20)]
-    batches = micro_batches(lengths, config, torch.Generator().manual_seed(0))
-    assert count_steps(20, config) == 4
-    for _ in range(2):
-        epoch = [next(batches) for _ in range(4)]
+    assert Batches(lengths, config).total == 4
+    config.num_train_epochs = 2
+    steps = take(Batches(lengths, config))
+    for epoch in (steps[:4], steps[4:]):
         assert Counter(i for batch in epoch for micro in batch for i in micro) == Counter(range(20))
         assert sorted(sum(map(len, batch)) for batch in epoch) == [2, 6, 6, 6]
         assert all(len(micro) <= 3 for batch in epoch for micro in batch)
@@ -698,9 +707,10 @@ def test_every_epoch_holds_every_example_once():
 def test_steps_are_counted_over_epochs_and_processes(monkeypatch):
     def steps(**changes) -> int:
         defaults = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
-        return count_steps(20, SFTConfig(**UNUSED | defaults | changes))
+        return Batches([1] * 20, SFTConfig(**UNUSED | defaults | changes)).total
 
     assert steps(num_train_epochs=2.5) == 10
+    assert steps(num_train_epochs=1.1, per_device_train_batch_size=1) == 11
     assert steps(max_steps=7) == 7
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert steps() == 2
@@ -710,10 +720,12 @@ def test_steps_are_counted_over_epochs_and_processes(monkeypatch):
 def test_batches_do_not_depend_on_how_many_processes_share_them(monkeypatch):
     def first_batches(accumulation: int) -> list[list[list[int]]]:
         config = SFTConfig(
-            **UNUSED, per_device_train_batch_size=3, gradient_accumulation_steps=accumulation
+            **UNUSED,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=accumulation,
+            max_steps=9,
         )
-        generator = torch.Generator().manual_seed(0)
-        return list(islice(micro_batches(list(range(40)), config, generator), 9))
+        return take(Batches(list(range(40)), config))
 
     alone = first_batches(4)
     monkeypatch.setenv("WORLD_SIZE", "2")

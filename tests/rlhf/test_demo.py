@@ -134,8 +134,7 @@ def test_a_run_is_replaced_only_when_asked_and_only_by_its_kind(reviews_run, lab
 
 def test_labelled_run(labelled_file, tmp_path):
     output_dir = tmp_path / "labelled"
-    output_dir.mkdir()
-    (output_dir / demo.RUN_FILE).write_text("left by a run that was interrupted")
+    demo.begin(output_dir, {"seed": 0}, [], overwrite_output_dir=False)  # and was interrupted
     summary = demo.run_demo(output_dir, 0, LABELLED, data=labelled_file, overwrite_output_dir=True)
     assert json.loads((output_dir / "summary.json").read_text()) == summary
     assert summary["judge"]["accuracy"] > 0.9

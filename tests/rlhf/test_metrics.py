@@ -95,8 +95,11 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_error_that_ends_a_run_is_not_hidden_by_a_full_disk(tmp_path):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+def test_the_error_that_ends_a_run_is_not_hidden_by_a_full_disk(tmp_path, monkeypatch):
+    def open_full(path):
+        return open("/dev/full", "w")
+
+    monkeypatch.setattr(module, "open_to_append", open_full)
     full = f"cannot write metrics to {tmp_path}: No space left on device: free some space"
     with pytest.raises(UserError, match=full), make_log(tmp_path) as log:
         log.write(1, {"loss": 1.0})
