@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kernels import kl_divergence
-from rlhf.config import InferenceConfig
 from rlhf.data import Prompts, cut_prompts, load_prompts, prompt_ids
 from rlhf.errors import UserError
 from rlhf.files import disk_errors, write_file
 from rlhf.folder import is_run_name, local_inputs
 from rlhf.generation import Stopping
 from rlhf.heads import LogitsHead
+from rlhf.inference_config import InferenceConfig
 from rlhf.loading import load_causal_lm, load_tokenizer
 from rlhf.models import autocast, check_fits, freeze
 from rlhf.options import ResponseOptions

@@ -28,8 +28,9 @@ from rlhf.chat import (
     template_options,
 )
 from rlhf.columns import load_columns
-from rlhf.config import InferenceConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.errors import UserError
+from rlhf.inference_config import InferenceConfig
 from rlhf.options import is_unicode
 from rlhf.seam import (
     REPLACEMENT,

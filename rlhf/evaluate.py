@@ -22,9 +22,9 @@ from rlhf.answers import (
     text_prompts,
     write_output,
 )
-from rlhf.config import EvaluateConfig
 from rlhf.errors import UserError
 from rlhf.files import disk_errors
+from rlhf.inference_config import EvaluateConfig
 from rlhf.intervals import CONFIDENCE, mean_interval, win_rate_interval
 from rlhf.progress import Display, is_live
 from rlhf.rewards import check_rewards, for_tokenizer, make_rewards

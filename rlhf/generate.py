@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from rlhf.answers import Policy, check_output, read_prompts, text_prompts, write_output
-from rlhf.config import GenerateConfig
 from rlhf.errors import UserError
+from rlhf.inference_config import GenerateConfig
 from rlhf.progress import Display
 from rlhf.scores import to_jsonl
 from rlhf.terminal import say

@@ -29,8 +29,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rlhf.generate
-from rlhf.config import GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.errors import UserError, one_line
+from rlhf.inference_config import GenerateConfig
 from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from rlhf.cli import main
-from rlhf.config import EvaluateConfig
 from rlhf.errors import UserError
 from rlhf.evaluate import judge_figures, run, show
+from rlhf.inference_config import EvaluateConfig
 from rlhf.intervals import mean_interval, win_rate_interval
 from rlhf.rollout import Responses
 from rlhf.scores import Samples

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli import main
-from rlhf.config import GenerateConfig
 from rlhf.errors import UserError
 from rlhf.generate import run
+from rlhf.inference_config import GenerateConfig
 from rlhf.tasks.base import write_jsonl
 
 

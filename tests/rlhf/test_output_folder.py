@@ -10,9 +10,10 @@ from rlhf import demo
 from rlhf.answers import check_output
 from rlhf.checkpoint import open_run, rotate_checkpoints
 from rlhf.cli import main
-from rlhf.config import EvaluateConfig, GenerateConfig, PPOConfig, SFTConfig
+from rlhf.config import PPOConfig, SFTConfig
 from rlhf.errors import UserError
 from rlhf.folder import MARKER, claim_output_dir, kind_of
+from rlhf.inference_config import EvaluateConfig, GenerateConfig
 from rlhf.iteration import PLOTS
 from rlhf.report import write_report
 from tests.rlhf.test_checkpoint import save

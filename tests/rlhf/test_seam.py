@@ -14,9 +14,10 @@ from transformers import (
 
 from rlhf.answers import text_prompts
 from rlhf.batches import pad
-from rlhf.config import GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.data import Prompts, load_prompts, load_rankings, load_texts
 from rlhf.generate import run as generate
+from rlhf.inference_config import GenerateConfig
 from rlhf.rewards import load_rewards
 from rlhf.rollout import Responses, decode_responses
 from rlhf.scores import Samples

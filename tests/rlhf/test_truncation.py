@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from rlhf.answers import Policy
-from rlhf.config import GenerateConfig
 from rlhf.data import Prompts
 from rlhf.errors import UserError
+from rlhf.inference_config import GenerateConfig
 from rlhf.ppo import train_ppo
 from rlhf.trainer import PPOTrainer
 from rlhf.truncation import make_filters
