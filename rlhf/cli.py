@@ -17,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
-from rlhf import config, inference_config
+from rlhf import config
 from rlhf.errors import UserError
+from rlhf.inference_config import EvaluateConfig, GenerateConfig
 from rlhf.options import Options, expand
 from rlhf.parser import CommandParser, Parser, default, describe, is_required, sections
 from rlhf.processes import world_size
@@ -35,14 +36,8 @@ STAGES = {
     "ppo": (config.PPOConfig, "PPO of a policy against rewards."),
 }
 CONFIGURED = STAGES | {
-    "generate": (
-        inference_config.GenerateConfig,
-        "Completions of prompts by a model, in a JSONL file.",
-    ),
-    "evaluate": (
-        inference_config.EvaluateConfig,
-        "Two policies on the same prompts, compared by judges.",
-    ),
+    "generate": (GenerateConfig, "Completions of prompts by a model, in a JSONL file."),
+    "evaluate": (EvaluateConfig, "Two policies on the same prompts, compared by judges."),
 }
 OTHERS = {
     "report": "One self-contained HTML page of a run's or a demo's folder.",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rlhf.errors import UserError
 from rlhf.options import (
     SECTIONS,
     DataOptions,
