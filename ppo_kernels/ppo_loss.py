@@ -15,6 +15,7 @@ per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so that (see `ppo_kernel
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars
@@ -183,6 +184,24 @@ def checked_arguments(
     )
 
 
+def _out_of_place(backend, logits, arguments):
+    if backend == "reference":
+        return PPOLoss(*reference.ppo_loss(logits, *arguments))
+    return PPOLoss(*_PPOLoss.apply(backend, logits, *for_kernel(*arguments)))
+
+
+def _saved_tensors_go_to_hooks():
+    """Whether hooks stand between autograd and what it saves: then no version is compared."""
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    except (AttributeError, TypeError):  # It is private; what is public takes ten times as long.
+        try:
+            with disable_saved_tensors_hooks("asked only whether there are any"):
+                return False
+        except RuntimeError:
+            return True
+
+
 def ppo_loss(
     logits,
     tokens,
@@ -245,10 +264,7 @@ def ppo_loss(
         denominator,
         temperature,
     )
-    backend = resolve(backend, logits)
-    if backend == "reference":
-        return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    return PPOLoss(*_PPOLoss.apply(backend, logits, *for_kernel(*arguments)))
+    return _out_of_place(resolve(backend, logits), logits, arguments)
 
 
 def ppo_loss_(
@@ -277,6 +293,12 @@ def ppo_loss_(
     be called once. A leaf's `.grad` then shares the leaf's storage. Parts of one tensor share its
     version: differentiate the loss of one before the call on another.
 
+    Under saved-tensor hooks (`checkpoint(use_reentrant=False)`, `save_on_cpu`) versions are not
+    compared, and what else saved the logits would silently take the gradient for them: there this
+    is `ppo_loss`, with the gradient in a tensor of its own, and RuntimeError where no autograd
+    carries it. Hooks that ended before the call are not seen; save_on_cpu keeps CPU tensors as
+    they are, so call it within, too.
+
     Arguments, results and errors are otherwise those of `ppo_loss`; rows of `logits` must not
     overlap and the vocabulary must have stride 1 (ValueError).
     """
@@ -298,6 +320,14 @@ def ppo_loss_(
     )
     checks.writable("logits", logits)
     backend = resolve(backend, logits)
+    if not torch.compiler.is_compiling() and _saved_tensors_go_to_hooks():
+        if not (torch.is_grad_enabled() and logits.requires_grad):
+            raise RuntimeError(
+                "ppo_loss_ cannot leave the gradient in the logits under saved-tensor hooks "
+                "(checkpoint, save_on_cpu), which may hold the logits themselves, and these take "
+                "no gradient otherwise: use ppo_loss, on logits that require grad"
+            )
+        return _out_of_place(backend, logits, arguments)
     if backend != "reference":
         arguments = for_kernel(*arguments)
     return PPOLoss(*_PPOLossInPlace.apply(backend, logits, *arguments))
