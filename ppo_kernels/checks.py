@@ -23,6 +23,13 @@ def first_order(backward):
     return checked
 
 
+def constant(x):
+    """`x` such that autograd may save it: a copy of what was made in inference mode."""
+    if torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled()):
+        return x
+    return x.clone()
+
+
 def floating(name, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -52,24 +59,28 @@ def _got(x):
 
 
 def boolean(name, x, like_name, like):
-    """An optional mask."""
+    """An optional mask -> the mask."""
     if x is None:
-        return
+        return None
     if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor (True = counts), got {_got(x)}")
     same(name, x, like_name, like.shape, like.device)
+    return constant(x)
 
 
 def integer(name, x):
     if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {_got(x)}")
+    return constant(x)
 
 
 def logits_and_tokens(logits, tokens):
+    """The tokens, checked with their logits."""
     floating("logits", logits)
-    integer("tokens", tokens)
+    tokens = integer("tokens", tokens)
     vocabulary("logits", logits)
     same("tokens", tokens, "logits without its last dimension", logits.shape[:-1], logits.device)
+    return tokens
 
 
 def vocabulary(name, x):
@@ -92,16 +103,13 @@ def number(name, x, *, above=None, at_least=None, at_most=None):
 
 
 def temperature(x, tokens, like_name="tokens"):
-    """A number, or a floating tensor like `tokens` -> (tensor or None, number).
-
-    The number beside a tensor is 1. No gradient flows into a tensor; the backend looks at its
-    values where that waits for no device.
-    """
+    """A number, or a floating tensor like `tokens`, into which no gradient flows; the backend looks
+    at its values where that waits for no device."""
     if not isinstance(x, torch.Tensor):
         number("temperature", x, above=0)
-        return None, x
+        return x
     per_token("temperature", x, like_name, tokens)
-    return x.detach(), 1.0
+    return constant(x.detach())
 
 
 def clip_range(clip_low, clip_high, dual_clip):
@@ -132,6 +140,15 @@ def denominator(x, device):
 
 def writable(name, x):
     """`x` can take a gradient in place: unit stride in the last dimension, no shared elements."""
+    if (
+        not torch.compiler.is_compiling()
+        and x.is_inference()
+        and not torch.is_inference_mode_enabled()
+    ):
+        raise ValueError(
+            f"{name} must not be made in inference mode and written outside of it, which autograd "
+            f"forbids, got such a tensor: {name}.clone() can be written"
+        )
     stride = x.stride()
     if x.shape[-1] > 1 and stride[-1] != 1:
         raise ValueError(f"{name} must have stride 1 in its last dimension, got strides {stride}")

@@ -160,6 +160,11 @@ def scalars(*numbers):
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
+def temperatures_and_number(temperature):
+    """(tensor of one per token or None, number): what kernels take of a temperature."""
+    return (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
+
+
 def kernels(backend):
     """The registered ops of a backend: `kernels("native").gae(...)`."""
     return getattr(torch.ops, schemas.NAMESPACE[backend])

@@ -145,25 +145,25 @@ def kept_token_logprobs_and_entropy(
             temperature that is not finite and > 0. On a GPU such a token, or one kept twice, gives
             NaN, and an id out of range is PyTorch's device-side assertion.
     """
-    checks.logits_and_tokens(logits, tokens)
-    checks.integer("kept_ids", kept_ids)
+    tokens = checks.logits_and_tokens(logits, tokens)
+    kept_ids = checks.integer("kept_ids", kept_ids)
     checks.same("kept_ids", kept_ids, "its own count", (kept_ids.numel(),), logits.device)
-    checks.integer("kept_offsets", kept_offsets)
+    kept_offsets = checks.integer("kept_offsets", kept_offsets)
     shape = (tokens.numel() + 1,)
     checks.same("kept_offsets", kept_offsets, "the rows of logits", shape, logits.device)
-    checks.boolean("mask", mask, "tokens", tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
+    mask = checks.boolean("mask", mask, "tokens", tokens)
+    temperature = checks.temperature(temperature, tokens)
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
     _check_values(logits, tokens, kept_ids, kept_offsets, mask)
-    if temperatures is None:
-        # A product: `torch.full` would compile anew for each number.
-        temperatures = torch.ones_like(tokens, dtype=result_dtype(logits)) * number
+    if isinstance(temperature, torch.Tensor):
+        reference.check_temperature(torch.where(mask, temperature, 1.0))
     else:
-        reference.check_temperature(torch.where(mask, temperatures, 1.0))
+        # A product: `torch.full` would compile anew for each number.
+        temperature = torch.ones_like(tokens, dtype=result_dtype(logits)) * temperature
     # On a GPU they may be anything: nothing beyond the tensors is to be read.
     offsets = kept_offsets.long().clamp(0, kept_ids.numel()).cummax(0).values
-    flat = (x.reshape(-1) for x in (mask, temperatures))
+    flat = (x.reshape(-1) for x in (mask, temperature))
     results = _KeptLogprobs.apply(logits, tokens.reshape(-1), kept_ids.long(), offsets, *flat)
     return LogprobsAndEntropy(*(x.view(tokens.shape) for x in results))
 

@@ -13,7 +13,7 @@ Estimators of KL(π || π_ref) from tokens sampled from π, with Δ = logprob - 
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 
 
 class _KLDivergence(torch.autograd.Function):
@@ -58,13 +58,17 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
         raise TypeError(
             f"ref_logits must have dtype {logits.dtype} like logits, got {ref_logits.dtype}"
         )
-    temperatures, number = checks.temperature(
+    temperature = checks.temperature(
         temperature, logits[..., 0], "logits without its last dimension"
     )
+    ref_logits = ref_logits.detach()
+    if logits.requires_grad:
+        ref_logits = checks.constant(ref_logits)
     backend = resolve(backend, logits)
     if backend == "reference":
         return reference.kl_divergence(logits, ref_logits, temperature=temperature)
-    return _KLDivergence.apply(logits, ref_logits.detach(), temperatures, scalars(number), backend)
+    temperatures, number = temperatures_and_number(temperature)
+    return _KLDivergence.apply(logits, ref_logits, temperatures, scalars(number), backend)
 
 
 class _KLEstimate(torch.autograd.Function):

@@ -19,7 +19,7 @@ the temperature and costs nothing.
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.linear_chunks import CHUNK_BYTES
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.ppo_loss import PPOLoss, checked_arguments, for_kernel
@@ -106,8 +106,9 @@ def _checked_head(
     grad_weight_dtype,
     chunk_bytes,
 ):
-    """Check the arguments that all ops share; return (autocast's dtype, which gradients are wanted,
-    the dtype that the weight's is added up in, bytes of a chunk)."""
+    """Check the arguments that all ops share; return the head (hidden, weight, bias), tokens,
+    temperature, and the call (autocast's dtype, which gradients are wanted, the dtype that the
+    weight's is added up in, bytes of a chunk)."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
@@ -119,10 +120,10 @@ def _checked_head(
     if bias is not None:
         checks.floating("bias", bias)
         checks.same("bias", bias, "weight", weight.shape[:1], hidden.device)
-    checks.integer("tokens", tokens)
+    tokens = checks.integer("tokens", tokens)
     like = "hidden without its last dimension"
     checks.same("tokens", tokens, like, hidden.shape[:-1], hidden.device)
-    checks.temperature(temperature, tokens)
+    temperature = checks.temperature(temperature, tokens)
     checks.number("logit_scale", logit_scale, above=0)
     if softcap is not None:
         checks.number("softcap", softcap, above=0)
@@ -142,7 +143,10 @@ def _checked_head(
             f"got {grad_weight_dtype}"
         )
     sum_dtype = torch.promote_types(grad_weight_dtype or weight.dtype, weight.dtype)
-    return dtype, _wanted(hidden, weight, bias), sum_dtype, int(chunk_bytes)
+    head, wanted = (hidden, weight, bias), _wanted(hidden, weight, bias)
+    if any(wanted):
+        head = tuple(None if x is None else checks.constant(x) for x in head)
+    return head, tokens, temperature, (dtype, wanted, sum_dtype, int(chunk_bytes))
 
 
 def linear_token_logprobs(
@@ -216,7 +220,7 @@ def linear_token_logprobs_and_entropy(
     Returns:
         LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable.
     """
-    call = _checked_head(
+    head, tokens, temperature, call = _checked_head(
         hidden,
         weight,
         bias,
@@ -229,12 +233,12 @@ def linear_token_logprobs_and_entropy(
     )
     backend = resolve(backend, hidden)
     if backend == "reference":
-        logits = reference.linear_logits(hidden, weight, bias, softcap, logit_scale)
+        logits = reference.linear_logits(*head, softcap, logit_scale)
         results = reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     else:
-        temperatures, number = checks.temperature(temperature, tokens)
+        temperatures, number = temperatures_and_number(temperature)
         rest = scalars(logit_scale, softcap), tokens, temperatures, scalars(number)
-        results = _LinearTokenLogprobs.apply(backend, *call, hidden, weight, bias, *rest)
+        results = _LinearTokenLogprobs.apply(backend, *call, *head, *rest)
     return LogprobsAndEntropy(*results)
 
 
@@ -282,7 +286,7 @@ def linear_ppo_loss(
     Raises:
         TypeError, ValueError: as `linear_token_logprobs` and `ppo_loss`.
     """
-    call = _checked_head(
+    head, tokens, temperature, call = _checked_head(
         hidden,
         weight,
         bias,
@@ -313,8 +317,8 @@ def linear_ppo_loss(
     backend = resolve(backend, hidden)
     if backend == "reference":
         if mask is not None:
-            hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
-        logits = reference.linear_logits(hidden, weight, bias, softcap, logit_scale)
+            head = head[0].masked_fill(~mask.unsqueeze(-1), 0.0), *head[1:]
+        logits = reference.linear_logits(*head, softcap, logit_scale)
         return PPOLoss(*reference.ppo_loss(logits, *arguments))
     rest = scalars(logit_scale, softcap), *for_kernel(*arguments)
-    return PPOLoss(*_LinearPPOLoss.apply(backend, *call, hidden, weight, bias, *rest))
+    return PPOLoss(*_LinearPPOLoss.apply(backend, *call, *head, *rest))

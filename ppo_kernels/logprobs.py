@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -45,6 +45,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_logits, None, None, None, None
 
 
+def _scored(logits, tokens, temperature, backend):
+    temperatures, number = temperatures_and_number(temperature)
+    return _TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)
+
+
 def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
     """log softmax(logits / temperature) at the given tokens; see the module for the formula.
 
@@ -63,12 +68,12 @@ def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
             it. Ids and a tensor of temperatures are looked at on the CPU only, see
             `check_logprobs`.
     """
-    checks.logits_and_tokens(logits, tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
+    tokens = checks.logits_and_tokens(logits, tokens)
+    temperature = checks.temperature(temperature, tokens)
     backend = resolve(backend, logits)
     if backend == "reference":
         return reference.token_logprobs(logits, tokens, temperature=temperature)
-    return _TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)[0]
+    return _scored(logits, tokens, temperature, backend)[0]
 
 
 def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto"):
@@ -79,16 +84,14 @@ def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto
     Returns:
         LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable in `logits`.
     """
-    checks.logits_and_tokens(logits, tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
+    tokens = checks.logits_and_tokens(logits, tokens)
+    temperature = checks.temperature(temperature, tokens)
     backend = resolve(backend, logits)
     if backend == "reference":
         return LogprobsAndEntropy(
             *reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
         )
-    return LogprobsAndEntropy(
-        *_TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)
-    )
+    return LogprobsAndEntropy(*_scored(logits, tokens, temperature, backend))
 
 
 def check_logprobs(logprobs, tokens, mask=None):

@@ -45,7 +45,7 @@ def masked_mean(x, mask=None, denominator=None, *, backend="auto"):
         TypeError, ValueError: naming the argument, the rule and the value.
     """
     checks.floating("x", x)
-    checks.boolean("mask", mask, "x", x)
+    mask = checks.boolean("mask", mask, "x", x)
     denominator = checks.denominator(denominator, x.device)
     backend = resolve(backend, x)
     if backend == "reference":
@@ -71,7 +71,7 @@ def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):
         TypeError, ValueError: naming the argument, the rule and the value.
     """
     checks.floating("x", x)
-    checks.boolean("mask", mask, "x", x)
+    mask = checks.boolean("mask", mask, "x", x)
     checks.number("eps", eps, at_least=0)
     if group is not None:
         if backend not in ("auto", "reference"):

@@ -69,7 +69,7 @@ def _counted(x, mask):
     checks.floating("x", x)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, T), got {tuple(x.shape)}")
-    checks.boolean("mask", mask, "x", x)
+    mask = checks.boolean("mask", mask, "x", x)
     return torch.ones_like(x, dtype=torch.bool) if mask is None else mask
 
 
@@ -79,12 +79,12 @@ def _sums(x, mask):
 
 
 def _checked(logprobs, old_logprobs, advantages, mask):
-    """(log r, A), both (B, T) and 0 where masked out."""
+    """(log r, A, mask), the first two (B, T) and 0 where masked out."""
     checks.floating("logprobs", logprobs)
     if logprobs.ndim != 2:
         raise ValueError(f"logprobs must have shape (B, T), got {tuple(logprobs.shape)}")
     checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
-    checks.boolean("mask", mask, "logprobs", logprobs)
+    mask = checks.boolean("mask", mask, "logprobs", logprobs)
     checks.floating("advantages", advantages)
     if advantages.ndim == 1:
         checks.same(
@@ -97,7 +97,7 @@ def _checked(logprobs, old_logprobs, advantages, mask):
     if mask is not None:
         log_ratio, advantages = (x.masked_fill(~mask, 0.0) for x in (log_ratio, advantages))
     reference.refuse_infinite("logprobs - old_logprobs", log_ratio.detach())
-    return log_ratio.clamp(max=_MOST_LOG_RATIO), advantages
+    return log_ratio.clamp(max=_MOST_LOG_RATIO), advantages, mask
 
 
 def _clipped(log_ratio, advantages, mask, aggregate, clip_low, clip_high, dual_clip=None):
@@ -118,7 +118,7 @@ def ppo(
 ):
     """The clipped surrogate (Schulman et al., 2017), as `clipped_policy_loss`; see the module."""
     inputs = _checked(logprobs, old_logprobs, advantages, mask)
-    return _clipped(*inputs, mask, aggregate, clip_low, clip_high)
+    return _clipped(*inputs, aggregate, clip_low, clip_high)
 
 
 def dual_clip(
@@ -134,7 +134,7 @@ def dual_clip(
 ):
     """`ppo` whose loss is at most -A `bound`, > 1, where A < 0 (Ye et al., 2020)."""
     inputs = _checked(logprobs, old_logprobs, advantages, mask)
-    return _clipped(*inputs, mask, aggregate, clip_low, clip_high, bound)
+    return _clipped(*inputs, aggregate, clip_low, clip_high, bound)
 
 
 def dapo(
@@ -149,7 +149,7 @@ def dapo(
 ):
     """`ppo` with the upper clip raised, clip-higher (Yu et al., 2025, DAPO)."""
     inputs = _checked(logprobs, old_logprobs, advantages, mask)
-    return _clipped(*inputs, mask, aggregate, clip_low, clip_high)
+    return _clipped(*inputs, aggregate, clip_low, clip_high)
 
 
 def _sequence_log_ratio(log_ratio, mask):
@@ -175,7 +175,7 @@ def gspo(
     This is the paper's GSPO-token: with one advantage per sequence its value and gradient are those
     of GSPO, and it allows for one per token.
     """
-    log_ratio, advantages = _checked(logprobs, old_logprobs, advantages, mask)
+    log_ratio, advantages, mask = _checked(logprobs, old_logprobs, advantages, mask)
     of_sequence = _sequence_log_ratio(log_ratio, mask)
     loss = _clipped(of_sequence, advantages, mask, aggregate, clip_low, clip_high)
     return loss._replace(approx_kl=aggregate(_approx_kl(log_ratio), mask))
@@ -197,7 +197,7 @@ def cispo(
     at most 5 is that of ScaleRL (Khatri et al., 2025, arXiv:2510.13786).
     """
     checks.clip_range(clip_low, clip_high, None)
-    log_ratio, advantages = _checked(logprobs, old_logprobs, advantages, mask)
+    log_ratio, advantages, mask = _checked(logprobs, old_logprobs, advantages, mask)
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     if mask is not None:
@@ -229,7 +229,7 @@ def tis(
     (Yao et al., 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training";
     the truncation is that of IMPALA, Espeholt et al., 2018, arXiv:1802.01561).
     """
-    log_ratio, advantages = _checked(logprobs, old_logprobs, advantages, mask)
+    log_ratio, advantages, mask = _checked(logprobs, old_logprobs, advantages, mask)
     checks.per_token("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
     checks.number("cap", cap, above=0)
     log_weight = reference.log_ratio(old_logprobs.detach(), rollout_logprobs)

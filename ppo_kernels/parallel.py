@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from ppo_kernels import checks, reference, schemas, softmax_state
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.kl import kl_estimate
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.masked import masked_mean
@@ -113,15 +113,15 @@ class _KLDivergence(torch.autograd.Function):
 def _temperature(temperature, *like):
     """`checks.temperature` with values looked at here: where a rank has an empty slice no kernel
     would, and the others would wait for it."""
-    temperatures, number = checks.temperature(temperature, *like)
-    if temperatures is not None:
-        reference.check_temperature(temperatures)
-    return temperatures, number
+    temperature = checks.temperature(temperature, *like)
+    if isinstance(temperature, torch.Tensor):
+        reference.check_temperature(temperature)
+    return temperature
 
 
 def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backend):
     """(logprobs, entropy) of a checked slice; every counted token must have one owner."""
-    temperatures, number = _temperature(temperature, tokens)
+    temperature = _temperature(temperature, tokens)
     backend = resolve(backend, logits)
     ids = tokens - vocab_start
     here = (ids >= 0) & (ids < logits.shape[-1])
@@ -132,6 +132,7 @@ def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backe
         state = softmax_state.plain(logits, ids, here, temperature)
         logprobs, entropy, _, owners = softmax_state.merged(_Gather.apply(state, group))
     else:
+        temperatures, number = temperatures_and_number(temperature)
         logprobs, entropy, owners = _TokenLogprobs.apply(
             logits, ids, here, group, backend, temperatures, scalars(number)
         )
@@ -161,7 +162,8 @@ def _slice(logits, group):
 
 
 def _slice_with_start(logits, tokens, group, vocab_start):
-    """`_slice` with the start that plain tensors leave to the caller; `tokens` are checked."""
+    """(slice, tokens, group, start): `_slice` with the start that plain tensors leave to the
+    caller, and with checked tokens."""
     logits, group, start = _slice(logits, group)
     if (start is None) == (vocab_start is None):
         rule = "given with plain logits" if start is None else "left out with DTensor logits"
@@ -172,10 +174,10 @@ def _slice_with_start(logits, tokens, group, vocab_start):
         checks.number("vocab_start", vocab_start, at_least=0)
         start = vocab_start
     _check_slice(logits)
-    checks.integer("tokens", tokens)
+    tokens = checks.integer("tokens", tokens)
     shape = logits.shape[:-1]
     checks.same("tokens", tokens, "logits without its last dimension", shape, logits.device)
-    return logits, group, start
+    return logits, tokens, group, start
 
 
 def _check_slice(logits):
@@ -212,7 +214,7 @@ def vocab_parallel_token_logprobs_and_entropy(
             on all ranks, a token that no rank has, or more than one. On a GPU its log-probability
             is NaN, see `check_logprobs`.
     """
-    logits, group, start = _slice_with_start(logits, tokens, group, vocab_start)
+    logits, tokens, group, start = _slice_with_start(logits, tokens, group, vocab_start)
     return _token_logprobs(logits, tokens, None, group, start, temperature, backend)
 
 
@@ -241,13 +243,14 @@ def vocab_parallel_kl_divergence(
         raise TypeError(
             f"ref_logits must have dtype {logits.dtype} like logits, got {ref_logits.dtype}"
         )
-    temperatures, number = _temperature(
+    temperature = _temperature(
         temperature, logits.new_empty(logits.shape[:-1]), "logits without its last dimension"
     )
-    backend, ref_logits = resolve(backend, logits), ref_logits.detach()
+    backend, ref_logits = resolve(backend, logits), checks.constant(ref_logits.detach())
     if backend == "reference":
         state = softmax_state.joint_plain(logits, ref_logits, temperature)
         return softmax_state.joint_merged(_Gather.apply(state, group))[0]
+    temperatures, number = temperatures_and_number(temperature)
     numbers = temperatures, scalars(number)
     return _KLDivergence.apply(logits, ref_logits, group, backend, *numbers)
 
@@ -288,11 +291,13 @@ def vocab_parallel_ppo_loss(
     Raises:
         TypeError, ValueError: as `ppo_loss`, on all ranks.
     """
-    logits, group, start = _slice_with_start(logits, tokens, group, vocab_start)
-    check_objective(
+    logits, tokens, group, start = _slice_with_start(logits, tokens, group, vocab_start)
+    objective = check_objective(
         *(tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip),
         *(entropy_coef, kl_coef, ref_logprobs, kl_estimator),
     )
+    old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, *coefs = objective
+    entropy_coef, kl_coef, ref_logprobs = coefs
     denominator = checks.denominator(denominator, logits.device)
     if mask is not None and isinstance(temperature, torch.Tensor):
         temperature = temperature.masked_fill(~mask, 1.0)
@@ -319,7 +324,7 @@ def vocab_parallel_ppo_loss(
     if ref_logprobs is None:
         kl = torch.zeros_like(entropy)
     else:
-        kl = kl_estimate(finite, ref_logprobs.detach(), estimator=kl_estimator, backend=backend)
+        kl = kl_estimate(finite, ref_logprobs, estimator=kl_estimator, backend=backend)
         kl = masked_mean(kl, mask, denominator, backend=backend)
     loss = policy.loss - entropy_coef * entropy + kl_coef * kl
     policy_loss, *of_clipping = policy

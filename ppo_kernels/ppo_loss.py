@@ -18,7 +18,7 @@ import torch
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.ppo_loss_of_tokens import chained
 
 
@@ -56,7 +56,7 @@ def for_kernel(
     kl_estimator,
 ):
     """Arguments of `reference.ppo_loss` after the logits -> those of the registered ops."""
-    temperatures, temperature = checks.temperature(temperature, tokens)
+    temperatures, temperature = temperatures_and_number(temperature)
     numbers = scalars(temperature, clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
     estimator = reference.ESTIMATORS.index(kl_estimator)
     tensors = tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures
@@ -131,9 +131,10 @@ def check_objective(
     ref_logprobs,
     kl_estimator,
 ):
+    """Check the arguments of an objective; return those from `old_logprobs` to `ref_logprobs`."""
     checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
     checks.per_token("advantages", advantages, "tokens", tokens)
-    checks.boolean("mask", mask, "tokens", tokens)
+    mask = checks.boolean("mask", mask, "tokens", tokens)
     checks.clip_range(clip_low, clip_high, dual_clip)
     checks.number("entropy_coef", entropy_coef, at_least=0)
     checks.number("kl_coef", kl_coef, at_least=0)
@@ -142,6 +143,12 @@ def check_objective(
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
     elif kl_coef > 0:
         raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
+    old_logprobs, advantages, ref_logprobs = (
+        None if x is None else checks.constant(x.detach())
+        for x in (old_logprobs, advantages, ref_logprobs)
+    )
+    clipping = clip_low, clip_high, dual_clip
+    return old_logprobs, advantages, mask, *clipping, entropy_coef, kl_coef, ref_logprobs
 
 
 def checked_arguments(
@@ -161,27 +168,14 @@ def checked_arguments(
     temperature,
 ):
     """Check the arguments of a loss; return those after `logits`."""
-    checks.logits_and_tokens(logits, tokens)
-    check_objective(
+    tokens = checks.logits_and_tokens(logits, tokens)
+    objective = check_objective(
         *(tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip),
         *(entropy_coef, kl_coef, ref_logprobs, kl_estimator),
     )
-    temperatures, number = checks.temperature(temperature, tokens)
-    return (
-        tokens,
-        old_logprobs.detach(),
-        advantages.detach(),
-        mask,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        None if ref_logprobs is None else ref_logprobs.detach(),
-        checks.denominator(denominator, logits.device),
-        number if temperatures is None else temperatures,
-        kl_estimator,
-    )
+    temperature = checks.temperature(temperature, tokens)
+    denominator = checks.denominator(denominator, logits.device)
+    return tokens, *objective, denominator, temperature, kl_estimator
 
 
 def _out_of_place(backend, logits, arguments):

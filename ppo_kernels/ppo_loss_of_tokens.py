@@ -77,9 +77,9 @@ def clipped_policy_loss(
     checks.floating("logprobs", logprobs)
     checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
     checks.per_token("advantages", advantages, "logprobs", logprobs)
-    checks.boolean("mask", mask, "logprobs", logprobs)
+    mask = checks.boolean("mask", mask, "logprobs", logprobs)
     checks.clip_range(clip_low, clip_high, dual_clip)
-    tensors = old_logprobs.detach(), advantages.detach(), mask
+    tensors = *(checks.constant(x.detach()) for x in (old_logprobs, advantages)), mask
     denominator = checks.denominator(denominator, logprobs.device)
     backend = resolve(backend, logprobs)
     if backend == "reference":
@@ -117,10 +117,10 @@ def value_loss(
     checks.floating("values", values)
     checks.per_token("old_values", old_values, "values", values)
     checks.per_token("returns", returns, "values", values)
-    checks.boolean("mask", mask, "values", values)
+    mask = checks.boolean("mask", mask, "values", values)
     if clip is not None:
         checks.number("clip", clip, at_least=0)
-    tensors = old_values.detach(), returns.detach(), mask
+    tensors = *(checks.constant(x.detach()) for x in (old_values, returns)), mask
     denominator = checks.denominator(denominator, values.device)
     backend = resolve(backend, values)
     if backend == "reference":

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 
 
 class TokenStatistics(NamedTuple):
@@ -54,11 +54,12 @@ def token_statistics(logits, tokens, *, temperature=1.0, backend="auto"):
             it. Ids and a tensor of temperatures are looked at on the CPU only; on a GPU an id out
             of range gives a log-probability of NaN and no hit.
     """
-    checks.logits_and_tokens(logits, tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
+    tokens = checks.logits_and_tokens(logits, tokens)
+    temperature = checks.temperature(temperature, tokens)
     backend = resolve(backend, logits)
     if backend == "reference":
         return TokenStatistics(*reference.token_statistics(logits, tokens, temperature=temperature))
+    temperatures, number = temperatures_and_number(temperature)
     return TokenStatistics(
         *kernels(backend).token_statistics(logits.detach(), tokens, temperatures, scalars(number))
     )

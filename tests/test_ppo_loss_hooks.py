@@ -61,6 +61,6 @@ def test_hooks_are_seen_without_the_private_function(backend, monkeypatch):
 def test_a_gradient_that_only_the_storage_would_hold_is_refused(backend, mode):
     inputs = loss_inputs(3, 5, 40)
     before = inputs["logits"].clone()
-    with _identity_hooks(), mode(), pytest.raises(RuntimeError, match="saved-tensor hooks.*ppo_"):
+    with _identity_hooks(), mode(), pytest.raises(RuntimeError, match="under saved-tensor hooks"):
         ppo_loss_(**inputs, backend=backend)
     assert torch.equal(inputs["logits"], before)
