@@ -120,22 +120,19 @@ def clip_range(clip_low, clip_high, dual_clip):
 
 
 def denominator(x, device):
-    """None, a Python number or a one-element tensor -> None or a tensor on `device`.
+    """None, a Python number or a one-element tensor -> None, the number or a 0-d tensor.
 
     A tensor's value is not looked at: that would wait for the device.
     """
-    if x is None:
-        return None
     if isinstance(x, torch.Tensor):
         if x.numel() != 1:
             raise ValueError(f"denominator must have one element, got shape {tuple(x.shape)}")
         if x.device != device and x.device.type != "cpu":
             raise ValueError(f"denominator must be on {device}, got {x.device}")
-        x = x.detach().reshape(())
-    else:
+        return x.detach().reshape(())
+    if x is not None:
         number("denominator", x, at_least=0)
-    # A product: a copy to the device would wait, and `torch.tensor` recompile for each number.
-    return torch.ones((), dtype=torch.float64, device=device) * x
+    return x
 
 
 def writable(name, x):

@@ -160,6 +160,16 @@ def scalars(*numbers):
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
+def denominator_on(device, denominator):
+    """A checked denominator as kernels take it: None, or an fp64 tensor on the device.
+
+    A product: a copy to the device would wait, and `torch.tensor` compile anew for each number.
+    """
+    if denominator is None:
+        return None
+    return torch.ones((), dtype=torch.float64, device=device) * denominator
+
+
 def temperatures_and_number(temperature):
     """(tensor of one per token or None, number): what kernels take of a temperature."""
     return (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)

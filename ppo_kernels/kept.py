@@ -8,7 +8,7 @@ its temperature τ and p_j = exp(z_j / τ) / Σ_{i ∈ S} exp(z_i / τ) for j �
 
 With the sampler's own S a policy that has not moved has ratio 1, which the softmax over the whole
 vocabulary does not give. Only kept logits are read, and the gradient is theirs among zeros: plain
-PyTorch on K numbers, on every device.
+PyTorch on K numbers; where a device has no segmented sums (not CPU, CUDA or ROCm), on all of them.
 """
 
 import torch
@@ -16,6 +16,9 @@ import torch
 from ppo_kernels import checks, reference
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.schemas import result_dtype
+
+# Device types with `torch.segment_reduce`, and with the fp64 that its sums are taken in.
+_SEGMENTED = ("cpu", "cuda")
 
 
 def _places(x, rows, ids):
@@ -82,7 +85,7 @@ def _first(bad):
 
 def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
     """ValueError for what no sampler can have kept, where that waits for no device."""
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+    if not reference.value_checks_run(kept_offsets):
         return
     vocabulary, (shape, count) = logits.shape[-1], (tokens.shape, kept_ids.numel())
     lengths = kept_offsets.diff()
@@ -96,7 +99,7 @@ def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
         raise ValueError(
             f"kept_ids must be in [0, {vocabulary}), got {kept_ids[where]} at [{where}]"
         )
-    rows = torch.arange(tokens.numel()).repeat_interleave(lengths)
+    rows = torch.arange(tokens.numel(), device="cpu").repeat_interleave(lengths)
     keys = (rows * vocabulary + kept_ids).sort().values
     repeated = keys[1:] == keys[:-1]
     if repeated.any():
@@ -107,7 +110,7 @@ def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
         raise ValueError(
             f"kept_ids must have one of each row that counts, got none at {_first(bad)}"
         )
-    found = torch.zeros(tokens.numel(), dtype=torch.bool)
+    found = torch.zeros(tokens.numel(), dtype=torch.bool, device="cpu")
     found[rows[kept_ids == tokens.reshape(-1)[rows]]] = True
     bad = mask & ~found.view(shape)
     if bad.any():
@@ -161,6 +164,12 @@ def kept_token_logprobs_and_entropy(
     else:
         # A product: `torch.full` would compile anew for each number.
         temperature = torch.ones_like(tokens, dtype=result_dtype(logits)) * temperature
+    if logits.device.type not in _SEGMENTED:
+        return LogprobsAndEntropy(
+            *reference.kept_token_logprobs_and_entropy(
+                logits, tokens, kept_ids, kept_offsets, mask, temperature=temperature
+            )
+        )
     # On a GPU they may be anything: nothing beyond the tensors is to be read.
     offsets = kept_offsets.long().clamp(0, kept_ids.numel()).cummax(0).values
     flat = (x.reshape(-1) for x in (mask, temperature))

@@ -131,8 +131,12 @@ def _checked_head(
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
     checks.number("chunk_bytes", chunk_bytes, above=0)
-    dtype = None
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+    dtype, autocast = None, torch.amp.is_autocast_available(device)
+    if (
+        autocast
+        and torch.is_autocast_enabled(device)
+        and torch.float64 not in (hidden.dtype, weight.dtype)
+    ):
         dtype = torch.get_autocast_dtype(device)
     for name, x in (("weight", weight), ("bias", bias)):
         if dtype is None and x is not None and x.dtype != hidden.dtype:

@@ -9,7 +9,7 @@ zero: a NaN there stays there.
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars
 
 
 class _MaskedMean(torch.autograd.Function):
@@ -50,7 +50,7 @@ def masked_mean(x, mask=None, denominator=None, *, backend="auto"):
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.masked_mean(x, mask, denominator)
-    return _MaskedMean.apply(x, mask, denominator, backend)
+    return _MaskedMean.apply(x, mask, denominator_on(x.device, denominator), backend)
 
 
 def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):

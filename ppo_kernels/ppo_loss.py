@@ -18,7 +18,7 @@ import torch
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
+from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.ppo_loss_of_tokens import chained
 
 
@@ -59,6 +59,7 @@ def for_kernel(
     temperatures, temperature = temperatures_and_number(temperature)
     numbers = scalars(temperature, clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
     estimator = reference.ESTIMATORS.index(kl_estimator)
+    denominator = denominator_on(tokens.device, denominator)
     tensors = tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures
     return *tensors, numbers, estimator
 

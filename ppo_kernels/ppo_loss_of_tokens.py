@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars
 
 
 class PolicyLoss(NamedTuple):
@@ -88,9 +88,9 @@ def clipped_policy_loss(
                 logprobs, *tensors, clip_low, clip_high, dual_clip, denominator
             )
         )
-    numbers = scalars(clip_low, clip_high, dual_clip)
     op = kernels(backend).clipped_policy_loss
-    return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, denominator, numbers))
+    rest = denominator_on(logprobs.device, denominator), scalars(clip_low, clip_high, dual_clip)
+    return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, *rest))
 
 
 def value_loss(
@@ -125,5 +125,5 @@ def value_loss(
     backend = resolve(backend, values)
     if backend == "reference":
         return ValueLoss(*reference.value_loss(values, *tensors, clip, denominator))
-    op, numbers = kernels(backend).value_loss, scalars(clip)
-    return ValueLoss(*_ScalarLoss.apply(op, values, *tensors, denominator, numbers))
+    rest = denominator_on(values.device, denominator), scalars(clip)
+    return ValueLoss(*_ScalarLoss.apply(kernels(backend).value_loss, values, *tensors, *rest))

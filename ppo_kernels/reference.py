@@ -5,8 +5,6 @@ freely here; that is what the other backends exist to avoid. A public docstring 
 op family gives shapes, units and errors.
 """
 
-import itertools
-
 import torch
 import torch.distributed as dist
 
@@ -25,13 +23,19 @@ def _log_softmax(logits, temperature):
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def _value_checks_run(x):
-    """Values are looked at where that waits for no device and breaks no graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
+def value_checks_run(x):
+    """Values are looked at where there are any, where that waits for no device and breaks no graph
+    (fake tensors, which say that they are on the CPU, are of a type of their own)."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and x.numel() > 0
+    )
 
 
 def refuse_out_of_range(tokens, vocabulary):
-    if _value_checks_run(tokens):
+    if value_checks_run(tokens):
         bad = (tokens < 0) | (tokens >= vocabulary)
         if bad.any():
             where = _first(bad)
@@ -41,7 +45,7 @@ def refuse_out_of_range(tokens, vocabulary):
 
 
 def check_temperature(temperature):
-    if _value_checks_run(temperature):
+    if value_checks_run(temperature):
         bad = ~(temperature.isfinite() & (temperature > 0))
         if bad.any():
             where = _first(bad)
@@ -51,12 +55,12 @@ def check_temperature(temperature):
 
 
 def refuse_impossible(logprobs, tokens):
-    if _value_checks_run(tokens):
+    if value_checks_run(tokens):
         check_logprobs(logprobs, tokens)
 
 
 def refuse_infinite(name, x):
-    if _value_checks_run(x):
+    if value_checks_run(x):
         bad = ~x.isfinite()
         if bad.any():
             where = _first(bad)
@@ -65,7 +69,7 @@ def refuse_infinite(name, x):
 
 def refuse_unowned(tokens, owners, mask):
     """`owners`: in how many ranks' slices of the vocabulary each token is."""
-    if _value_checks_run(tokens):
+    if value_checks_run(tokens):
         bad = owners != 1
         if mask is not None:
             bad &= mask
@@ -111,7 +115,7 @@ def kept_token_logprobs_and_entropy(
 ):
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     rows = torch.arange(tokens.numel(), device=tokens.device)
-    rows = rows.repeat_interleave(kept_offsets.diff())
+    rows = rows.repeat_interleave(kept_offsets.diff(), output_size=kept_ids.numel())
     kept = torch.zeros((tokens.numel(), logits.shape[-1]), dtype=torch.bool, device=tokens.device)
     kept[rows, kept_ids.long()] = True
     logits = logits.masked_fill(~kept.view(logits.shape), -torch.inf)
@@ -160,15 +164,53 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator):
 
 @torch.no_grad()
 def gae(rewards, values, mask=None, *, gamma, lam, dones=None, bootstrap_values=None):
+    return _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values)
+
+
+@torch.no_grad()
+def gae_packed(
+    rewards, values, cu_seqlens, mask=None, *, gamma, lam, dones=None, bootstrap_values=None
+):
+    trajectory, last = _ends(cu_seqlens, rewards.shape[0])
+    if bootstrap_values is not None:
+        bootstrap_values = bootstrap_values[trajectory]
+    one_row = (None if x is None else x.unsqueeze(0) for x in (rewards, values, mask, dones))
+    rewards, values, mask, dones = one_row
+    results = _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values, last)
+    return tuple(x.squeeze(0) for x in results)
+
+
+def _ends(cu_seqlens, length):
+    """Of positions (N,) of trajectories laid end to end: which one each is in, and whether it is
+    the last of it."""
+    if value_checks_run(cu_seqlens) or cu_seqlens.shape[0] == 1 < length:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to {length}, the length of rewards, got {bounds}"
+            )
+    bounds, t = cu_seqlens.long(), torch.arange(length, device=cu_seqlens.device)
+    trajectory = torch.searchsorted(bounds, t, right=True) - 1
+    trajectory = trajectory.clamp(0, max(0, cu_seqlens.shape[0] - 2))
+    return trajectory, bounds[trajectory + 1] - 1 == t
+
+
+def _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values, last=None):
+    """Backwards over (B, T), from bootstrap_values (B,); or over a row of several trajectories, of
+    which each position has a value of `bootstrap_values`, and some are the `last` of theirs."""
     dtype = torch.promote_types(rewards.dtype, values.dtype)
     rewards, values = (_accumulate(x.to(dtype)) for x in (rewards, values))
-    batch, length = rewards.shape
-    advantages = torch.zeros_like(rewards)
-    next_value = rewards.new_zeros(batch)
+    next_value = next_advantage = rewards.new_zeros(rewards.shape[0])
     if bootstrap_values is not None:
-        next_value = bootstrap_values.to(rewards.dtype)
-    next_advantage = torch.zeros_like(next_value)
-    for t in reversed(range(length)):
+        bootstrap_values = bootstrap_values.to(rewards.dtype)
+        if last is None:
+            next_value = bootstrap_values
+    advantages = []
+    for t in reversed(range(rewards.shape[1])):
+        if last is not None:
+            beyond = 0.0 if bootstrap_values is None else bootstrap_values[t]
+            next_value = torch.where(last[t], beyond, next_value)
+            next_advantage = torch.where(last[t], 0.0, next_advantage)
         carry_value, carry_advantage = next_value, next_advantage
         if dones is not None:
             carry_value = torch.where(dones[:, t], 0.0, carry_value)
@@ -176,45 +218,16 @@ def gae(rewards, values, mask=None, *, gamma, lam, dones=None, bootstrap_values=
         delta = rewards[:, t] + gamma * carry_value - values[:, t]
         advantage = delta + gamma * lam * carry_advantage
         if mask is None:
-            advantages[:, t] = advantage
             next_value, next_advantage = values[:, t], advantage
         else:
             counted = mask[:, t]
-            advantages[:, t] = torch.where(counted, advantage, 0.0)
             next_value = torch.where(counted, values[:, t], next_value)
             next_advantage = torch.where(counted, advantage, next_advantage)
+            advantage = torch.where(counted, advantage, 0.0)
+        advantages.append(advantage)
+    advantages = torch.stack(advantages[::-1], 1) if advantages else torch.zeros_like(rewards)
     returns = advantages + values
     return advantages, returns if mask is None else torch.where(mask, returns, 0.0)
-
-
-@torch.no_grad()
-def gae_packed(
-    rewards, values, cu_seqlens, mask=None, *, gamma, lam, dones=None, bootstrap_values=None
-):
-    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
-    advantages = torch.empty_like(rewards, dtype=dtype)
-    returns = torch.empty_like(advantages)
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != rewards.shape[0] or bounds != sorted(bounds):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to {rewards.shape[0]}, the length of rewards, "
-            f"got {bounds}"
-        )
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        row = slice(begin, end)
-        advantages[row], returns[row] = (
-            x.squeeze(0)
-            for x in gae(
-                rewards[None, row],
-                values[None, row],
-                None if mask is None else mask[None, row],
-                gamma=gamma,
-                lam=lam,
-                dones=None if dones is None else dones[None, row],
-                bootstrap_values=None if bootstrap_values is None else bootstrap_values[i : i + 1],
-            )
-        )
-    return advantages, returns
 
 
 def _masked_sum(x, mask):
@@ -225,8 +238,11 @@ def _denominator(x, mask, denominator):
     """The count to divide by; 1 where it is 0, so that an empty mask gives 0 and not 0/0."""
     if denominator is None:
         denominator = x.numel() if mask is None else mask.sum()
-    denominator = torch.as_tensor(denominator, dtype=x.dtype, device=x.device)
-    if _value_checks_run(denominator) and not denominator >= 0:
+    if isinstance(denominator, torch.Tensor):
+        denominator = denominator.to(x.dtype)
+    # A product: a copy to the device would wait.
+    denominator = torch.ones((), dtype=x.dtype, device=x.device) * denominator
+    if value_checks_run(denominator) and not denominator >= 0:
         raise ValueError(f"denominator must be >= 0, got {denominator.item()}")
     return torch.where(denominator == 0, 1.0, denominator)
 

@@ -248,7 +248,6 @@ def _value_and_gradient(function, x, scale):
 
 # Why the specification of an op cannot be traced; the native op can.
 UNTRACEABLE = {
-    "gae_packed": "the rows are cut on the host by the values of cu_seqlens",
     "ppo_loss_": "the gradient is taken by torch.autograd.grad in the forward",
 }
 
