@@ -1,10 +1,4 @@
-r"""Generalised advantage estimation (Schulman et al., 2016, arXiv:1506.02438), scanned backwards::
-
-    δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γ λ A_{t+1}        return_t = A_t + V_t
-
-A done token starts from V_{t+1} = A_{t+1} = 0, chosen by selection, so that nothing non-finite
-crosses it. A masked-out position gets 0 and hands V_{t+1} and A_{t+1} on unchanged.
-"""
+"""Generalised advantage estimation; the formula stands at `gae`."""
 
 from typing import NamedTuple
 
@@ -43,7 +37,12 @@ def gae(
     bootstrap_values=None,
     backend="auto",
 ):
-    """Advantages and returns of a batch of trajectories; see the module for the formula.
+    """Generalised advantage estimation (Schulman et al., 2016, arXiv:1506.02438), backwards::
+
+        δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γ λ A_{t+1}        return_t = A_t + V_t
+
+    A done token starts from V_{t+1} = A_{t+1} = 0, chosen by selection, so that nothing non-finite
+    crosses it. A masked-out position gets 0 and hands V_{t+1} and A_{t+1} on unchanged.
 
     Args:
         rewards, values: (B, T) floating.

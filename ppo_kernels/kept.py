@@ -124,7 +124,7 @@ def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
 def kept_token_logprobs_and_entropy(
     logits, tokens, kept_ids, kept_offsets, mask=None, *, temperature=1.0
 ):
-    """`token_logprobs_and_entropy` over the ids that a sampler kept; formula in the module.
+    """`token_logprobs_and_entropy` over the ids that a sampler kept, see `ppo_kernels.kept`.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64, before the sampler's filter; N rows.

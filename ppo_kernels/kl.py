@@ -92,7 +92,7 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator, backend="auto"):
 
     Args:
         logprobs, ref_logprobs: (...) in nats, the same shape and device.
-        estimator: "k1", "k2", "k3" or "abs"; see the module for the formulas.
+        estimator: "k1", "k2", "k3" or "abs"; formulas in `ppo_kernels.kl`.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:

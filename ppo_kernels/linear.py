@@ -166,7 +166,7 @@ def linear_token_logprobs(
     chunk_bytes=None,
     backend="auto",
 ):
-    """`token_logprobs` of the logits that a head makes of hidden states; see the module.
+    """`token_logprobs` of logits that a head makes of hidden states, see `ppo_kernels.linear`.
 
     Args:
         hidden: (..., D) fp32, bf16, fp16 or fp64; the state at a position scores the token there.
@@ -270,7 +270,7 @@ def linear_ppo_loss(
     chunk_bytes=None,
     backend="auto",
 ):
-    """`ppo_loss` of the logits that a head makes of hidden states; see the module for the formula.
+    """`ppo_loss` of the logits that a head makes of hidden states, see `ppo_kernels.linear`.
 
     The gradients are made in the forward, those that are asked for: with a frozen head or frozen
     hidden states a product less, without autograd none. `loss.backward()` hands them on, scaled by

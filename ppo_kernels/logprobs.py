@@ -51,7 +51,7 @@ def _scored(logits, tokens, temperature, backend):
 
 
 def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
-    """log softmax(logits / temperature) at the given tokens; see the module for the formula.
+    """log softmax(logits / temperature) at the given tokens; formula in `ppo_kernels.logprobs`.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.

@@ -1,13 +1,7 @@
-r"""The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) from logits.
+r"""The clipped PPO loss from logits; the formula stands at `ppo_loss`.
 
-Per counted token, with r = exp(logprob - old_logprob) and advantage A::
-
-    policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
-             and, with dual_clip c, at most -A c where A < 0   (Ye et al., 2020, arXiv:1912.09729)
-    loss   = policy - entropy_coef H + kl_coef kl(logprob, ref_logprob)
-
-summed over the mask and divided by `denominator`. The loss reaches the logits through two numbers
-per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so that (see `ppo_kernels.logprobs`)::
+The loss reaches the logits through two numbers per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so
+that (see `ppo_kernels.logprobs`)::
 
     ∂loss/∂z_j = (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ
 """
@@ -215,7 +209,15 @@ def ppo_loss(
     denominator=None,
     backend="auto",
 ):
-    """The clipped PPO loss of sampled tokens, straight from logits; see the module for the formula.
+    """The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) of sampled tokens, from logits.
+
+    Per counted token, with r = exp(logprob - old_logprob), advantage A and entropy H::
+
+        policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+                 and, with dual_clip c, at most -A c where A < 0  (Ye et al., 2020, arXiv:1912.09729)
+        loss   = policy - entropy_coef H + kl_coef kl(logprob, ref_logprob)
+
+    summed over the mask and divided by `denominator`; kl is `kl_estimate`.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.

@@ -52,7 +52,7 @@ def vec_generalized_advantage_estimate(
     *,
     time_dim=-2,
 ):
-    """Advantages and value targets; see the module for the formula. torchrl's `GAE` calls this one.
+    """Advantages and value targets by the module's formula. torchrl's `GAE` calls this one.
 
     Args:
         gamma, lmbda: numbers in [0, 1], or tensors of one element (a GPU is waited for then).
