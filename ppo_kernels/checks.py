@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from ppo_kernels import reference
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,9 +32,24 @@ def constant(x):
     return x.clone()
 
 
+def _whole(name, x):
+    """A tensor has one shape and lies in one place."""
+    if type(x) is not torch.Tensor and hasattr(x, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {type(x).__name__}: take {name}.full_tensor(), "
+            "or a vocab_parallel_* op where logits are sharded over the vocabulary"
+        )
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must have one shape, got a nested tensor: take {name}.to_padded_tensor(0) and "
+            f"a mask, or {name}.values()"
+        )
+
+
 def floating(name, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    _whole(name, x)
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
     if x.dtype not in FLOATS:
@@ -62,8 +79,11 @@ def boolean(name, x, like_name, like):
     """An optional mask -> the mask."""
     if x is None:
         return None
-    if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor (True = counts), got {_got(x)}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a bool tensor, got {_got(x)}")
+    _whole(name, x)
+    if x.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {_got(x)}: take {name}.bool()")
     same(name, x, like_name, like.shape, like.device)
     return constant(x)
 
@@ -71,6 +91,7 @@ def boolean(name, x, like_name, like):
 def integer(name, x):
     if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {_got(x)}")
+    _whole(name, x)
     return constant(x)
 
 
@@ -88,11 +109,28 @@ def vocabulary(name, x):
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(x.shape)}")
 
 
-def number(name, x, *, above=None, at_least=None, at_most=None):
-    """A finite Python number within bounds."""
-    if isinstance(x, torch.Tensor) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
+def _python_number(name, x):
+    """The number that a NumPy scalar, or a 0-d tensor whose value is at hand, holds."""
+    if isinstance(x, torch.Tensor):
+        if x.ndim > 0 or x.requires_grad or not reference.value_checks_run(x):
+            raise TypeError(
+                f"{name} must be a Python number, or a 0-d tensor on the CPU without gradient and "
+                f"outside of torch.compile, got a tensor of shape {tuple(x.shape)} on {x.device}, "
+                f"requires_grad={x.requires_grad}"
+            )
+        x = x.item()
+    elif getattr(x, "ndim", None) == 0:
+        x = x.item()
+    if not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a Python number, got {type(x).__name__}")
-    if not -math.inf < x < math.inf:
+    return x
+
+
+def number(name, x, *, above=None, at_least=None, at_most=None, finite=True):
+    """A Python number within bounds, from whatever holds one."""
+    if type(x) is not float and type(x) is not int:
+        x = _python_number(name, x)
+    if finite and not -math.inf < x < math.inf:
         raise ValueError(f"{name} must be finite, got {x}")
     if above is not None and not x > above:
         raise ValueError(f"{name} must be > {above}, got {x}")
@@ -100,23 +138,52 @@ def number(name, x, *, above=None, at_least=None, at_most=None):
         raise ValueError(f"{name} must be >= {at_least}, got {x}")
     if at_most is not None and not x <= at_most:
         raise ValueError(f"{name} must be <= {at_most}, got {x}")
+    return x
 
 
 def temperature(x, tokens, like_name="tokens"):
     """A number, or a floating tensor like `tokens`, into which no gradient flows; the backend looks
     at its values where that waits for no device."""
     if not isinstance(x, torch.Tensor):
-        number("temperature", x, above=0)
-        return x
+        return number("temperature", x, above=0)
+    if x.ndim == 0:
+        x = x.expand(tokens.shape)
     per_token("temperature", x, like_name, tokens)
     return constant(x.detach())
 
 
 def clip_range(clip_low, clip_high, dual_clip):
-    number("clip_low", clip_low, at_least=0, at_most=1)
-    number("clip_high", clip_high, at_least=0)
+    """(clip_low, clip_high, dual_clip); clip_high may be inf, for no upper clip."""
+    clip_low = number("clip_low", clip_low, at_least=0, at_most=1)
+    clip_high = number("clip_high", clip_high, at_least=0, finite=False)
     if dual_clip is not None:
-        number("dual_clip", dual_clip, above=1)
+        dual_clip = number("dual_clip", dual_clip, above=1)
+    return clip_low, clip_high, dual_clip
+
+
+def _of_tokens(name, x, like_name, like):
+    """A constant, one per token, or one per sequence: of the shape without its last dimension."""
+    floating(name, x)
+    of_sequences = like.shape[:-1]
+    if x.ndim < like.ndim and x.shape == of_sequences:
+        x = x.unsqueeze(-1).expand(like.shape)
+    if x.shape != like.shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)}, or {tuple(of_sequences)} with one per "
+            f"sequence, to match {like_name}, got {tuple(x.shape)}"
+        )
+    same(name, x, like_name, like.shape, like.device)
+    return constant(x.detach())
+
+
+def advantages(x, importance_weights, mask, like_name, like):
+    """Of each token, with its weight: of a policy term both are factors."""
+    x = _of_tokens("advantages", x, like_name, like)
+    if importance_weights is None:
+        return x
+    weights = _of_tokens("importance_weights", importance_weights, like_name, like)
+    reference.refuse_negative("importance_weights", weights, mask)
+    return x.to(torch.promote_types(x.dtype, torch.float32)) * weights
 
 
 def denominator(x, device):
@@ -130,9 +197,7 @@ def denominator(x, device):
         if x.device != device and x.device.type != "cpu":
             raise ValueError(f"denominator must be on {device}, got {x.device}")
         return x.detach().reshape(())
-    if x is not None:
-        number("denominator", x, at_least=0)
-    return x
+    return None if x is None else number("denominator", x, at_least=0)
 
 
 def writable(name, x):

@@ -19,11 +19,12 @@ def _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rows):
     checks.per_token("values", values, "rewards", rewards)
     checks.boolean("mask", mask, "rewards", rewards)
     checks.boolean("dones", dones, "rewards", rewards)
-    checks.number("gamma", gamma, at_least=0, at_most=1)
-    checks.number("lam", lam, at_least=0, at_most=1)
+    gamma = checks.number("gamma", gamma, at_least=0, at_most=1)
+    lam = checks.number("lam", lam, at_least=0, at_most=1)
     if bootstrap_values is not None:
         checks.floating("bootstrap_values", bootstrap_values)
         checks.same("bootstrap_values", bootstrap_values, "the rows", (rows,), rewards.device)
+    return gamma, lam
 
 
 def gae(
@@ -61,7 +62,9 @@ def gae(
     checks.floating("rewards", rewards)
     if rewards.ndim != 2:
         raise ValueError(f"rewards must have shape (B, T), got {tuple(rewards.shape)}")
-    _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rewards.shape[0])
+    gamma, lam = _check(
+        rewards, values, mask, gamma, lam, dones, bootstrap_values, rewards.shape[0]
+    )
     backend = resolve(backend, rewards)
     if backend == "reference":
         result = reference.gae(
@@ -120,7 +123,7 @@ def gae_packed(
         raise ValueError(f"rewards must have shape (N,), got {tuple(rewards.shape)}")
     checks.boundaries("cu_seqlens", cu_seqlens, rewards)
     rows = cu_seqlens.shape[0] - 1
-    _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rows)
+    gamma, lam = _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rows)
     backend = resolve(backend, rewards)
     if backend == "reference":
         result = reference.gae_packed(

@@ -107,8 +107,8 @@ def _checked_head(
     chunk_bytes,
 ):
     """Check the arguments that all ops share; return the head (hidden, weight, bias), tokens,
-    temperature, and the call (autocast's dtype, which gradients are wanted, the dtype that the
-    weight's is added up in, bytes of a chunk)."""
+    temperature, (softcap, logit_scale), and the call (autocast's dtype, which gradients are wanted,
+    the dtype that the weight's is added up in, bytes of a chunk)."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
@@ -124,13 +124,13 @@ def _checked_head(
     like = "hidden without its last dimension"
     checks.same("tokens", tokens, like, hidden.shape[:-1], hidden.device)
     temperature = checks.temperature(temperature, tokens)
-    checks.number("logit_scale", logit_scale, above=0)
+    logit_scale = checks.number("logit_scale", logit_scale, above=0)
     if softcap is not None:
-        checks.number("softcap", softcap, above=0)
+        softcap = checks.number("softcap", softcap, above=0)
     device = hidden.device.type
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
-    checks.number("chunk_bytes", chunk_bytes, above=0)
+    chunk_bytes = checks.number("chunk_bytes", chunk_bytes, above=0)
     dtype, autocast = None, torch.amp.is_autocast_available(device)
     if (
         autocast
@@ -150,7 +150,8 @@ def _checked_head(
     head, wanted = (hidden, weight, bias), _wanted(hidden, weight, bias)
     if any(wanted):
         head = tuple(None if x is None else checks.constant(x) for x in head)
-    return head, tokens, temperature, (dtype, wanted, sum_dtype, int(chunk_bytes))
+    call = dtype, wanted, sum_dtype, int(chunk_bytes)
+    return head, tokens, temperature, (softcap, logit_scale), call
 
 
 def linear_token_logprobs(
@@ -224,7 +225,7 @@ def linear_token_logprobs_and_entropy(
     Returns:
         LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable.
     """
-    head, tokens, temperature, call = _checked_head(
+    head, tokens, temperature, (softcap, logit_scale), call = _checked_head(
         hidden,
         weight,
         bias,
@@ -254,6 +255,7 @@ def linear_ppo_loss(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     bias=None,
     softcap=None,
     logit_scale=1.0,
@@ -290,7 +292,7 @@ def linear_ppo_loss(
     Raises:
         TypeError, ValueError: as `linear_token_logprobs` and `ppo_loss`.
     """
-    head, tokens, temperature, call = _checked_head(
+    head, tokens, temperature, (softcap, logit_scale), call = _checked_head(
         hidden,
         weight,
         bias,
@@ -308,6 +310,7 @@ def linear_ppo_loss(
         old_logprobs,
         advantages,
         mask,
+        importance_weights,
         clip_low,
         clip_high,
         dual_clip,

@@ -72,7 +72,7 @@ def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):
     """
     checks.floating("x", x)
     mask = checks.boolean("mask", mask, "x", x)
-    checks.number("eps", eps, at_least=0)
+    eps = checks.number("eps", eps, at_least=0)
     if group is not None:
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend must be auto or reference with a group, got {backend!r}")

@@ -264,6 +264,7 @@ def vocab_parallel_ppo_loss(
     *,
     group=None,
     vocab_start=None,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -293,8 +294,8 @@ def vocab_parallel_ppo_loss(
     """
     logits, tokens, group, start = _slice_with_start(logits, tokens, group, vocab_start)
     objective = check_objective(
-        *(tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip),
-        *(entropy_coef, kl_coef, ref_logprobs, kl_estimator),
+        *(tokens, old_logprobs, advantages, mask, importance_weights),
+        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logprobs, kl_estimator),
     )
     old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, *coefs = objective
     entropy_coef, kl_coef, ref_logprobs = coefs

@@ -118,6 +118,7 @@ def check_objective(
     old_logprobs,
     advantages,
     mask,
+    importance_weights,
     clip_low,
     clip_high,
     dual_clip,
@@ -128,21 +129,19 @@ def check_objective(
 ):
     """Check the arguments of an objective; return those from `old_logprobs` to `ref_logprobs`."""
     checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
-    checks.per_token("advantages", advantages, "tokens", tokens)
     mask = checks.boolean("mask", mask, "tokens", tokens)
-    checks.clip_range(clip_low, clip_high, dual_clip)
-    checks.number("entropy_coef", entropy_coef, at_least=0)
-    checks.number("kl_coef", kl_coef, at_least=0)
+    advantages = checks.advantages(advantages, importance_weights, mask, "tokens", tokens)
+    clipping = checks.clip_range(clip_low, clip_high, dual_clip)
+    entropy_coef = checks.number("entropy_coef", entropy_coef, at_least=0)
+    kl_coef = checks.number("kl_coef", kl_coef, at_least=0)
     checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
     if ref_logprobs is not None:
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
     elif kl_coef > 0:
         raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
-    old_logprobs, advantages, ref_logprobs = (
-        None if x is None else checks.constant(x.detach())
-        for x in (old_logprobs, advantages, ref_logprobs)
+    old_logprobs, ref_logprobs = (
+        None if x is None else checks.constant(x.detach()) for x in (old_logprobs, ref_logprobs)
     )
-    clipping = clip_low, clip_high, dual_clip
     return old_logprobs, advantages, mask, *clipping, entropy_coef, kl_coef, ref_logprobs
 
 
@@ -152,6 +151,7 @@ def checked_arguments(
     old_logprobs,
     advantages,
     mask,
+    importance_weights,
     clip_low,
     clip_high,
     dual_clip,
@@ -165,8 +165,8 @@ def checked_arguments(
     """Check the arguments of a loss; return those after `logits`."""
     tokens = checks.logits_and_tokens(logits, tokens)
     objective = check_objective(
-        *(tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip),
-        *(entropy_coef, kl_coef, ref_logprobs, kl_estimator),
+        *(tokens, old_logprobs, advantages, mask, importance_weights),
+        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logprobs, kl_estimator),
     )
     temperature = checks.temperature(temperature, tokens)
     denominator = checks.denominator(denominator, logits.device)
@@ -198,6 +198,7 @@ def ppo_loss(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -209,12 +210,12 @@ def ppo_loss(
     denominator=None,
     backend="auto",
 ):
-    """The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) of sampled tokens, from logits.
+    """The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) of tokens, from logits.
 
     Per counted token, with r = exp(logprob - old_logprob), advantage A and entropy H::
 
         policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
-                 and, with dual_clip c, at most -A c where A < 0  (Ye et al., 2020, arXiv:1912.09729)
+                 and, with dual_clip c, at most -A c where A < 0 (Ye et al., 2020, arXiv:1912.09729)
         loss   = policy - entropy_coef H + kl_coef kl(logprob, ref_logprob)
 
     summed over the mask and divided by `denominator`; kl is `kl_estimate`.
@@ -223,9 +224,11 @@ def ppo_loss(
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.
         tokens: (...) int64 or int32 ids, in [0, V) where they count.
         old_logprobs: (...) log-probs of the policy that sampled, in nats.
-        advantages: (...) one per token.
+        advantages: (...) one per token, or one per sequence, without the last dimension.
         mask: (...) bool, True = counts; None counts all. Other rows are not read.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        importance_weights: (...) or one per sequence, at least 0: factors of the policy term alone,
+            as for tokens that another engine sampled. A weight of 0 leaves the count as it is.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; may be inf.
         dual_clip: bound c > 1 on the loss where the advantage is negative; None for no bound.
         entropy_coef, kl_coef: at least 0.
         ref_logprobs: (...) log-probs of the reference; needed when kl_coef > 0.
@@ -251,6 +254,7 @@ def ppo_loss(
         old_logprobs,
         advantages,
         mask,
+        importance_weights,
         clip_low,
         clip_high,
         dual_clip,
@@ -271,6 +275,7 @@ def ppo_loss_(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -305,6 +310,7 @@ def ppo_loss_(
         old_logprobs,
         advantages,
         mask,
+        importance_weights,
         clip_low,
         clip_high,
         dual_clip,

@@ -55,6 +55,7 @@ def clipped_policy_loss(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -65,8 +66,8 @@ def clipped_policy_loss(
 
     Args:
         logprobs: (...) of the policy in training, in nats, differentiable.
-        old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, denominator, backend: as in
-            `ppo_loss`.
+        old_logprobs, advantages, mask, importance_weights, clip_low, clip_high, dual_clip,
+            denominator, backend: as in `ppo_loss`.
 
     Returns:
         PolicyLoss (fp32, fp64 for fp64 input).
@@ -76,20 +77,18 @@ def clipped_policy_loss(
     """
     checks.floating("logprobs", logprobs)
     checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
-    checks.per_token("advantages", advantages, "logprobs", logprobs)
     mask = checks.boolean("mask", mask, "logprobs", logprobs)
-    checks.clip_range(clip_low, clip_high, dual_clip)
-    tensors = *(checks.constant(x.detach()) for x in (old_logprobs, advantages)), mask
+    advantages = checks.advantages(advantages, importance_weights, mask, "logprobs", logprobs)
+    clipping = checks.clip_range(clip_low, clip_high, dual_clip)
+    tensors = checks.constant(old_logprobs.detach()), advantages, mask
     denominator = checks.denominator(denominator, logprobs.device)
     backend = resolve(backend, logprobs)
     if backend == "reference":
         return PolicyLoss(
-            *reference.clipped_policy_loss(
-                logprobs, *tensors, clip_low, clip_high, dual_clip, denominator
-            )
+            *reference.clipped_policy_loss(logprobs, *tensors, *clipping, denominator)
         )
     op = kernels(backend).clipped_policy_loss
-    rest = denominator_on(logprobs.device, denominator), scalars(clip_low, clip_high, dual_clip)
+    rest = denominator_on(logprobs.device, denominator), scalars(*clipping)
     return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, *rest))
 
 
@@ -119,7 +118,7 @@ def value_loss(
     checks.per_token("returns", returns, "values", values)
     mask = checks.boolean("mask", mask, "values", values)
     if clip is not None:
-        checks.number("clip", clip, at_least=0)
+        clip = checks.number("clip", clip, at_least=0)
     tensors = *(checks.constant(x.detach()) for x in (old_values, returns)), mask
     denominator = checks.denominator(denominator, values.device)
     backend = resolve(backend, values)

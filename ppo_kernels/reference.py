@@ -67,6 +67,16 @@ def refuse_infinite(name, x):
             raise ValueError(f"{name} must be finite, got {x[where]} at {list(where)}")
 
 
+def refuse_negative(name, x, mask):
+    if value_checks_run(x):
+        bad = ~(x.isfinite() & (x >= 0))
+        if mask is not None:
+            bad &= mask
+        if bad.any():
+            where = _first(bad)
+            raise ValueError(f"{name} must be finite and >= 0, got {x[where]} at {list(where)}")
+
+
 def refuse_unowned(tokens, owners, mask):
     """`owners`: in how many ranks' slices of the vocabulary each token is."""
     if value_checks_run(tokens):

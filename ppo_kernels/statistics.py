@@ -33,7 +33,7 @@ class TokenStatistics(NamedTuple):
 
 
 def token_statistics(logits, tokens, *, temperature=1.0, backend="auto"):
-    """Statistics of the given tokens and of their distributions: `ppo_kernels.statistics` has formulas.
+    """Statistics of the given tokens and of their distributions, see `ppo_kernels.statistics`.
 
     `logprobs` and `entropy` are bitwise those of `token_logprobs_and_entropy` on the same backend.
     The varentropy is the difference of two moments, exact to a few roundings of (H + log max p)²,
