@@ -21,7 +21,7 @@ import torch
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.linear_chunks import CHUNK_BYTES
-from ppo_kernels.logprobs import LogprobsAndEntropy
+from ppo_kernels.logprobs import LogprobsAndEntropy, within
 from ppo_kernels.ppo_loss import PPOLoss, checked_arguments, for_kernel
 
 
@@ -37,8 +37,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         logprobs, entropy, stats = kernels(backend).linear_token_logprobs(
             *_cast(dtype, hidden, weight, bias), *rest, chunk_bytes
         )
-        head_scalars, tokens, *others = rest
-        ctx.save_for_backward(hidden, weight, bias, head_scalars, tokens, entropy, stats, *others)
+        head_scalars, tokens, mask, *others = rest
+        ctx.save_for_backward(
+            *(mask, hidden, weight, bias, head_scalars, tokens, entropy, stats, *others)
+        )
         ctx.call = backend, dtype, wanted, sum_dtype, chunk_bytes, len(rest)
         return logprobs, entropy
 
@@ -46,11 +48,14 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_logprobs, grad_entropy):
         backend, dtype, wanted, *chunking, rest = ctx.call
-        head, known = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        mask, *saved = ctx.saved_tensors
+        head, known = saved[:3], saved[3:]
         grads = (None,) * 3
         if grad_logprobs is not None or grad_entropy is not None:
             grads = kernels(backend).linear_token_logprobs_backward(
-                grad_logprobs, grad_entropy, *_cast(dtype, *head), *known, *wanted, *chunking
+                within(mask, grad_logprobs),
+                within(mask, grad_entropy),
+                *(*_cast(dtype, *head), *known, *wanted, *chunking),
             )
             grads = _given(wanted, head, grads)
         return None, None, None, None, None, *grads, *(None,) * rest
@@ -88,6 +93,11 @@ def _given(wanted, inputs, grads):
     """The gradients that are wanted, in their inputs' dtypes."""
     triples = zip(wanted, inputs, grads, strict=True)
     return tuple(grad.to(x.dtype) if wants else None for wants, x, grad in triples)
+
+
+def _counted(head, mask):
+    """A head whose hidden states are 0 where masked out."""
+    return within(None if mask is None else mask.unsqueeze(-1), head[0]), *head[1:]
 
 
 def _wanted(*tensors):
@@ -158,6 +168,7 @@ def linear_token_logprobs(
     hidden,
     weight,
     tokens,
+    mask=None,
     *,
     bias=None,
     temperature=1.0,
@@ -173,6 +184,9 @@ def linear_token_logprobs(
         hidden: (..., D) fp32, bf16, fp16 or fp64; the state at a position scores the token there.
         weight: (V, D), of the dtype of `hidden`; under torch.autocast both take autocast's.
         tokens: (...) int64 or int32 ids in [0, V).
+        mask: (...) bool, True = counts; None counts all. Other hidden states, tokens and
+            temperatures are not read: they have log-probability, entropy and gradient 0. On the CPU
+            they cost nothing, on a GPU the products.
         bias: (V,), added to the logits; -inf excludes a token, unless there is a softcap.
         temperature: > 0, a number or (...) one per token, of which no gradient is taken.
         softcap: c > 0 for logits c tanh(x / c), as Gemma 2 has it; None for none.
@@ -195,6 +209,7 @@ def linear_token_logprobs(
         hidden,
         weight,
         tokens,
+        mask,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
@@ -209,6 +224,7 @@ def linear_token_logprobs_and_entropy(
     hidden,
     weight,
     tokens,
+    mask=None,
     *,
     bias=None,
     temperature=1.0,
@@ -236,13 +252,16 @@ def linear_token_logprobs_and_entropy(
         grad_weight_dtype,
         chunk_bytes,
     )
+    mask = checks.boolean("mask", mask, "tokens", tokens)
     backend = resolve(backend, hidden)
     if backend == "reference":
-        logits = reference.linear_logits(*head, softcap, logit_scale)
-        results = reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
+        logits = reference.linear_logits(*_counted(head, mask), softcap, logit_scale)
+        results = reference.token_logprobs_and_entropy(
+            logits, tokens, mask, temperature=temperature
+        )
     else:
         temperatures, number = temperatures_and_number(temperature)
-        rest = scalars(logit_scale, softcap), tokens, temperatures, scalars(number)
+        rest = scalars(logit_scale, softcap), tokens, mask, temperatures, scalars(number)
         results = _LinearTokenLogprobs.apply(backend, *call, *head, *rest)
     return LogprobsAndEntropy(*results)
 
@@ -323,9 +342,7 @@ def linear_ppo_loss(
     )
     backend = resolve(backend, hidden)
     if backend == "reference":
-        if mask is not None:
-            head = head[0].masked_fill(~mask.unsqueeze(-1), 0.0), *head[1:]
-        logits = reference.linear_logits(*head, softcap, logit_scale)
+        logits = reference.linear_logits(*_counted(head, mask), softcap, logit_scale)
         return PPOLoss(*reference.ppo_loss(logits, *arguments))
     rest = scalars(logit_scale, softcap), *for_kernel(*arguments)
     return PPOLoss(*_LinearPPOLoss.apply(backend, *call, *head, *rest))

@@ -128,17 +128,19 @@ def _at(chunk, *per_token):
 
 
 def _token_logprobs(
-    backend, hidden, weight, bias, head_scalars, tokens, temperatures, scalars, chunk_bytes
+    backend, hidden, weight, bias, head_scalars, tokens, mask, temperatures, scalars, chunk_bytes
 ):
-    head = _Head(backend, hidden, weight, bias, head_scalars)
+    head = _Head(backend, hidden, weight, bias, head_scalars, mask)
     if head.picks:
         head.check(tokens, temperatures)
     temperatures, scalars = head.of_seen(temperatures, scalars)
     real = schemas.result_dtype(hidden)
     shapes = tokens.shape, tokens.shape, (*tokens.shape, 2)
-    results = tuple(hidden.new_empty(shape, dtype=real) for shape in shapes)
+    made = hidden.new_empty if mask is None else hidden.new_zeros
+    results = tuple(made(shape, dtype=real) for shape in shapes)
     for chunk, _, seen in head.chunks(chunk_bytes):
-        parts = kernels(backend).token_logprobs(seen, *_at(chunk, tokens, temperatures), scalars)
+        per_token = _at(chunk, tokens, mask, temperatures)
+        parts = kernels(backend).token_logprobs(seen, *per_token, scalars)
         for result, part in zip(results, parts, strict=True):
             result.view(-1, *part.shape[1:])[chunk] = part
     return results
@@ -220,7 +222,7 @@ def _ppo_loss(
         except ValueError:
             # It names a token by its place in the chunk.
             scored = kernels(backend).token_logprobs(
-                head.seen(part, seen), per_token[0], *own, scalars
+                head.seen(part, seen), per_token[0], per_token[3], *own, scalars
             )
             logprobs.view(-1)[chunk] = scored[0]
             reference.check_logprobs(logprobs, tokens)

@@ -59,12 +59,12 @@ class _Gather(torch.autograd.Function):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, here, group, backend, *numbers):
+    def forward(ctx, logits, ids, here, mask, group, backend, *numbers):
         ctx.set_materialize_grads(False)
         if logits.shape[-1] == 0:
             state = softmax_state.of_nothing(logits)
         else:
-            scored = kernels(backend).token_logprobs(logits, ids, *numbers)
+            scored = kernels(backend).token_logprobs(logits, ids, mask, *numbers)
             state = softmax_state.from_kernel(*scored, here)
         logprobs, entropy, stats, owners = softmax_state.merged(_gathered(state, group))
         ctx.mark_non_differentiable(owners)
@@ -83,7 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logits = kernels(ctx.backend).token_logprobs_backward(
                 grad_logprobs, grad_entropy, logits, *rest
             )
-        return grad_logits, *(None,) * (1 + len(rest))
+        return grad_logits, *(None,) * (2 + len(rest))
 
 
 class _KLDivergence(torch.autograd.Function):
@@ -92,7 +92,7 @@ class _KLDivergence(torch.autograd.Function):
         if logits.shape[-1] == 0:
             state = softmax_state.joint_of_nothing(logits)
         else:
-            compared = kernels(backend).kl_divergence(logits, ref_logits, *numbers)
+            compared = kernels(backend).kl_divergence(logits, ref_logits, None, *numbers)
             state = softmax_state.joint_from_kernel(*compared)
         kl, stats, ref_stats = softmax_state.joint_merged(_gathered(state, group))
         ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats, *numbers)
@@ -134,7 +134,7 @@ def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backe
     else:
         temperatures, number = temperatures_and_number(temperature)
         logprobs, entropy, owners = _TokenLogprobs.apply(
-            logits, ids, here, group, backend, temperatures, scalars(number)
+            logits, ids, here, mask, group, backend, temperatures, scalars(number)
         )
     reference.refuse_unowned(tokens, owners, mask)
     return LogprobsAndEntropy(logprobs, entropy)
@@ -283,7 +283,7 @@ def vocab_parallel_ppo_loss(
     Args:
         logits, tokens, group, vocab_start, temperature, backend: as in
             `vocab_parallel_token_logprobs_and_entropy`; ids in [0, V) where they count.
-        all others: as in `ppo_loss`. Rows that are masked out are read, but not in the backward.
+        all others: as in `ppo_loss`.
 
     Returns:
         PPOLoss as of `ppo_loss`, bitwise the same on all ranks; `loss` is differentiable once in

@@ -107,17 +107,27 @@ def _first(bad):
     return tuple(bad.nonzero()[0].tolist())
 
 
-def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0):
+def _counted(mask, logits, tokens, temperature):
+    """What a mask excludes gives way to what gives numbers."""
+    if mask is None:
+        return logits, tokens, temperature
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.masked_fill(~mask, 1.0)
+    return logits.masked_fill(~mask.unsqueeze(-1), 0.0), tokens.masked_fill(~mask, 0), temperature
+
+
+def _within(mask, *results):
+    return results if mask is None else tuple(x.masked_fill(~mask, 0) for x in results)
+
+
+def token_logprobs_and_entropy(logits, tokens, mask=None, *, temperature=1.0):
+    logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
     refuse_out_of_range(tokens, logits.shape[-1])
     log_p = _log_softmax(logits, temperature)
     logprobs = log_p.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
     # p log p -> 0 as p -> 0; the product itself would be 0 * -inf.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    return logprobs, entropy
-
-
-def token_logprobs(logits, tokens, *, temperature=1.0):
-    return token_logprobs_and_entropy(logits, tokens, temperature=temperature)[0]
+    return _within(mask, logprobs, entropy)
 
 
 def kept_token_logprobs_and_entropy(
@@ -129,16 +139,12 @@ def kept_token_logprobs_and_entropy(
     kept = torch.zeros((tokens.numel(), logits.shape[-1]), dtype=torch.bool, device=tokens.device)
     kept[rows, kept_ids.long()] = True
     logits = logits.masked_fill(~kept.view(logits.shape), -torch.inf)
-    logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
-    tokens = tokens.masked_fill(~mask, 0)
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.masked_fill(~mask, 1.0)
-    scored = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
-    return tuple(torch.where(mask, x, 0.0) for x in scored)
+    return token_logprobs_and_entropy(logits, tokens, mask, temperature=temperature)
 
 
 @torch.no_grad()
-def token_statistics(logits, tokens, *, temperature=1.0):
+def token_statistics(logits, tokens, mask=None, *, temperature=1.0):
+    logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
     logprobs, entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     log_p = _log_softmax(logits, temperature)
     p = log_p.exp()
@@ -146,7 +152,7 @@ def token_statistics(logits, tokens, *, temperature=1.0):
     chosen = logits.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
     top1 = (chosen == logits.amax(-1)) & ~logprobs.isnan()
     varentropy = (p * deviation.square()).sum(-1)
-    return logprobs, entropy, p.amax(-1), p.square().sum(-1), top1, varentropy
+    return _within(mask, logprobs, entropy, p.amax(-1), p.square().sum(-1), top1, varentropy)
 
 
 def linear_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
@@ -154,7 +160,10 @@ def linear_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def kl_divergence(logits, ref_logits, *, temperature=1.0):
+def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0):
+    if mask is not None:
+        ref_logits = ref_logits.masked_fill(~mask.unsqueeze(-1), 0.0)
+        logits, _, temperature = _counted(mask, logits, mask, temperature)
     log_p = _log_softmax(logits, temperature)
     log_q = _log_softmax(ref_logits.detach(), temperature)
     p = log_p.exp()
@@ -352,11 +361,7 @@ def ppo_loss(
     temperature=1.0,
     kl_estimator="k3",
 ):
-    if mask is not None:
-        logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
-        tokens = tokens.masked_fill(~mask, 0)
-        if isinstance(temperature, torch.Tensor):
-            temperature = temperature.masked_fill(~mask, 1.0)
+    logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     refuse_impossible(logprobs, tokens)
     moved = log_ratio(logprobs, old_logprobs)

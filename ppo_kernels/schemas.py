@@ -36,7 +36,7 @@ def _scalars(x, n):
     return tuple(x.new_empty((), dtype=result_dtype(x)) for _ in range(n))
 
 
-def _token_logprobs(logits, tokens, temperatures, scalars):
+def _token_logprobs(logits, tokens, mask, temperatures, scalars):
     return _row(logits), _row(logits), _stats(logits)
 
 
@@ -46,12 +46,12 @@ def _token_logprobs_backward(
     return logits.new_empty(logits.shape)
 
 
-def _token_statistics(logits, tokens, temperatures, scalars):
+def _token_statistics(logits, tokens, mask, temperatures, scalars):
     top1 = torch.empty_like(tokens, dtype=torch.bool, memory_format=torch.contiguous_format)
     return *(_row(logits) for _ in range(4)), top1, _row(logits)
 
 
-def _kl_divergence(logits, ref_logits, temperatures, scalars):
+def _kl_divergence(logits, ref_logits, mask, temperatures, scalars):
     return _row(logits), _stats(logits), _stats(logits)
 
 
@@ -143,7 +143,7 @@ _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
     "token_logprobs": (
-        "(Tensor logits, Tensor tokens, Tensor? temperatures, Tensor scalars)"
+        "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars)"
         " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
         _token_logprobs,
     ),
@@ -154,13 +154,14 @@ SCHEMAS = {
         _token_logprobs_backward,
     ),
     "token_statistics": (
-        "(Tensor logits, Tensor tokens, Tensor? temperatures, Tensor scalars)"
+        "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars)"
         " -> (Tensor logprobs, Tensor entropy, Tensor max_prob, Tensor sum_sq_probs, "
         "Tensor top1, Tensor varentropy)",
         _token_statistics,
     ),
     "linear_token_logprobs": (
-        f"({_HEAD}, Tensor tokens, Tensor? temperatures, Tensor scalars, int chunk_bytes)"
+        f"({_HEAD}, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars, "
+        "int chunk_bytes)"
         " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
         _linear_token_logprobs,
     ),
@@ -175,7 +176,7 @@ SCHEMAS = {
         _linear_ppo_loss,
     ),
     "kl_divergence": (
-        "(Tensor logits, Tensor ref_logits, Tensor? temperatures, Tensor scalars)"
+        "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? temperatures, Tensor scalars)"
         " -> (Tensor kl, Tensor softmax_stats, Tensor ref_softmax_stats)",
         _kl_divergence,
     ),

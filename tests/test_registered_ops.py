@@ -22,9 +22,9 @@ def _samples(backend):
     ref_logprobs, count = loss["ref_logprobs"].float(), torch.tensor(7.0, dtype=torch.float64)
     kernels = dispatch.kernels(backend)
     cool, varied = dispatch.scalars(0.7), 0.5 + torch.rand(2, 3)
-    _, entropy, stats = kernels.token_logprobs(logits, tokens, None, cool)
+    _, entropy, stats = kernels.token_logprobs(logits, tokens, None, None, cool)
     other = torch.randn(2, 3, 11)
-    kl, kl_stats, ref_stats = kernels.kl_divergence(logits, other, None, cool)
+    kl, kl_stats, ref_stats = kernels.kl_divergence(logits, other, None, None, cool)
     x, y, z = torch.randn(3, 2, 3)
     plain = (None, None, None, None, dispatch.scalars(1.0, 0.2, 0.2, math.inf, 0.0, 0.0), K3)
     full = (mask, ref_logprobs, count, varied, dispatch.scalars(0.7, 0.1, 0.3, 1.5, 0.1, 0.2), K3)
@@ -32,15 +32,15 @@ def _samples(backend):
     hidden, weight, bias = torch.randn(2, 4, 5)[:, :-1], torch.randn(11, 5), torch.randn(11)
     plain_head = hidden, weight, None, dispatch.scalars(1.0, math.inf)
     full_head = hidden, weight, bias, dispatch.scalars(0.5, 3.0)
-    linear_plain = kernels.linear_token_logprobs(*plain_head, tokens, None, cool, 100)[1:]
-    linear_full = kernels.linear_token_logprobs(*full_head, tokens, varied, cool, 1000)[1:]
+    linear_plain = kernels.linear_token_logprobs(*plain_head, tokens, None, None, cool, 100)[1:]
+    linear_full = kernels.linear_token_logprobs(*full_head, tokens, mask, varied, cool, 1000)[1:]
     all_wanted, none_wanted, fp32 = (True, True, True), (False, False, False), torch.float32
     one_wanted = (True, False, False)
     decay, bounds = dispatch.scalars(0.9, 0.8), torch.tensor([0, 2, 3])
     return {
         "token_logprobs": [
-            (logits, tokens, None, cool),
-            (strided.bfloat16(), tokens.int(), varied, cool),
+            (logits, tokens, None, None, cool),
+            (strided.bfloat16(), tokens.int(), mask, varied, cool),
         ],
         "token_logprobs_backward": [
             (x, y, logits, tokens, entropy, stats, None, cool),
@@ -49,19 +49,19 @@ def _samples(backend):
             (x, y, logits, torch.full_like(tokens, schemas.ELSEWHERE), entropy, stats, None, cool),
         ],
         "token_statistics": [
-            (logits, tokens, None, cool),
-            (strided.bfloat16(), tokens.int(), varied, cool),
+            (logits, tokens, None, None, cool),
+            (strided.bfloat16(), tokens.int(), mask, varied, cool),
         ],
         "kl_divergence": [
-            (logits, other, None, cool),
-            (logits.double(), other.double(), varied, cool),
+            (logits, other, None, None, cool),
+            (logits.double(), other.double(), mask, varied, cool),
         ],
         "kl_divergence_backward": [
             (x, logits, other, kl, kl_stats, ref_stats, of, cool) for of in (None, varied)
         ],
         "linear_token_logprobs": [
-            (*plain_head, tokens, None, cool, 100),
-            (*full_head, tokens, varied, cool, 1000),
+            (*plain_head, tokens, None, None, cool, 100),
+            (*full_head, tokens, mask, varied, cool, 1000),
         ],
         "linear_token_logprobs_backward": [
             (x, None, *plain_head, tokens, *linear_plain, None, cool, *one_wanted, fp32, 100),

@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, 
     const Tensor result = zeros<R>(shape(values));
     R* grad = data<R>(result);
     const R clip = R(*data<double>(scalars));
-    const auto rows = counted_rows(packed(mask), values.numel());
+    const auto rows = counted_rows(mask, values.numel());
     const double count = denominator_of(denominator, rows.size());
     double loss = 0, clipped = 0;
     for (const int64_t row : rows) {

@@ -158,6 +158,11 @@ struct Rows {
   }
 };
 
+// Whether a mask, or none, leaves a row out.
+__device__ __forceinline__ bool excluded(const bool* mask, uint32_t row) {
+  return mask && !mask[row];
+}
+
 // `x`, or a copy if two strides do not tell where its rows are.
 inline Tensor readable(const Tensor& x) {
   constexpr int64_t kLongest = int64_t(1) << 30;

@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   using R = Real<T>;
   const Part part(call.division, call.length);
   const bool writes = part.index == 0 && threadIdx.x == 0;
-  if (call.mask && !call.mask[part.row]) {
+  if (excluded(call.mask, part.row)) {
     if (writes) write_no_loss(call, part.row);
     return;
   }

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   const Part part(call.division, call.length);
   const bool first = threadIdx.x == 0;
   T *z = call.logits[part.row], *mine = z + part.begin;
-  if (call.mask && !call.mask[part.row]) {
+  if (excluded(call.mask, part.row)) {
     write_row<T, kLayout>(mine, part.length, Zeros<T>{});
     if (first && part.index == 0) write_no_loss(call, part.row);
     return;
