@@ -1,7 +1,7 @@
 """Fused PPO ops: log-probabilities, entropy, KL, advantages and the clipped loss from logits."""
 
 from ppo_kernels import objectives
-from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed
+from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed, vtrace
 from ppo_kernels.kept import kept_from_mask, kept_token_logprobs_and_entropy
 from ppo_kernels.kl import kl_divergence, kl_estimate
 from ppo_kernels.linear import (
@@ -62,4 +62,5 @@ __all__ = [
     "vocab_parallel_kl_divergence",
     "vocab_parallel_ppo_loss",
     "vocab_parallel_token_logprobs_and_entropy",
+    "vtrace",
 ]

@@ -161,6 +161,25 @@ def clip_range(clip_low, clip_high, dual_clip):
     return clip_low, clip_high, dual_clip
 
 
+def decay(name, x, like, rows):
+    """gamma or lam: a number in [0, 1], or a tensor of them, one per row or of the shape of `like`.
+
+    No gradient flows into a tensor; its values are looked at where that waits for no device.
+    """
+    if not isinstance(x, torch.Tensor) or (x.ndim == 0 and reference.value_checks_run(x)):
+        return number(name, x, at_least=0, at_most=1)
+    floating(name, x)
+    if x.shape not in ((), (rows,), like.shape):
+        raise ValueError(
+            f"{name} must be a number or have shape {tuple(like.shape)} like rewards, or {(rows,)} "
+            f"with one per row, got {tuple(x.shape)}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like rewards, got {x.device}")
+    reference.refuse_outside(name, x, 1)
+    return x.detach()
+
+
 def _of_tokens(name, x, like_name, like):
     """A constant, one per token, or one per sequence: of the shape without its last dimension."""
     floating(name, x)
@@ -182,7 +201,7 @@ def advantages(x, importance_weights, mask, like_name, like):
     if importance_weights is None:
         return x
     weights = _of_tokens("importance_weights", importance_weights, like_name, like)
-    reference.refuse_negative("importance_weights", weights, mask)
+    reference.refuse_outside("importance_weights", weights, torch.inf, mask)
     return x.to(torch.promote_types(x.dtype, torch.float32)) * weights
 
 

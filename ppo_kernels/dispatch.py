@@ -128,13 +128,25 @@ def why_not(backend, device_type, device_index=None):
     return None
 
 
+def under_transforms():
+    """Whether torch.func transforms (grad, vmap, ...) are at work, which see into plain PyTorch
+    only."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def resolve(backend, x):
-    """The backend that runs a call on tensor `x`.
+    """The backend that runs a call on tensor `x`: under torch.func transforms `reference`.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a named backend
     that cannot run here.
     """
     device_type = x.device.type
+    if under_transforms():
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(
+                f"backend {backend!r} cannot run under torch.func transforms: reference can"
+            )
+        return "reference"
     if backend == "auto":
         for name in AUTO.get(device_type, ()):
             if why_not(name, device_type, x.device.index) is None:

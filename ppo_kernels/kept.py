@@ -14,6 +14,7 @@ PyTorch on K numbers; where a device has no segmented sums (not CPU, CUDA or ROC
 import torch
 
 from ppo_kernels import checks, reference
+from ppo_kernels.dispatch import under_transforms
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.schemas import result_dtype
 
@@ -164,7 +165,7 @@ def kept_token_logprobs_and_entropy(
     else:
         # A product: `torch.full` would compile anew for each number.
         temperature = torch.ones_like(tokens, dtype=result_dtype(logits)) * temperature
-    if logits.device.type not in _SEGMENTED:
+    if logits.device.type not in _SEGMENTED or under_transforms():
         return LogprobsAndEntropy(
             *reference.kept_token_logprobs_and_entropy(
                 logits, tokens, kept_ids, kept_offsets, mask, temperature=temperature

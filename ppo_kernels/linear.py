@@ -32,22 +32,22 @@ def _cast(dtype, *tensors):
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, dtype, wanted, sum_dtype, chunk_bytes, hidden, weight, bias, *rest):
+    def forward(ctx, backend, dtype, wanted, chunking, hidden, weight, bias, *rest):
         ctx.set_materialize_grads(False)
         logprobs, entropy, stats = kernels(backend).linear_token_logprobs(
-            *_cast(dtype, hidden, weight, bias), *rest, chunk_bytes
+            *_cast(dtype, hidden, weight, bias), *rest, *chunking[1:]
         )
         head_scalars, tokens, mask, *others = rest
         ctx.save_for_backward(
             *(mask, hidden, weight, bias, head_scalars, tokens, entropy, stats, *others)
         )
-        ctx.call = backend, dtype, wanted, sum_dtype, chunk_bytes, len(rest)
+        ctx.call = backend, dtype, wanted, chunking, len(rest)
         return logprobs, entropy
 
     @staticmethod
     @checks.first_order
     def backward(ctx, grad_logprobs, grad_entropy):
-        backend, dtype, wanted, *chunking, rest = ctx.call
+        backend, dtype, wanted, chunking, rest = ctx.call
         mask, *saved = ctx.saved_tensors
         head, known = saved[:3], saved[3:]
         grads = (None,) * 3
@@ -58,14 +58,14 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 *(*_cast(dtype, *head), *known, *wanted, *chunking),
             )
             grads = _given(wanted, head, grads)
-        return None, None, None, None, None, *grads, *(None,) * rest
+        return None, None, None, None, *grads, *(None,) * rest
 
 
 class _LinearPPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, dtype, wanted, sum_dtype, chunk_bytes, hidden, weight, bias, *rest):
+    def forward(ctx, backend, dtype, wanted, chunking, hidden, weight, bias, *rest):
         *results, grad_hidden, grad_weight, grad_bias = kernels(backend).linear_ppo_loss(
-            *_cast(dtype, hidden, weight, bias), *rest, *wanted, sum_dtype, chunk_bytes
+            *_cast(dtype, hidden, weight, bias), *rest, *wanted, *chunking
         )
         ctx.mark_non_differentiable(*results[1:])
         grads = grad_hidden, grad_weight, grad_bias
@@ -86,7 +86,7 @@ class _LinearPPOLoss(torch.autograd.Function):
         for grad in grads:
             if grad is not None:
                 kernels(ctx.backend).rescale_(grad, grad_loss)
-        return None, None, None, None, None, *grads, *(None,) * ctx.rest
+        return None, None, None, None, *grads, *(None,) * ctx.rest
 
 
 def _given(wanted, inputs, grads):
@@ -98,6 +98,15 @@ def _given(wanted, inputs, grads):
 def _counted(head, mask):
     """A head whose hidden states are 0 where masked out."""
     return within(None if mask is None else mask.unsqueeze(-1), head[0]), *head[1:]
+
+
+def _reference_logits(head, mask, dtype, wanted, chunking, *of_logits):
+    _, logits_dtype, _ = chunking
+    head = _cast(logits_dtype, *_cast(dtype, *_counted(head, mask)))
+    if dtype is None:
+        return reference.linear_logits(*head, *of_logits)
+    with torch.autocast(head[0].device.type, enabled=False):
+        return reference.linear_logits(*head, *of_logits)
 
 
 def _wanted(*tensors):
@@ -114,11 +123,12 @@ def _checked_head(
     softcap,
     logit_scale,
     grad_weight_dtype,
+    logits_dtype,
     chunk_bytes,
 ):
     """Check the arguments that all ops share; return the head (hidden, weight, bias), tokens,
-    temperature, (softcap, logit_scale), and the call (autocast's dtype, which gradients are wanted,
-    the dtype that the weight's is added up in, bytes of a chunk)."""
+    temperature, (softcap, logit_scale), and the call: autocast's dtype, which gradients are wanted,
+    and (the dtype that the weight's is added up in, that of the logits, bytes of a chunk)."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
@@ -160,7 +170,13 @@ def _checked_head(
     head, wanted = (hidden, weight, bias), _wanted(hidden, weight, bias)
     if any(wanted):
         head = tuple(None if x is None else checks.constant(x) for x in head)
-    call = dtype, wanted, sum_dtype, int(chunk_bytes)
+    own = dtype or hidden.dtype
+    if logits_dtype not in (None, own, torch.promote_types(own, torch.float32)):
+        raise ValueError(
+            f"logits_dtype must be None, {own} or, if that is half precision, torch.float32, "
+            f"got {logits_dtype}"
+        )
+    call = dtype, wanted, (sum_dtype, logits_dtype or own, int(chunk_bytes))
     return head, tokens, temperature, (softcap, logit_scale), call
 
 
@@ -175,6 +191,7 @@ def linear_token_logprobs(
     softcap=None,
     logit_scale=1.0,
     grad_weight_dtype=None,
+    logits_dtype=None,
     chunk_bytes=None,
     backend="auto",
 ):
@@ -193,6 +210,9 @@ def linear_token_logprobs(
         logit_scale: > 0, multiplies the logits before the softcap, as Cohere has it.
         grad_weight_dtype: torch.float32 adds up the chunks' parts of a bf16 or fp16 gradient in
             fp32, which takes twice its memory until the sum is rounded; None adds in its dtype.
+        logits_dtype: torch.float32 multiplies bf16 or fp16 hidden states and weights, and keeps the
+            logits and their gradient, in fp32; None in the dtype of the head. Slower: products of
+            half precision have hardware of their own.
         chunk_bytes: of the logits that are in memory at a time; by default 96 MiB on a CPU and
             512 MiB on a GPU. A backward holds as much. Results differ by roundings of the products.
         backend: "auto", "native", "triton" or "reference", which makes all logits at once.
@@ -215,6 +235,7 @@ def linear_token_logprobs(
         softcap=softcap,
         logit_scale=logit_scale,
         grad_weight_dtype=grad_weight_dtype,
+        logits_dtype=logits_dtype,
         chunk_bytes=chunk_bytes,
         backend=backend,
     ).logprobs
@@ -231,6 +252,7 @@ def linear_token_logprobs_and_entropy(
     softcap=None,
     logit_scale=1.0,
     grad_weight_dtype=None,
+    logits_dtype=None,
     chunk_bytes=None,
     backend="auto",
 ):
@@ -250,12 +272,13 @@ def linear_token_logprobs_and_entropy(
         softcap,
         logit_scale,
         grad_weight_dtype,
+        logits_dtype,
         chunk_bytes,
     )
     mask = checks.boolean("mask", mask, "tokens", tokens)
     backend = resolve(backend, hidden)
     if backend == "reference":
-        logits = reference.linear_logits(*_counted(head, mask), softcap, logit_scale)
+        logits = _reference_logits(head, mask, *call, softcap, logit_scale)
         results = reference.token_logprobs_and_entropy(
             logits, tokens, mask, temperature=temperature
         )
@@ -288,6 +311,7 @@ def linear_ppo_loss(
     temperature=1.0,
     denominator=None,
     grad_weight_dtype=None,
+    logits_dtype=None,
     chunk_bytes=None,
     backend="auto",
 ):
@@ -299,7 +323,7 @@ def linear_ppo_loss(
     take bf16, or `linear_token_logprobs` and `clipped_policy_loss`.
 
     Args:
-        hidden, weight, bias, softcap, logit_scale, grad_weight_dtype, backend: as in
+        hidden, weight, bias, softcap, logit_scale, grad_weight_dtype, logits_dtype, backend: as in
             `linear_token_logprobs`.
         tokens, old_logprobs, advantages, mask and the other keywords: as in `ppo_loss`. Masked-out
             hidden states are not read; on the CPU they cost nothing, on a GPU the products.
@@ -320,6 +344,7 @@ def linear_ppo_loss(
         softcap,
         logit_scale,
         grad_weight_dtype,
+        logits_dtype,
         chunk_bytes,
     )
     # Of hidden states the shape is looked at, which but for D is that of logits.
@@ -342,7 +367,7 @@ def linear_ppo_loss(
     )
     backend = resolve(backend, hidden)
     if backend == "reference":
-        logits = reference.linear_logits(*_counted(head, mask), softcap, logit_scale)
+        logits = _reference_logits(head, mask, *call, softcap, logit_scale)
         return PPOLoss(*reference.ppo_loss(logits, *arguments))
     rest = scalars(logit_scale, softcap), *for_kernel(*arguments)
     return PPOLoss(*_LinearPPOLoss.apply(backend, *call, *head, *rest))

@@ -27,7 +27,13 @@ import torch
 import torch.distributed as dist
 
 from ppo_kernels import checks, reference, schemas, softmax_state
-from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
+from ppo_kernels.dispatch import (
+    kernels,
+    resolve,
+    scalars,
+    temperatures_and_number,
+    under_transforms,
+)
 from ppo_kernels.kl import kl_estimate
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.masked import masked_mean
@@ -144,6 +150,8 @@ def _slice(logits, group):
     """(this rank's slice, group, id of its first token, None if plain tensors do not tell)."""
     from torch.distributed.tensor import DTensor, Shard
 
+    if under_transforms():
+        raise RuntimeError("vocab_parallel_* ops cannot run under torch.func transforms")
     if not isinstance(logits, DTensor):
         return logits, group, None
     if group is not None:

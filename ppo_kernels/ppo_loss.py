@@ -12,7 +12,14 @@ import torch
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars, temperatures_and_number
+from ppo_kernels.dispatch import (
+    denominator_on,
+    kernels,
+    resolve,
+    scalars,
+    temperatures_and_number,
+    under_transforms,
+)
 from ppo_kernels.ppo_loss_of_tokens import chained
 
 
@@ -322,6 +329,8 @@ def ppo_loss_(
         temperature,
     )
     checks.writable("logits", logits)
+    if under_transforms():
+        raise RuntimeError("ppo_loss_ cannot run under torch.func transforms: use ppo_loss")
     backend = resolve(backend, logits)
     if not torch.compiler.is_compiling() and _saved_tensors_go_to_hooks():
         if not (torch.is_grad_enabled() and logits.requires_grad):

@@ -1,5 +1,7 @@
 """Every op in plain PyTorch with autograd: the specification, and the only oracle.
 
+Scans over time have a file of their own, reference_gae.py.
+
 Half-precision inputs are computed in fp32, fp64 in fp64. Vocabulary-sized intermediates are made
 freely here; that is what the other backends exist to avoid. A public docstring in the file of the
 op family gives shapes, units and errors.
@@ -11,12 +13,12 @@ import torch.distributed as dist
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
-def _accumulate(x):
+def accumulate(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _log_softmax(logits, temperature):
-    logits = _accumulate(logits)
+    logits = accumulate(logits)
     if isinstance(temperature, torch.Tensor):
         check_temperature(temperature)
         temperature = temperature.detach().to(logits.dtype).unsqueeze(-1)
@@ -25,11 +27,13 @@ def _log_softmax(logits, temperature):
 
 def value_checks_run(x):
     """Values are looked at where there are any, where that waits for no device and breaks no graph
-    (fake tensors, which say that they are on the CPU, are of a type of their own)."""
+    (fake tensors, which say that they are on the CPU, are of a type of their own, and what vmap
+    has many of is none to look at)."""
     return (
         x.device.type == "cpu"
         and type(x) in (torch.Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and x.numel() > 0
     )
 
@@ -67,14 +71,16 @@ def refuse_infinite(name, x):
             raise ValueError(f"{name} must be finite, got {x[where]} at {list(where)}")
 
 
-def refuse_negative(name, x, mask):
+def refuse_outside(name, x, most, mask=None):
+    """What counts must be in [0, most], and finite."""
     if value_checks_run(x):
-        bad = ~(x.isfinite() & (x >= 0))
+        bad = ~(x.isfinite() & (x >= 0) & (x <= most))
         if mask is not None:
             bad &= mask
         if bad.any():
             where = _first(bad)
-            raise ValueError(f"{name} must be finite and >= 0, got {x[where]} at {list(where)}")
+            rule = "finite and >= 0" if most == torch.inf else f"in [0, {most}]"
+            raise ValueError(f"{name} must be {rule}, got {x[where]} at {list(where)}")
 
 
 def refuse_unowned(tokens, owners, mask):
@@ -171,7 +177,7 @@ def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0):
 
 
 def kl_estimate(logprobs, ref_logprobs, *, estimator):
-    log_ratio = _accumulate(logprobs) - _accumulate(ref_logprobs)
+    log_ratio = accumulate(logprobs) - accumulate(ref_logprobs)
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
@@ -179,74 +185,6 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator):
     if estimator == "k3":
         return torch.expm1(-log_ratio) + log_ratio
     return log_ratio.abs()
-
-
-@torch.no_grad()
-def gae(rewards, values, mask=None, *, gamma, lam, dones=None, bootstrap_values=None):
-    return _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values)
-
-
-@torch.no_grad()
-def gae_packed(
-    rewards, values, cu_seqlens, mask=None, *, gamma, lam, dones=None, bootstrap_values=None
-):
-    trajectory, last = _ends(cu_seqlens, rewards.shape[0])
-    if bootstrap_values is not None:
-        bootstrap_values = bootstrap_values[trajectory]
-    one_row = (None if x is None else x.unsqueeze(0) for x in (rewards, values, mask, dones))
-    rewards, values, mask, dones = one_row
-    results = _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values, last)
-    return tuple(x.squeeze(0) for x in results)
-
-
-def _ends(cu_seqlens, length):
-    """Of positions (N,) of trajectories laid end to end: which one each is in, and whether it is
-    the last of it."""
-    if value_checks_run(cu_seqlens) or cu_seqlens.shape[0] == 1 < length:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to {length}, the length of rewards, got {bounds}"
-            )
-    bounds, t = cu_seqlens.long(), torch.arange(length, device=cu_seqlens.device)
-    trajectory = torch.searchsorted(bounds, t, right=True) - 1
-    trajectory = trajectory.clamp(0, max(0, cu_seqlens.shape[0] - 2))
-    return trajectory, bounds[trajectory + 1] - 1 == t
-
-
-def _gae(rewards, values, mask, gamma, lam, dones, bootstrap_values, last=None):
-    """Backwards over (B, T), from bootstrap_values (B,); or over a row of several trajectories, of
-    which each position has a value of `bootstrap_values`, and some are the `last` of theirs."""
-    dtype = torch.promote_types(rewards.dtype, values.dtype)
-    rewards, values = (_accumulate(x.to(dtype)) for x in (rewards, values))
-    next_value = next_advantage = rewards.new_zeros(rewards.shape[0])
-    if bootstrap_values is not None:
-        bootstrap_values = bootstrap_values.to(rewards.dtype)
-        if last is None:
-            next_value = bootstrap_values
-    advantages = []
-    for t in reversed(range(rewards.shape[1])):
-        if last is not None:
-            beyond = 0.0 if bootstrap_values is None else bootstrap_values[t]
-            next_value = torch.where(last[t], beyond, next_value)
-            next_advantage = torch.where(last[t], 0.0, next_advantage)
-        carry_value, carry_advantage = next_value, next_advantage
-        if dones is not None:
-            carry_value = torch.where(dones[:, t], 0.0, carry_value)
-            carry_advantage = torch.where(dones[:, t], 0.0, carry_advantage)
-        delta = rewards[:, t] + gamma * carry_value - values[:, t]
-        advantage = delta + gamma * lam * carry_advantage
-        if mask is None:
-            next_value, next_advantage = values[:, t], advantage
-        else:
-            counted = mask[:, t]
-            next_value = torch.where(counted, values[:, t], next_value)
-            next_advantage = torch.where(counted, advantage, next_advantage)
-            advantage = torch.where(counted, advantage, 0.0)
-        advantages.append(advantage)
-    advantages = torch.stack(advantages[::-1], 1) if advantages else torch.zeros_like(rewards)
-    returns = advantages + values
-    return advantages, returns if mask is None else torch.where(mask, returns, 0.0)
 
 
 def _masked_sum(x, mask):
@@ -267,13 +205,13 @@ def _denominator(x, mask, denominator):
 
 
 def masked_mean(x, mask=None, denominator=None):
-    x = _accumulate(x)
+    x = accumulate(x)
     return _masked_sum(x, mask) / _denominator(x, mask, denominator)
 
 
 @torch.no_grad()
 def masked_whiten(x, mask=None, *, eps=1e-8, group=None):
-    x = _accumulate(x)
+    x = accumulate(x)
     total, count = _masked_sum(x, mask), _masked_sum(torch.ones_like(x), mask)
     if group is not None:
         total, count = _all_reduce(torch.stack([total, count]), group)
@@ -292,7 +230,7 @@ def _all_reduce(x, group):
 
 
 def log_ratio(logprobs, old_logprobs):
-    logprobs = _accumulate(logprobs)
+    logprobs = accumulate(logprobs)
     return logprobs - old_logprobs.detach().to(logprobs.dtype)
 
 
@@ -328,7 +266,7 @@ def clipped_policy_loss(
 
 
 def value_loss(values, old_values, returns, mask=None, clip=None, denominator=None):
-    values = _accumulate(values)
+    values = accumulate(values)
     old_values = old_values.detach().to(values.dtype)
     returns = returns.detach().to(values.dtype)
     if mask is not None:

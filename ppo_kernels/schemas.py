@@ -75,6 +75,10 @@ def _gae_packed(rewards, values, cu_seqlens, mask, dones, bootstrap_values, scal
     return _gae(rewards, values, mask, dones, bootstrap_values, scalars)
 
 
+def _discounted_sums(x, decays, mask, dones, cu_seqlens):
+    return x.new_empty(x.shape, dtype=result_dtype(x, decays))
+
+
 def _ppo_loss_(logits, *_):
     return *_scalars(logits, 6), _row(logits), _row(logits)
 
@@ -97,11 +101,11 @@ def _linear_gradients(hidden, weight, wanted, sum_dtype):
 
 
 def _linear_token_logprobs_backward(grad_logprobs, grad_entropy, hidden, weight, bias, *rest):
-    return _linear_gradients(hidden, weight, rest[-5:-2], rest[-2])
+    return _linear_gradients(hidden, weight, rest[-6:-3], rest[-3])
 
 
 def _linear_ppo_loss(hidden, weight, bias, *rest):
-    return *_ppo_loss_(hidden), *_linear_gradients(hidden, weight, rest[-5:-2], rest[-2])
+    return *_ppo_loss_(hidden), *_linear_gradients(hidden, weight, rest[-6:-3], rest[-3])
 
 
 def _rescale_(grad, scale):
@@ -137,7 +141,8 @@ _PPO_LOSS_RESULTS = (
 # `head_scalars` are logit_scale and softcap. Gradients that are not wanted come empty.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor head_scalars"
 _WANTED = (
-    "bool wants_hidden, bool wants_weight, bool wants_bias, ScalarType sum_dtype, int chunk_bytes"
+    "bool wants_hidden, bool wants_weight, bool wants_bias, ScalarType sum_dtype, "
+    "ScalarType logits_dtype, int chunk_bytes"
 )
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
@@ -161,7 +166,7 @@ SCHEMAS = {
     ),
     "linear_token_logprobs": (
         f"({_HEAD}, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars, "
-        "int chunk_bytes)"
+        "ScalarType logits_dtype, int chunk_bytes)"
         " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
         _linear_token_logprobs,
     ),
@@ -198,6 +203,11 @@ SCHEMAS = {
         "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? dones, "
         "Tensor? bootstrap_values, Tensor scalars) -> (Tensor advantages, Tensor returns)",
         _gae_packed,
+    ),
+    # S_t = x_t + decay_t S_(t+1); mask and dones as of gae.
+    "discounted_sums": (
+        "(Tensor x, Tensor decays, Tensor? mask, Tensor? dones, Tensor? cu_seqlens) -> Tensor",
+        _discounted_sums,
     ),
     "ppo_loss": (
         f"(Tensor logits, {_PPO_LOSS_ARGUMENTS}) -> ({_PPO_LOSS_RESULTS}, "

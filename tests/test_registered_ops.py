@@ -30,11 +30,16 @@ def _samples(backend):
     full = (mask, ref_logprobs, count, varied, dispatch.scalars(0.7, 0.1, 0.3, 1.5, 0.1, 0.2), K3)
     strided = torch.randn(2, 4, 11)[:, :-1]
     hidden, weight, bias = torch.randn(2, 4, 5)[:, :-1], torch.randn(11, 5), torch.randn(11)
+    fp32 = torch.float32
     plain_head = hidden, weight, None, dispatch.scalars(1.0, math.inf)
     full_head = hidden, weight, bias, dispatch.scalars(0.5, 3.0)
-    linear_plain = kernels.linear_token_logprobs(*plain_head, tokens, None, None, cool, 100)[1:]
-    linear_full = kernels.linear_token_logprobs(*full_head, tokens, mask, varied, cool, 1000)[1:]
-    all_wanted, none_wanted, fp32 = (True, True, True), (False, False, False), torch.float32
+    linear_plain = kernels.linear_token_logprobs(*plain_head, tokens, None, None, cool, fp32, 100)[
+        1:
+    ]
+    linear_full = kernels.linear_token_logprobs(*full_head, tokens, mask, varied, cool, fp32, 1000)[
+        1:
+    ]
+    all_wanted, none_wanted = (True, True, True), (False, False, False)
     one_wanted = (True, False, False)
     decay, bounds = dispatch.scalars(0.9, 0.8), torch.tensor([0, 2, 3])
     return {
@@ -60,19 +65,19 @@ def _samples(backend):
             (x, logits, other, kl, kl_stats, ref_stats, of, cool) for of in (None, varied)
         ],
         "linear_token_logprobs": [
-            (*plain_head, tokens, None, None, cool, 100),
-            (*full_head, tokens, mask, varied, cool, 1000),
+            (*plain_head, tokens, None, None, cool, fp32, 100),
+            (*full_head, tokens, mask, varied, cool, fp32, 1000),
         ],
         "linear_token_logprobs_backward": [
-            (x, None, *plain_head, tokens, *linear_plain, None, cool, *one_wanted, fp32, 100),
-            (x, y, *full_head, tokens, *linear_full, varied, cool, *all_wanted, fp32, 1000),
+            (x, None, *plain_head, tokens, *linear_plain, None, cool, *one_wanted, fp32, fp32, 100),
+            (x, y, *full_head, tokens, *linear_full, varied, cool, *all_wanted, fp32, fp32, 1000),
         ],
         "linear_ppo_loss": [
-            (*plain_head, tokens, *per_token, *plain, *none_wanted, fp32, 100),
-            (*full_head, tokens, *per_token, *full, *all_wanted, fp32, 1000),
+            (*plain_head, tokens, *per_token, *plain, *none_wanted, fp32, fp32, 100),
+            (*full_head, tokens, *per_token, *full, *all_wanted, fp32, fp32, 1000),
             (
                 *(x.bfloat16() for x in full_head[:3]),
-                *(full_head[3], tokens, *per_token, *full, *all_wanted, fp32, 100),
+                *(full_head[3], tokens, *per_token, *full, *all_wanted, fp32, fp32, 100),
             ),
         ],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],
@@ -80,6 +85,11 @@ def _samples(backend):
         "gae_packed": [
             (x[0], y[0], bounds, None, None, None, decay),
             (x[0], y[0], bounds.int(), mask[0], ~mask[0], z[0, :2], decay),
+        ],
+        "discounted_sums": [
+            (x, y, None, None, None),
+            (x.double(), y.bfloat16(), mask, ~mask, None),
+            (x[0], y[0], mask[0], ~mask[0], bounds),
         ],
         "ppo_loss": [(logits, tokens, *per_token, *rest) for rest in (plain, full)],
         "ppo_loss_": [(logits.clone(), tokens, *per_token, *rest) for rest in (plain, full)],

@@ -19,7 +19,9 @@ using torch::headeronly::Half;
 // short enough to share a row of a large vocabulary out over several threads.
 constexpr int64_t kChunk = 16384;
 
-// Inputs and outputs of gae as contiguous arrays; mask and dones may be null.
+// Inputs and outputs of gae as contiguous arrays; mask and dones may be null. For discounted sums
+// of `rewards` the decays stand in `values`, the sums in `advantages`, and nothing else is looked
+// at.
 template <class R>
 struct GAEScan {
   const R *rewards, *values;
@@ -43,6 +45,7 @@ struct Sweeps {
                       R b);
   // Scans tokens [begin, begin + n), a row, from the G that is handed to its last one.
   void (*gae)(const GAEScan<R>& scan, int64_t begin, int64_t n, R G);
+  void (*discounted_sums)(const GAEScan<R>& scan, int64_t begin, int64_t n);
 };
 
 struct SweepTable {

@@ -321,8 +321,9 @@ void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T
 
 template <class T>
 constexpr Sweeps<T> sweeps_of() {
-  return {statistics<T>,       moments<T>,     gradient<T>,
-          joint_statistics<T>, kl_gradient<T>, gae<Real<T>>};
+  return {statistics<T>,           moments<T>,     gradient<T>,
+          joint_statistics<T>,     kl_gradient<T>, gae<Real<T>>,
+          discounted_sums<Real<T>>};
 }
 
 constexpr SweepTable sweep_table_of(const char* level) {
