@@ -305,7 +305,8 @@ def vtrace(
     log_rhos = within(mask, log_rhos)
     reference.refuse_infinite("log_rhos", log_rhos)
     ratio = log_rhos.clamp(-80.0, 80.0).exp()
-    rho, c, pg_rho = (ratio.clamp(max=x) for x in thresholds)
+    # Products: `clamp` would compile anew for each number.
+    rho, c, pg_rho = (ratio.minimum(ratio.new_ones(()) * x) for x in thresholds)
     c = lam * c
     if backend == "reference":
         return AdvantagesAndReturns(

@@ -224,6 +224,18 @@ def _public(backend):
             ),
             x[0],
         ),
+        "vtrace": (
+            lambda x, s: sum(
+                op["vtrace"](z, x, y, mask, gamma=0.5 * s, clip_rho_threshold=s, backend=backend)
+            ),
+            x,
+        ),
+        "gae of tensors": (
+            lambda x, s: sum(
+                op["gae"](x, y, mask, gamma=mask * 0.9, lam=0.4 * s, dones=~mask, backend=backend)
+            ),
+            x,
+        ),
         "ppo_loss": (full_loss(op["ppo_loss"]), logits),
         "ppo_loss_": (full_loss(op["ppo_loss_"]), logits),
         "clipped_policy_loss": (
