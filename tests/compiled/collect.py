@@ -60,7 +60,8 @@ class Call(NamedTuple):
         rows = (self.rows // 2, 2) if self.strided else (self.rows,)
         wide, per_token = (*rows, self.width), rows
         if family(self.op) != "logits":
-            per_token = (self.rows * self.width,) if self.op == "gae_packed" else wide
+            end_to_end = self.op == "gae_packed" or "cu_seqlens" in self.given
+            per_token = (self.rows * self.width,) if end_to_end else wide
         if name == "logits" and self.strided:
             return torch.zeros((rows[0], rows[1] + 1, self.width), dtype=self.dtype)[:, :-1]
         if name in ("logits", "ref_logits", "grad"):
@@ -97,7 +98,7 @@ def optional(op):
 def family(op):
     if "logits" in schemas.SCHEMAS[op][0] or op == "rescale_":
         return "logits"
-    return "gae" if op.startswith("gae") else "other"
+    return "gae" if op in ("gae", "gae_packed", "discounted_sums") else "other"
 
 
 def calls(op, every_width):
