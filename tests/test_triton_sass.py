@@ -17,6 +17,7 @@ SWEEPS = {
     "token_logprobs": ("logprobs._forward", 1, 0),
     "token_logprobs_backward": ("logprobs._backward", 1, 1),
     "token_statistics": ("statistics._forward", 1, 0),
+    "sample_tokens": ("sampling._unfiltered", 1, 0),
     "kl_divergence": ("kl._forward", 1, 0),
     "kl_divergence_backward": ("kl._backward", 1, 1),
     "ppo_loss": ("ppo_loss._ppo_loss", 1, 0),
