@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor uniforms, Optiona
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
+  m.impl("sample_tokens", PPO_CHECKED(kSampleTokens, &sample_tokens));
 }
 
 }  // namespace ppo::cuda

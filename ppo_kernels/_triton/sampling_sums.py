@@ -80,8 +80,9 @@ def _key(x):
     if x.dtype.primitive_bitwidth == 32:
         bits = x.to(tl.int32, bitcast=True)
         return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    bits = x.to(tl.int64, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+    else:
+        bits = x.to(tl.int64, bitcast=True)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
 
 
 @triton.jit
@@ -89,7 +90,8 @@ def _of_key(key, R: tl.constexpr):
     if R.primitive_bitwidth == 32:
         bits = key.to(tl.int32)
         return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(R, bitcast=True)
-    return tl.where(key < 0, key ^ 0x7FFFFFFFFFFFFFFF, key).to(R, bitcast=True)
+    else:
+        return tl.where(key < 0, key ^ 0x7FFFFFFFFFFFFFFF, key).to(R, bitcast=True)
 
 
 @triton.jit
@@ -266,11 +268,13 @@ def token_at(
     with weight if rounding leaves it below. Of the scores at the cut, `skipped` have no weight."""
     R: tl.constexpr = largest.dtype
     length = _segment(V, STEP)
-    offset = tl.arange(0, STEP)
+    # For more elements of 16 bits, in fp64, there are no registers.
+    WALK: tl.constexpr = STEP // 2 if p.dtype.element_ty.primitive_bitwidth == 16 else STEP
+    offset = tl.arange(0, WALK)
     before = tl.zeros((), tl.float64)
     passed = tl.full((), NOWHERE, tl.int32)
     last = tl.zeros((), tl.int32)
-    for j in range(segment * length, tl.minimum(V, (segment + 1) * length), STEP):
+    for j in range(segment * length, tl.minimum(V, (segment + 1) * length), WALK):
         s = sweeps._load_below(p, j + offset, V).to(R)
         if DIVIDES:
             s = divided(s, tau, R)
