@@ -28,6 +28,7 @@ from ppo_kernels.ppo_loss_of_tokens import (
     clipped_policy_loss,
     value_loss,
 )
+from ppo_kernels.sampling import SampledTokens, sample_tokens
 from ppo_kernels.statistics import TokenStatistics, token_statistics
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "PPOLoss",
     "PolicyLoss",
+    "SampledTokens",
     "TokenStatistics",
     "ValueLoss",
     "check_logprobs",
@@ -55,6 +57,7 @@ __all__ = [
     "objectives",
     "ppo_loss",
     "ppo_loss_",
+    "sample_tokens",
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_statistics",

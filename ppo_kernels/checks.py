@@ -141,11 +141,19 @@ def number(name, x, *, above=None, at_least=None, at_most=None, finite=True):
     return x
 
 
-def temperature(x, tokens, like_name="tokens"):
-    """A number, or a floating tensor like `tokens`, into which no gradient flows; the backend looks
-    at its values where that waits for no device."""
+def whole_number(name, x, *, at_least):
+    x = number(name, x, at_least=at_least)
+    if not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be a whole number, got {x}")
+    return x
+
+
+def temperature(x, tokens, like_name="tokens", **bounds):
+    """A number within bounds, those of `number`, or else above 0, or a floating tensor like
+    `tokens`, into which no gradient flows; the backend looks at its values where that waits for no
+    device."""
     if not isinstance(x, torch.Tensor):
-        return number("temperature", x, above=0)
+        return number("temperature", x, **(bounds or {"above": 0}))
     if x.ndim == 0:
         x = x.expand(tokens.shape)
     per_token("temperature", x, like_name, tokens)

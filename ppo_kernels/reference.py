@@ -161,6 +161,65 @@ def token_statistics(logits, tokens, mask=None, *, temperature=1.0):
     return _within(mask, logprobs, entropy, p.amax(-1), p.square().sum(-1), top1, varentropy)
 
 
+def _refuse_where(bad, x, rule):
+    if value_checks_run(bad) and bad.any():
+        where = _first(bad)
+        raise ValueError(f"{rule}, got {x[where]} at {list(where)}")
+
+
+def _kept_scores(scores, top_k, top_p, min_p):
+    """The scores with -inf for what transformers' warpers remove, one after the other."""
+    if top_k is not None:
+        least = scores.topk(min(top_k, scores.shape[-1])).values[..., -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ascending, order = scores.sort(stable=True)
+        cumulative = ascending.softmax(-1).cumsum(-1, dtype=torch.float64).to(scores.dtype)
+        removed = cumulative <= 1.0 - top_p
+        removed[..., -1] = False
+        scores = scores.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    if min_p is not None:
+        probabilities = scores.softmax(-1)
+        removed = probabilities < min_p * probabilities.amax(-1, keepdim=True)
+        scores = scores.masked_fill(removed, -torch.inf)
+    return scores
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits, uniforms, mask=None, *, temperature=1.0, top_k=None, top_p=None, min_p=None
+):
+    z = accumulate(logits)
+    counted = torch.ones_like(uniforms, dtype=torch.bool) if mask is None else mask
+    # A product: `torch.full` would compile anew for each number.
+    temperature = torch.ones_like(uniforms, dtype=torch.float64) * temperature
+    bad = counted & ~((temperature >= 0) & (temperature < torch.inf))
+    _refuse_where(bad, temperature, "temperature must be finite and >= 0")
+    in_range = (uniforms >= 0) & (uniforms < 1)
+    _refuse_where(counted & ~in_range, uniforms, "uniforms must be in [0, 1)")
+    tau = temperature.to(z.dtype)
+    greedy = tau == 0
+    scores = z / tau.masked_fill(greedy | ~counted, 1.0).unsqueeze(-1)
+    scores = torch.where(counted.unsqueeze(-1), scores, 0.0)
+    top = scores.amax(-1)
+    _refuse_where(
+        counted & ~top.isfinite(),
+        top,
+        "logits / temperature must have a finite maximum and no NaN where a token is drawn",
+    )
+    kept = _kept_scores(scores, top_k, top_p, min_p)
+    cumulative = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
+    threshold = uniforms.double().contiguous().unsqueeze(-1) * cumulative[..., -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    tokens = torch.where(greedy, scores.argmax(-1), drawn)
+    logprobs = kept.log_softmax(-1).gather(-1, tokens.clamp(max=z.shape[-1] - 1).unsqueeze(-1))
+    logprobs = torch.where(greedy, 0.0, logprobs.squeeze(-1))
+    # Where nothing can be drawn and nobody waits to look.
+    undefined = bad | ~in_range | ~top.isfinite()
+    tokens = tokens.masked_fill(undefined, z.shape[-1]).masked_fill(~counted, 0)
+    return tokens, logprobs.masked_fill(undefined, torch.nan).masked_fill(~counted, 0.0)
+
+
 def linear_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
     logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

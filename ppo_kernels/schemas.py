@@ -51,6 +51,10 @@ def _token_statistics(logits, tokens, mask, temperatures, scalars):
     return *(_row(logits) for _ in range(4)), top1, _row(logits)
 
 
+def _sample_tokens(logits, uniforms, mask, temperatures, scalars):
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64), _row(logits)
+
+
 def _kl_divergence(logits, ref_logits, mask, temperatures, scalars):
     return _row(logits), _stats(logits), _stats(logits)
 
@@ -163,6 +167,12 @@ SCHEMAS = {
         " -> (Tensor logprobs, Tensor entropy, Tensor max_prob, Tensor sum_sq_probs, "
         "Tensor top1, Tensor varentropy)",
         _token_statistics,
+    ),
+    # `scalars` are temperature, top_k (inf keeps all), top_p and min_p (1 and 0 do).
+    "sample_tokens": (
+        "(Tensor logits, Tensor uniforms, Tensor? mask, Tensor? temperatures, Tensor scalars)"
+        " -> (Tensor tokens, Tensor logprobs)",
+        _sample_tokens,
     ),
     "linear_token_logprobs": (
         f"({_HEAD}, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars, "

@@ -57,6 +57,13 @@ def _samples(backend):
             (logits, tokens, None, None, cool),
             (strided.bfloat16(), tokens.int(), mask, varied, cool),
         ],
+        "sample_tokens": [
+            (logits, torch.rand(2, 3), None, None, dispatch.scalars(0.7, None, 1.0, 0.0)),
+            (
+                *(strided.bfloat16(), torch.rand(2, 3).double(), mask, varied),
+                dispatch.scalars(1.0, 5, 0.9, 0.1),
+            ),
+        ],
         "kl_divergence": [
             (logits, other, None, None, cool),
             (logits.double(), other.double(), mask, varied, cool),
@@ -199,6 +206,20 @@ def _public(backend):
         ),
         "token_statistics": (
             lambda z, s: sum(op["token_statistics"](z, tokens, temperature=s, backend=backend)),
+            logits,
+        ),
+        "sample_tokens": (
+            lambda z, s: (
+                op["sample_tokens"](
+                    z,
+                    torch.tensor([[0.2, 0.5, 0.9]] * 2),
+                    temperature=s,
+                    top_p=0.9 * s,
+                    min_p=0.01 * s,
+                    mask=mask,
+                    backend=backend,
+                ).logprobs
+            ),
             logits,
         ),
         **{

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../tensors.h"
+#include "../arguments.h"
 #include "sweeps.h"
 
 namespace ppo::cpu {

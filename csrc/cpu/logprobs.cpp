@@ -100,8 +100,8 @@ Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
+  m.impl("token_logprobs", PPO_CHECKED(kTokenLogprobs, &token_logprobs));
+  m.impl("token_logprobs_backward", PPO_CHECKED(kTokenLogprobsBackward, &token_logprobs_backward));
 }
 
 }  // namespace ppo::cpu

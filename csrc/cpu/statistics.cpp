@@ -52,7 +52,7 @@ Results token_statistics(Tensor logits, Tensor tokens, OptionalTensor mask,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("token_statistics", TORCH_BOX(&token_statistics));
+  m.impl("token_statistics", PPO_CHECKED(kTokenLogprobs, &token_statistics));
 }
 
 }  // namespace ppo::cpu

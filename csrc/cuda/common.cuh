@@ -13,7 +13,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../tensors.h"
+#include "../arguments.h"
 #include "ptx.cuh"
 
 // Of libtorch_cuda. Weak, so that the extension loads where torch is built without CUDA.

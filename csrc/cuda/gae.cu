@@ -318,9 +318,9 @@ Tensor discounted_sums(Tensor x, Tensor decays, OptionalTensor mask, OptionalTen
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("gae", TORCH_BOX(&gae));
-  m.impl("gae_packed", TORCH_BOX(&gae_packed));
-  m.impl("discounted_sums", TORCH_BOX(&discounted_sums));
+  m.impl("gae", PPO_CHECKED(kGAE, &gae));
+  m.impl("gae_packed", PPO_CHECKED(kGAEPacked, &gae_packed));
+  m.impl("discounted_sums", PPO_CHECKED(kDiscountedSums, &discounted_sums));
 }
 
 }  // namespace ppo::cuda

@@ -173,9 +173,9 @@ std::tuple<Tensor, Tensor> kl_estimate(Tensor logprobs, Tensor ref_logprobs, int
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
-  m.impl("kl_divergence_backward", TORCH_BOX(&kl_divergence_backward));
-  m.impl("kl_estimate", TORCH_BOX(&kl_estimate));
+  m.impl("kl_divergence", PPO_CHECKED(kKLDivergence, &kl_divergence));
+  m.impl("kl_divergence_backward", PPO_CHECKED(kKLDivergenceBackward, &kl_divergence_backward));
+  m.impl("kl_estimate", PPO_CHECKED(kKLEstimate, &kl_estimate));
 }
 
 }  // namespace ppo::cuda

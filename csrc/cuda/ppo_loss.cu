@@ -56,6 +56,8 @@ Results ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advan
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) { m.impl("ppo_loss", TORCH_BOX(&ppo_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
+  m.impl("ppo_loss", PPO_CHECKED(kPPOLoss, &ppo_loss));
+}
 
 }  // namespace ppo::cuda

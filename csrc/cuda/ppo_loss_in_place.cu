@@ -172,8 +172,8 @@ void rescale_(Tensor grad, Tensor scale) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("ppo_loss_", TORCH_BOX(&ppo_loss_));
-  m.impl("rescale_", TORCH_BOX(&rescale_));
+  m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss_));
+  m.impl("rescale_", PPO_CHECKED(kRescale, &rescale_));
 }
 
 }  // namespace ppo::cuda

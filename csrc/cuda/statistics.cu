@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("token_statistics", TORCH_BOX(&token_statistics));
+  m.impl("token_statistics", PPO_CHECKED(kTokenLogprobs, &token_statistics));
 }
 
 }  // namespace ppo::cuda
