@@ -59,7 +59,7 @@ def sample(model, tokenizer, prompts, *, max_length=8, pad_token_id=PAD, seed=0,
 def test_greedy_limit_equals_full_recomputation_row_by_row(model, tokenizer):
     # Rows end at different times, so the batch shrinks on the way.
     max_length = torch.tensor([12, 2, 7, 1])
-    tokens, lengths, ended = sample(
+    tokens, lengths, ended, _ = sample(
         model, tokenizer, PROMPTS, max_length=max_length, temperature=1e-4
     )
     for row, prompt in enumerate(PROMPTS):
@@ -87,14 +87,14 @@ def test_tokens_follow_the_tempered_softmax(trained, tokenizer):
 
 
 def test_eos_is_never_sampled_before_the_minimum_length(model, tokenizer):
-    tokens, lengths, _ = sample(model, tokenizer, [[3]] * 500, max_length=9, min_response_length=5)
+    tokens, lengths, *_ = sample(model, tokenizer, [[3]] * 500, max_length=9, min_response_length=5)
     assert lengths.min() == 6 and lengths.max() == 9
     assert not (tokens[:, :5] == EOS).any()
 
 
 def test_every_response_stops_at_its_own_longest_length(model, tokenizer):
     max_length = torch.arange(500) % 6 + 1
-    _, lengths, _ = sample(
+    _, lengths, *_ = sample(
         model, tokenizer, [[3]] * 500, max_length=max_length, min_response_length=6
     )
     assert torch.equal(lengths, max_length)
@@ -135,7 +135,7 @@ def test_a_response_depends_neither_on_its_batch_nor_on_its_place_in_it(model, t
             **dict.fromkeys(("model_name_or_path", "dataset_name", "output_dir"), "-"),
             reward_funcs=["-"],
         )
-        tokens, part_lengths, ended = generate(
+        tokens, part_lengths, ended, _ = generate(
             model,
             prompt_ids[order],
             prompt_mask[order],
@@ -172,13 +172,13 @@ def test_temperature_divides_the_logits_in_sampling(temperature):
 
 def test_stop_tokens_end_a_response_and_are_kept(model, tokenizer):
     good = tokenizer.convert_tokens_to_ids("good")
-    tokens, lengths, ended = sample(model, tokenizer, [[3]] * 300, stop_token=["good"])
+    tokens, lengths, ended, _ = sample(model, tokenizer, [[3]] * 300, stop_token=["good"])
     for row, length, end in zip(tokens.tolist(), lengths.tolist(), ended.tolist(), strict=True):
         response = row[:length]
         assert not {good, EOS} & set(response[:-1])
         assert end == (response[-1] in (good, EOS))
     assert (tokens[torch.arange(300), lengths - 1] == good).any()
-    tokens, lengths, _ = sample(
+    tokens, lengths, *_ = sample(
         model, tokenizer, [[3]] * 300, stop_token=["good"], min_response_length=4
     )
     assert lengths.min() >= 5 and not torch.isin(tokens[:, :4], torch.tensor([good, EOS])).any()
@@ -186,7 +186,7 @@ def test_stop_tokens_end_a_response_and_are_kept(model, tokenizer):
 
 def test_stop_strings_end_a_response_where_they_are_complete(model, tokenizer):
     text = tokenizer.decode([5, 7])
-    tokens, lengths, ended = sample(
+    tokens, lengths, ended, _ = sample(
         model, tokenizer, [[5]] * 500, max_length=6, stop_strings=[text]
     )
     pair = [5, 7]
@@ -203,7 +203,7 @@ def test_stop_strings_end_a_response_where_they_are_complete(model, tokenizer):
 
 def test_stop_strings_wait_for_the_shortest_length(model, tokenizer):
     text = tokenizer.decode([5, 7])
-    tokens, lengths, _ = sample(
+    tokens, lengths, *_ = sample(
         model, tokenizer, [[5]] * 2000, max_length=6, stop_strings=[text], min_response_length=3
     )
     assert lengths.min() == 4
