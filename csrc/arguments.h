@@ -159,11 +159,12 @@ struct Declared {
   constexpr size_t count() const { return 1 + std::count(text, text + n, ' '); }
 };
 
-template <Declared declared, auto launcher>
+// By the launcher's type, for nvcc does not match a specialisation by a value of class type.
+template <const auto& declared, auto launcher, class Function = decltype(launcher)>
 struct Checked;
 
-template <Declared declared, class Result, class... Given, Result (*launcher)(Given...)>
-struct Checked<declared, launcher> {
+template <const auto& declared, auto launcher, class Result, class... Given>
+struct Checked<declared, launcher, Result (*)(Given...)> {
   static_assert(declared.count() == sizeof...(Given));
 
   static Result call(Given... given) {
