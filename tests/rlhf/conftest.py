@@ -1,6 +1,7 @@
 """A world of ten words: reviews of two to four words that end with a full stop."""
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def review(rng: random.Random, words: tuple[str, ...] = GOOD + BAD) -> str:
 def one_thread():
     """Models this small gain nothing from threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts():
+    """A shell that starts the tests in the background has them, and what they start, ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
