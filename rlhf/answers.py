@@ -33,8 +33,9 @@ class Policy:
     def __init__(self, path: str, config: ResponseOptions):
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.tokenizer = load_tokenizer(path, config)
-        self.model = freeze(load_causal_lm(path, config, frozen=True))
+        revision = getattr(config, "revision", None)  # of one model; evaluate has two
+        self.tokenizer = load_tokenizer(path, config, revision)
+        self.model = freeze(load_causal_lm(path, config, revision=revision, frozen=True))
         self.stopping = Stopping(self.tokenizer, config, self.model.generation_config)
         self.decoding = prove_policy(self.model, path)
         say(f"{path}: {self.stopping.describe()}")

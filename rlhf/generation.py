@@ -59,14 +59,16 @@ class Stopping:
         config: ResponseOptions,
         generation_config: GenerationConfig | None = None,
     ):
+        # Models often have more rows than their tokenizer has tokens.
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         ends = getattr(generation_config, "eos_token_id", None)
         ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+        # A default of the model's kind may be no token of this tokenizer.
+        ends = [token for token in ends if token < self.vocab_size]
         tokens = [_token_id(tokenizer, token) for token in config.stop_token or ()]
         ids = dict.fromkeys([tokenizer.eos_token_id, *ends, *tokens])
         self.ids = torch.tensor(list(ids), device=default_device())
         self.min_length = config.min_response_length
-        # Models often have more rows than their tokenizer has tokens.
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.strings = config.stop_strings or []
         self.tokenizer = tokenizer
         # A token that shows is a byte of text at least; those before set off the first one.

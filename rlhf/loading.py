@@ -87,10 +87,13 @@ def load_causal_lm(
 
 
 def load_scorer(
-    path: str, tokenizer: PreTrainedTokenizerBase, options: LoadingOptions | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: LoadingOptions | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """A model with one scalar output, from a scorer's folder or (with a new head) any other."""
-    model, _ = _open_scorer(path, options)
+    model, _ = _open_scorer(path, options, revision)
     # A critic is saved with the policy's tokenizer. Where EOS pads nobody can tell it from padding:
     # without a pad token transformers reads single rows right, and refuses batches.
     pad = tokenizer.pad_token_id
@@ -99,14 +102,17 @@ def load_scorer(
 
 
 def load_learning_reward_model(
-    path: str, tokenizer: PreTrainedTokenizerBase, options: LoadingOptions | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: LoadingOptions | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """A scorer that will learn to be a reward model, and be saved with `tokenizer`.
 
     With a new head it reads EOS. Where EOS pads the tokenizer is given a pad token of its own, and
     the model a row for it: everywhere else the head is read at the last token that is no padding.
     """
-    model, is_new = _open_scorer(path, options)
+    model, is_new = _open_scorer(path, options, revision)
     if is_new:
         if tokenizer.pad_token_id == tokenizer.eos_token_id:
             name = "<|pad|>"
@@ -143,10 +149,13 @@ def _set_pad_token(model: PreTrainedModel, pad_token_id: int | None) -> None:
 
 
 def _open_scorer(
-    path: str, options: LoadingOptions | None, frozen: bool = False
+    path: str,
+    options: LoadingOptions | None,
+    revision: str | None = None,
+    frozen: bool = False,
 ) -> tuple[PreTrainedModel, bool]:
     """The model, its head in fp32, and whether the head is new."""
-    config = _open_config(path, options, None)
+    config = _open_config(path, options, revision)
     is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
     if is_classifier and config.num_labels != 1:
         raise UserError(
@@ -165,12 +174,12 @@ def _open_scorer(
     config.num_labels = 1
     if model_class is not AutoModelForSequenceClassification and not is_classifier:
         # By way of the language model, whose weights may have other names than a trunk's.
-        policy, loading = _open_model(AutoModelForCausalLM, path, config, options, None, frozen)
+        policy, loading = _open_model(AutoModelForCausalLM, path, config, options, revision, frozen)
         account_for(path, policy, loading)
         model = new_scorer(policy)
         nn.init.normal_(model.score.weight, std=getattr(config, "initializer_range", 0.02))
         return model.to(default_device()), True
-    model, loading = _open_model(model_class, path, config, options, None, frozen)
+    model, loading = _open_model(model_class, path, config, options, revision, frozen)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise unfit
     is_new = HEAD in loading["missing_keys"] and not is_classifier
@@ -219,7 +228,9 @@ def new_scorer(policy: PreTrainedModel) -> PreTrainedModel:
     model_class = scorer_class(config)
     with torch.device("meta"):
         if model_class is AutoModelForSequenceClassification:
-            scorer = model_class.from_config(config)
+            # The policy's own code runs already, if it came with some.
+            trusts = type(policy).__module__.startswith("transformers_modules")
+            scorer = model_class.from_config(config, trust_remote_code=trusts)
         else:
             scorer = model_class(config)
     if type(scorer.base_model) is not type(trunk(policy)):

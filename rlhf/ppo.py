@@ -75,7 +75,8 @@ def train_ppo(
                 steps = trainer.update(batch)
             step = trainer.iteration
             if step == 1:
-                tell_first_ratio(steps[0]["policy/ratio_error"].item(), config)
+                is_fp32 = not config.bf16 and policy.dtype == torch.float32
+                tell_first_ratio(steps[0]["policy/ratio_error"].item(), is_fp32)
             log.advance()
             if is_due(config.logging_steps, step, total):
                 figures = to_floats(iteration_metrics(batch, steps))
@@ -112,11 +113,10 @@ def train_ppo(
     return metrics | {"seconds": time.perf_counter() - start_time}
 
 
-def tell_first_ratio(error: float, config: PPOConfig) -> None:
+def tell_first_ratio(error: float, is_fp32: bool) -> None:
     """Warns of a first minibatch whose ratios are not 1, up to rounding: the policy that is updated
     is then not the one that was sampled from."""
-    is_fp32 = not config.bf16 and config.dtype in (None, "float32")
-    limit = 1e-3 if is_fp32 else 64 * torch.finfo(torch.bfloat16).eps
+    limit = 1e-3 if is_fp32 else 16 * torch.finfo(torch.bfloat16).eps
     if error > limit:
         say(
             f"warning: a ratio of the first minibatch is off 1 by {error:.2g} (rounding explains "

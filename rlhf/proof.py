@@ -102,6 +102,7 @@ class Check:
             self.model.train(was_training)
 
     def _try(self, proof: Proof, ids: Tensor) -> bool:
+        self.error = None
         try:
             return all(self._equal(one, other) for one, other in proof(ids))
         except Exception as error:  # a model raises what it likes
@@ -115,7 +116,6 @@ class Check:
         return (one - other).abs().max().item() <= self.tolerance * scale
 
     def require(self, proof: Proof, reason: str) -> None:
-        self.error = None
         if not self.holds(proof):
             if self.error is not None:
                 reason = f"it cannot be run, {one_line(self.error)}"

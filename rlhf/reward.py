@@ -146,7 +146,7 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
         eval_rankings = load_rankings(
             config, config.eval_dataset_name, config.eval_dataset_split, tokenizer
         )
-    model = load_learning_reward_model(path, tokenizer, config)
+    model = load_learning_reward_model(path, tokenizer, config, config.revision)
     prove_scorer(model, path)
     for name in ("reward_mean", "reward_std"):  # of the reward model that it may have been
         model.config.__dict__.pop(name, None)

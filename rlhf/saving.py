@@ -90,13 +90,15 @@ class Checkpoints:
         for name in state["inputs"] | self.inputs:
             if self.inputs.get(name) != state["inputs"].get(name):
                 raise UserError(
-                    f"{name} {getattr(self.config, name)} holds something else than when "
+                    f"{name} {getattr(self.config, name, '')} holds something else than when "
                     f"{checkpoint} was saved: restore it, or start anew in another output_dir"
                 )
         self._load_models(checkpoint)
         try:
             self.trainer.load_state_dict(state)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # torch raises what it likes of a state of another shape
             raise UserError(
                 f"{checkpoint / STATE_FILE} is not of this run ({one_line(error)}): go on from "
                 "another checkpoint, or start anew in another output_dir"

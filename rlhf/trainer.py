@@ -132,8 +132,9 @@ class PPOTrainer:
         if self.config.share_trunk:
             return value_head(self.policy)
         path = self.config.critic_model_path or critic_path(self.rewards)
+        revision = None if path else self.config.revision
         path = path or self.config.model_name_or_path
-        critic = load_scorer(path, self.tokenizer, self.config)
+        critic = load_scorer(path, self.tokenizer, self.config, revision)
         prove_scorer(critic, path)
         return critic
 

@@ -256,6 +256,27 @@ def test_longrope_is_refused_beyond_the_switch_of_its_frequencies(tokenizer):
         check_fits(model, tokenizer, 9, "-")
 
 
+def test_the_revision_is_that_of_model_and_tokenizer(tmp_path, reward_config, monkeypatch):
+    asked = []
+
+    def refuse(auto_class, path, **kwargs):
+        asked.append((auto_class.__name__, kwargs["revision"]))
+        raise UserError("not opened")
+
+    path = save(tmp_path, LlamaForCausalLM(llama_config()))
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr("rlhf.loading._open", refuse)
+    for load in (
+        lambda: load_tokenizer(path, None, "v2"),
+        lambda: load_causal_lm(path, revision="v2"),
+        lambda: load_scorer(path, tokenizer, None, "v2"),
+        lambda: load_learning_reward_model(path, tokenizer, None, "v2"),
+    ):
+        with pytest.raises(UserError, match="not opened"):
+            load()
+    assert [revision for _, revision in asked] == ["v2"] * 4
+
+
 def test_dtype(tmp_path, ppo_config):
     path = save(tmp_path / "policy", LlamaForCausalLM(llama_config()))
     half = ppo_config(output_dir="-", dtype="bfloat16")

@@ -250,3 +250,5 @@ def test_eos_ids_of_the_generation_config_end_a_response(tokenizer):
     assert stopping.describe() == "a response ends with '<eos>', 'good', '.', 'is is'"
     assert Stopping(tokenizer, config, GenerationConfig(eos_token_id=7)).ids.tolist() == [2, 7, 6]
     assert Stopping(tokenizer, config, GenerationConfig()).ids.tolist() == [2, 6]
+    unknown = GenerationConfig(eos_token_id=[50256, 7])
+    assert Stopping(tokenizer, config, unknown).ids.tolist() == [2, 7, 6]
