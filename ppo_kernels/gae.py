@@ -3,7 +3,8 @@ r"""Generalised advantage estimation (Schulman et al., 2016, arXiv:1506.02438), 
     δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γ λ A_{t+1}        return_t = A_t + V_t
 
 A done token starts from V_{t+1} = A_{t+1} = 0, chosen by selection, so that nothing non-finite
-crosses it. A masked-out position gets 0 and hands V_{t+1} and A_{t+1} on unchanged.
+crosses it; it cuts also where it is masked out. Otherwise a masked-out position hands V_{t+1} and
+A_{t+1} on unchanged. It gets 0, and a reward there is dropped.
 """
 
 from typing import NamedTuple
@@ -12,10 +13,11 @@ import torch
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.schemas import promoted
 
 
 class AdvantagesAndReturns(NamedTuple):
-    """Both of the shape of `rewards`, fp32 (fp64 for fp64 inputs), without gradient."""
+    """Both of the shape of `rewards`, fp32 (fp64 where an input is), without gradient."""
 
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -47,9 +49,9 @@ def gae(
 
     Args:
         rewards, values: (B, T) floating.
-        mask: (B, T) bool, True = counts; None counts all.
+        mask: (B, T) bool, True = counts; None counts all. Rewards elsewhere are dropped.
         gamma, lam: discount γ and decay λ, in [0, 1].
-        dones: (B, T) bool, True where a trajectory ends with this token.
+        dones: (B, T) bool, True where a trajectory ends with this token, whether or not it counts.
         bootstrap_values: (B,) value after the last counted token of a row; 0 when None.
         backend: "auto", "native", "triton" or "reference".
 
@@ -63,6 +65,7 @@ def gae(
     if rewards.ndim != 2:
         raise ValueError(f"rewards must have shape (B, T), got {tuple(rewards.shape)}")
     _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rewards.shape[0])
+    rewards = promoted(rewards, bootstrap_values)
     backend = resolve(backend, rewards)
     if backend == "reference":
         result = reference.gae(
@@ -122,6 +125,7 @@ def gae_packed(
     checks.boundaries("cu_seqlens", cu_seqlens, rewards)
     rows = cu_seqlens.shape[0] - 1
     _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rows)
+    rewards = promoted(rewards, bootstrap_values)
     backend = resolve(backend, rewards)
     if backend == "reference":
         result = reference.gae_packed(

@@ -8,12 +8,15 @@ Estimators of KL(π || π_ref) from tokens sampled from π, with Δ = logprob - 
 (J. Schulman, "Approximating KL Divergence", 2020)::
 
     k1 = Δ      k2 = Δ² / 2      k3 = exp(-Δ) - 1 + Δ      abs = |Δ|
+
+In k3 Δ is bounded at ±80, beyond which the gradient is 0.
 """
 
 import torch
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.schemas import promoted
 
 
 class _KLDivergence(torch.autograd.Function):
@@ -22,7 +25,9 @@ class _KLDivergence(torch.autograd.Function):
         kl, stats, ref_stats = kernels(backend).kl_divergence(
             logits, ref_logits, temperatures, scalars
         )
-        ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats, temperatures, scalars)
+        # A clone: results are the caller's to write to.
+        saved = kl.clone(), stats, ref_stats, temperatures, scalars
+        ctx.save_for_backward(logits, ref_logits, *saved)
         ctx.backend = backend
         return kl
 
@@ -44,8 +49,8 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        (...) fp32 (fp64 for fp64 logits), differentiable in `logits` under any upstream gradient.
-        Where p_j = 0 a term is 0; +inf where the reference excludes a token that p allows.
+        (...) fp32 (fp64 for fp64 logits), at least 0, differentiable in `logits` under any upstream
+        gradient. Where p_j = 0 a term is 0; +inf where the reference excludes what p allows.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value. A tensor of temperatures
@@ -79,7 +84,7 @@ class _KLEstimate(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_kl):
         (derivative,) = ctx.saved_tensors
-        grad, (dtype, ref_dtype) = grad_kl * derivative, ctx.dtypes
+        grad, (dtype, ref_dtype) = reference.chained(grad_kl, derivative), ctx.dtypes
         return grad.to(dtype), (-grad).to(ref_dtype), None, None
 
 
@@ -92,7 +97,7 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator, backend="auto"):
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        (...) fp32 (fp64 for fp64 input), differentiable in both.
+        (...) fp32 (fp64 where an input is), differentiable in both.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
@@ -100,6 +105,7 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator, backend="auto"):
     checks.floating("logprobs", logprobs)
     checks.per_token("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     checks.choice("estimator", estimator, reference.ESTIMATORS)
+    logprobs = promoted(logprobs, ref_logprobs)
     backend = resolve(backend, logprobs)
     if backend == "reference":
         return reference.kl_estimate(logprobs, ref_logprobs, estimator=estimator)

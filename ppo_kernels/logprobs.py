@@ -30,7 +30,8 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, stats = kernels(backend).token_logprobs(
             logits, tokens, temperatures, scalars
         )
-        ctx.save_for_backward(logits, tokens, entropy, stats, temperatures, scalars)
+        # A clone: results are the caller's to write to.
+        ctx.save_for_backward(logits, tokens, entropy.clone(), stats, temperatures, scalars)
         ctx.backend = backend
         return logprobs, entropy
 
@@ -55,20 +56,15 @@ def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        (...) log-probabilities in nats, fp32 (fp64 for fp64 logits), differentiable in `logits`.
-        A token whose logit is -inf has log-probability -inf.
+        (...) log-probabilities in nats, at most 0, fp32 (fp64 for fp64 logits), differentiable
+        in `logits`. A token whose logit is -inf has log-probability -inf.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; the message names
             it. Ids and a tensor of temperatures are looked at on the CPU only, see
             `check_logprobs`.
     """
-    checks.logits_and_tokens(logits, tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
-    backend = resolve(backend, logits)
-    if backend == "reference":
-        return reference.token_logprobs(logits, tokens, temperature=temperature)
-    return _TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)[0]
+    return _scored(logits, tokens, temperature, backend).logprobs
 
 
 def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto"):
@@ -79,16 +75,18 @@ def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto
     Returns:
         LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable in `logits`.
     """
+    return _scored(logits, tokens, temperature, backend)
+
+
+def _scored(logits, tokens, temperature, backend):
     checks.logits_and_tokens(logits, tokens)
     temperatures, number = checks.temperature(temperature, tokens)
     backend = resolve(backend, logits)
     if backend == "reference":
-        return LogprobsAndEntropy(
-            *reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
-        )
-    return LogprobsAndEntropy(
-        *_TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)
-    )
+        results = reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
+    else:
+        results = _TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)
+    return LogprobsAndEntropy(*results)
 
 
 def check_logprobs(logprobs, tokens, mask=None):

@@ -6,6 +6,7 @@ Per counted token, with r = exp(logprob - old_logprob) and advantage A::
              and, with dual_clip c, at most -A c where A < 0   (Ye et al., 2020, arXiv:1912.09729)
     loss   = policy - entropy_coef H + kl_coef kl(logprob, ref_logprob)
 
+where log r is bounded at ±80, beyond which the gradient is 0. At ties nothing is clipped. It is
 summed over the mask and divided by `denominator`. The loss reaches the logits through two numbers
 per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so that (see `ppo_kernels.logprobs`)::
 
@@ -18,7 +19,8 @@ import torch
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars
-from ppo_kernels.ppo_loss_of_tokens import chained
+from ppo_kernels.reference import chained
+from ppo_kernels.schemas import promoted
 
 
 class PPOLoss(NamedTuple):
@@ -72,7 +74,8 @@ class _PPOLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(
             *(grad_logprobs, grad_token_entropy, logits, tokens),
-            *(results[-1], stats, temperatures, numbers),
+            # A clone: results are the caller's to write to.
+            *(results[-1].clone(), stats, temperatures, numbers),
         )
         ctx.backend, ctx.rest = backend, len(rest)
         return tuple(results)
@@ -87,17 +90,30 @@ class _PPOLoss(torch.autograd.Function):
         return None, grad_logits, None, *(None,) * ctx.rest
 
 
+def _is_written_by_backward(backend, logits):
+    """fp16 does not hold a gradient that a loss scale is yet to multiply."""
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    return backend != "reference" and logits.dtype == torch.float16 and differentiable
+
+
 class _PPOLossInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, logits, *arguments):
+    def forward(ctx, backend, later, logits, *arguments):
+        saved = ()
         if backend == "reference":
-            results = reference.ppo_loss_(logits, *arguments)
+            results, *saved = reference.ppo_loss_(logits, *arguments)
+        elif later:
+            tokens, *_, temperatures, numbers, _ = arguments
+            *results, stats, g, h = kernels(backend).ppo_loss(logits, *arguments)
+            saved = g, h, tokens, results[-1].clone(), stats, temperatures, numbers
+            torch.autograd.graph.increment_version(logits)
         else:
             results = kernels(backend).ppo_loss_(logits, *arguments)
             torch.autograd.graph.increment_version(logits)
         ctx.mark_non_differentiable(*results[1:])
-        ctx.save_for_backward(logits.detach())
-        ctx.backend, ctx.arguments, ctx.spent = backend, len(arguments), False
+        ctx.save_for_backward(logits.detach(), *saved)
+        ctx.backend, ctx.later, ctx.spent = backend, later, False
+        ctx.arguments = len(arguments)
         return tuple(results)
 
     @staticmethod
@@ -109,12 +125,18 @@ class _PPOLossInPlace(torch.autograd.Function):
                 "and the first backward handed it on; use ppo_loss to differentiate again"
             )
         ctx.spent = True
-        (grad_logits,) = ctx.saved_tensors
+        logits, *saved = ctx.saved_tensors
         if ctx.backend == "reference":
-            grad_logits.copy_(chained(grad_loss, grad_logits))
+            (grad,) = saved
+            logits.copy_(chained(grad_loss, grad))
+        elif ctx.later:
+            g, h, *known = saved
+            kernels(ctx.backend).token_logprobs_backward_(
+                chained(grad_loss, g), chained(grad_loss, h), logits, *known
+            )
         else:
-            kernels(ctx.backend).rescale_(grad_logits, grad_loss)
-        return None, grad_logits, *(None,) * ctx.arguments
+            kernels(ctx.backend).rescale_(logits, grad_loss)
+        return None, None, logits, *(None,) * ctx.arguments
 
 
 def check_objective(
@@ -141,6 +163,11 @@ def check_objective(
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
     elif kl_coef > 0:
         raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
+
+
+def promoted_loss(results, *inputs):
+    """PPOLoss in fp64 where an input is."""
+    return PPOLoss(*(promoted(x, *inputs) for x in results))
 
 
 def checked_arguments(
@@ -222,11 +249,13 @@ def ppo_loss(
 
     Returns:
         PPOLoss; `loss` is differentiable in `logits`, with gradient 0 in rows that do not count.
+        All are fp32, or fp64 where logits, log-probs or advantages are; what is summed over the
+        vocabulary is as exact as the dtype of `logits` makes it.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; on the CPU also a
-            counted token whose log-probability is -inf or NaN, or whose temperature is not finite
-            and > 0. The message names it. On a GPU
+            counted token whose log-probability, old or reference log-probability or advantage is
+            not finite, or whose temperature is not finite and > 0. The message names it. On a GPU
             `loss` is NaN then; see `check_logprobs`.
     """
     arguments = checked_arguments(
@@ -247,8 +276,10 @@ def ppo_loss(
     )
     backend = resolve(backend, logits)
     if backend == "reference":
-        return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    return PPOLoss(*_PPOLoss.apply(backend, logits, *for_kernel(*arguments)))
+        results = reference.ppo_loss(logits, *arguments)
+    else:
+        results = _PPOLoss.apply(backend, logits, *for_kernel(*arguments))
+    return promoted_loss(results, logits, old_logprobs, advantages, ref_logprobs)
 
 
 def ppo_loss_(
@@ -274,8 +305,10 @@ def ppo_loss_(
     The logits are gone afterwards, whether or not they require grad (and also when a counted token
     of log-probability -inf raises). Their version counter moves, so a graph that still needs them
     raises. `loss.backward()` hands the stored gradient on, scaled by the upstream gradient; it can
-    be called once. A leaf's `.grad` then shares the leaf's storage. Parts of one tensor share its
-    version: differentiate the loss of one before the call on another.
+    be called once. In fp16 under autograd that gradient is written by the backward, not before,
+    because it may be a loss scale that makes it representable. A leaf's `.grad` then shares the
+    leaf's storage. Parts of one tensor share its version: differentiate the loss of one before the
+    call on another.
 
     Arguments, results and errors are otherwise those of `ppo_loss`; rows of `logits` must not
     overlap and the vocabulary must have stride 1 (ValueError).
@@ -300,4 +333,6 @@ def ppo_loss_(
     backend = resolve(backend, logits)
     if backend != "reference":
         arguments = for_kernel(*arguments)
-    return PPOLoss(*_PPOLossInPlace.apply(backend, logits, *arguments))
+    later = _is_written_by_backward(backend, logits)
+    results = _PPOLossInPlace.apply(backend, later, logits, *arguments)
+    return promoted_loss(results, logits, old_logprobs, advantages, ref_logprobs)

@@ -74,7 +74,7 @@ void gae_row(const GAEScan<R>& scan, int64_t begin, int64_t n, R G) {
       if (dones) done = marks<V>(dones + t);
       if (mask) skipped = ~marks<V>(mask + t);
       maps.g = skipped ? V{} : maps.g;
-      maps.c = skipped ? broadcast<V>(1) : done ? broadcast<V>(NAN) : maps.c;
+      maps.c = done ? broadcast<V>(NAN) : skipped ? broadcast<V>(1) : maps.c;
     }
     compose(maps);
     const V handed = apply(maps, later);

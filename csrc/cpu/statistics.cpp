@@ -23,7 +23,7 @@ Results forward(const Tensor& logits, const Tensor& tokens, const OptionalTensor
   const Tensor top1 = torch::stable::empty(out_shape, ScalarType::Bool);
   const Tensor varentropy = empty<R>(out_shape);
   sweep_rows<Moments<R>>(
-      rows, z.length,
+      rows, z.length, temperature_of,
       [&](int64_t row, int64_t begin, int64_t n) {
         return sweeps<T>().moments(z[row] + begin, n, temperature_of[row].k);
       },

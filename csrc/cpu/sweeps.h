@@ -28,7 +28,7 @@ struct GAEScan {
   R *advantages, *returns;
 };
 
-// With t_j = k z_j - shift and q_j = k ref_j - ref_shift, over n elements:
+// With t_j = k (z_j - shift) and q_j = k (ref_j - ref_shift), over n elements:
 template <class T>
 struct Sweeps {
   using R = Real<T>;

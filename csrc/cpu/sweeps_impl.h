@@ -82,10 +82,10 @@ PPO_INLINE auto maximum(const T* z, int64_t n) {
 constexpr int64_t kSample = 256;
 constexpr float kHeadroom = 10.0f;
 
-// t = max(kFloor, k x + offset), finite so that 2^t t is 0 and not 0 * inf where x is -inf.
+// t = max(kFloor, k (x - shift)), finite so that 2^t t is 0 and not 0 * inf where x is -inf.
 template <int N, class V>
-PPO_INLINE void exponents(const V (&x)[N], V k, V offset, V (&t)[N]) {
-  for (int u = 0; u < N; ++u) t[u] = exact_fma(x[u], k, offset);
+PPO_INLINE void exponents(const V (&x)[N], V k, V shift, V (&t)[N]) {
+  for (int u = 0; u < N; ++u) t[u] = k * (x[u] - shift);
   for (int u = 0; u < N; ++u) t[u] = max(broadcast<V>(kFloor<V>), t[u]);
 }
 
@@ -160,8 +160,8 @@ struct MomentSums {
 template <template <class> class Sums, class T>
 PPO_INLINE auto state_about(const T* z, int64_t n, Real<T> k, Real<T>& centre) {
   using V = typename VectorOf<T>::type;
-  const Real<T> shift = k * centre;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
+  const Real<T> shift = centre;
+  const V scale = broadcast<V>(k), shifts = broadcast<V>(shift);
   Sums<V> sums;
   V largest[kPack];
   for (V& m : largest) m = broadcast<V>(centre);
@@ -171,7 +171,7 @@ PPO_INLINE auto state_about(const T* z, int64_t n, Real<T> k, Real<T>& centre) {
       V x[kPack], t[kPack], e[kPack];
       load<tail.value>(z + begin + i, count, x);
       raise(largest, x);
-      exponents(x, scale, offset, t);
+      exponents(x, scale, shifts, t);
       exp2(t, e);
       block.absorb(e, t);
     });
@@ -186,13 +186,12 @@ PPO_INLINE auto state_of(const T* z, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
   R centre = maximum<V>(z, std::min(n, kSample));
-  if (!(k * centre > -R(INFINITY))) centre = maximum<V>(z, n);
-  // Excluded throughout, or so far below what fp32 holds that it might as well be.
-  const bool excluded = k * centre == -R(INFINITY);
+  if (!(centre > -R(INFINITY))) centre = maximum<V>(z, n);
+  const bool excluded = centre == -R(INFINITY);
   if (excluded) centre = R(0);
   auto state = state_about<Sums>(z, n, k, centre);
   // Before the sums are asked for NaN, which may be what 2^t is beyond its range.
-  if (k * centre - state.shift > R(kHeadroom)) state = state_about<Sums>(z, n, k, centre);
+  if (k * (centre - state.shift) > R(kHeadroom)) state = state_about<Sums>(z, n, k, centre);
   if (!(centre < R(INFINITY)) || std::isnan(state.weighted)) {
     state.shift = state.sum = state.weighted = R(NAN);
     return state;
@@ -213,11 +212,11 @@ Moments<Real<T>> moments(const T* z, int64_t n, Real<T> k) {
 template <class T>
 void gradient(const T* z, T* grad, int64_t n, Real<T> k, Real<T> shift, Real<T> a, Real<T> b) {
   using V = typename VectorOf<T>::type;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
+  const V scale = broadcast<V>(k), shifts = broadcast<V>(shift);
   for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
     V x[kPack], t[kPack], e[kPack];
     load<tail.value>(z + i, count, x);
-    exponents(x, scale, offset, t);
+    exponents(x, scale, shifts, t);
     exp2(t, e);
     for (int u = 0; u < kPack; ++u) x[u] = e[u] * fma(broadcast<V>(b), t[u], broadcast<V>(a));
     store<tail.value>(grad + i, count, x);
@@ -238,9 +237,9 @@ PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, 
                                                       Real<T>& ref_centre, bool& defined) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  const R shift = k * centre, ref_shift = k * ref_centre;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
-  const V ref_offset = broadcast<V>(-ref_shift);
+  const R shift = centre, ref_shift = ref_centre;
+  const V scale = broadcast<V>(k), shifts = broadcast<V>(shift);
+  const V ref_shifts = broadcast<V>(ref_shift);
   V sum[kPack] = {}, ref_sum[kPack] = {}, cross[kPack] = {}, exponent_sum[kPack] = {};
   V largest[kPack], ref_largest[kPack];
   for (V& m : largest) m = broadcast<V>(centre);
@@ -253,14 +252,14 @@ PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, 
       load<tail.value>(ref + begin + i, count, y);
       raise(largest, x);
       raise(ref_largest, y);
-      exponents(x, scale, offset, t);
+      exponents(x, scale, shifts, t);
       exp2(t, e);
       add(block_sum, e);
       add(exponent_sum, t);
       for (int u = 0; u < kPack; ++u) {
-        block_cross[u] += weighted_ratio(e[u], t[u], exact_fma(y[u], scale, ref_offset));
+        block_cross[u] += weighted_ratio(e[u], t[u], scale * (y[u] - ref_shifts));
       }
-      exponents(y, scale, ref_offset, t);
+      exponents(y, scale, ref_shifts, t);
       exp2(t, e);
       add(block_ref_sum, e);
       add(exponent_sum, t);
@@ -281,15 +280,16 @@ JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T
   using V = typename VectorOf<T>::type;
   const auto centre_of = [&](const T* p, bool& excluded) {
     R centre = maximum<V>(p, std::min(n, kSample));
-    if (!(k * centre > -R(INFINITY))) centre = maximum<V>(p, n);
-    excluded = k * centre == -R(INFINITY);
+    if (!(centre > -R(INFINITY))) centre = maximum<V>(p, n);
+    excluded = centre == -R(INFINITY);
     return excluded ? R(0) : centre;
   };
   bool excluded, ref_excluded, defined;
   R centre = centre_of(z, excluded), ref_centre = centre_of(ref, ref_excluded);
   JointState<R> state = joint_statistics_about(z, ref, n, k, centre, ref_centre, defined);
   if (!defined) return {R(NAN), R(NAN), R(NAN), R(NAN), R(NAN)};
-  if (k * centre - state.shift > R(kHeadroom) || k * ref_centre - state.ref_shift > R(kHeadroom)) {
+  if (k * (centre - state.shift) > R(kHeadroom) ||
+      k * (ref_centre - state.ref_shift) > R(kHeadroom)) {
     state = joint_statistics_about(z, ref, n, k, centre, ref_centre, defined);
   }
   if (excluded) state.shift = -R(INFINITY);
@@ -301,16 +301,16 @@ template <class T>
 void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T> shift,
                  Real<T> ref_shift, Real<T> a, Real<T> b) {
   using V = typename VectorOf<T>::type;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
-  const V ref_offset = broadcast<V>(-ref_shift);
+  const V scale = broadcast<V>(k), shifts = broadcast<V>(shift);
+  const V ref_shifts = broadcast<V>(ref_shift);
   for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
     V x[kPack], y[kPack], t[kPack], e[kPack];
     load<tail.value>(z + i, count, x);
     load<tail.value>(ref + i, count, y);
-    exponents(x, scale, offset, t);
+    exponents(x, scale, shifts, t);
     exp2(t, e);
     for (int u = 0; u < kPack; ++u) {
-      const V ratio = weighted_ratio(e[u], t[u], exact_fma(y[u], scale, ref_offset));
+      const V ratio = weighted_ratio(e[u], t[u], scale * (y[u] - ref_shifts));
       x[u] = fma(e[u], broadcast<V>(a), broadcast<V>(b) * ratio);
     }
     store<tail.value>(grad + i, count, x);

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kMostThreads, (kResident<R, Where>))
   };
   GAEMap<R> map = no_tokens<R>();
   map.g = walk(R(0), [&](int, bool counted, bool done, R) {
-    map.c = counted ? (done ? R(NAN) : call.gamma_lam * map.c) : map.c;
+    map.c = done ? R(NAN) : counted ? call.gamma_lam * map.c : map.c;
   });
 
   const int lanes = where.lanes();

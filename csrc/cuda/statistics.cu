@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   const bool writes = threadIdx.x == 0 && part.index == 0;
   const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
   auto& states = *reinterpret_cast<States<R, Moments>*>(shared_memory());
-  moments = merge_row(moments, states, division, part);
+  moments = merge_row(moments, states, division, part, k);
   if (!writes) return;
   const auto of = ppo::token_statistics(moments, logit, k);
   results.logprobs[part.row] = of.logprob;

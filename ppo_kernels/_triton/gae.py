@@ -154,7 +154,7 @@ def _scan(rewards, values, counted, done, gamma, gamma_lam, ROWS: tl.constexpr):
     c = g + 1.0
     for j in tl.static_range(VEC - 1, -1, -1):
         _, g = math.gae_step(rewards[j], values[j], counted[j], done[j], g, gamma, gamma_lam)
-        c = tl.where(counted[j], tl.where(done[j], math.CUT, gamma_lam * c), c)
+        c = tl.where(done[j], math.CUT, tl.where(counted[j], gamma_lam * c, c))
     LANES: tl.constexpr = g.shape[0]
     g = tl.reshape(g, (ROWS, LANES // ROWS))
     c = tl.reshape(c, (ROWS, LANES // ROWS))

@@ -38,11 +38,12 @@ def _forward(
     )
     token = tl.load(tokens_ptr + row).to(tl.int64)
     logit = load_logit(logits_ptr, start, V, token, R)
-    logprob = (tl.fma(logit, k, -shift) - tl.log2(total)) * math.LN_2
+    logprob = math.logprob(logit, shift, tl.log2(total), k)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, math.entropy(total, weighted))
-    tl.store(max_prob_ptr + row, tl.exp2(tl.fma(largest, k, -shift)) / total)
-    tl.store(sum_sq_probs_ptr + row, squares / total / total)
+    max_prob = tl.exp2(math.scaled(largest, k, shift)) / total
+    tl.store(max_prob_ptr + row, math.at_most_one(max_prob))
+    tl.store(sum_sq_probs_ptr + row, math.at_most_one(squares / total / total))
     tl.store(top1_ptr + row, (logit == largest) & (logprob == logprob))
     tl.store(varentropy_ptr + row, math.varentropy(total, weighted, second))
 
