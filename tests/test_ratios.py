@@ -43,10 +43,17 @@ def loss_of(request, backend, group_of_one):
             loss = getattr(ppo_kernels, name)(x, *rest, **options).loss
         (grad,) = torch.autograd.grad(loss, x)
         # Of its own logit a token has the derivative 1 - 1/4, of another's -1/4.
-        torch.testing.assert_close(grad[:, 0], -grad[:, 1] / (V - 1))
+        torch.testing.assert_close(grad[:, 0], -grad[:, 1] / (V - 1), equal_nan=True)
         return loss.item(), grad[:, 1] / (1 - 1 / V)
 
+    run.raises = raises(name, backend)
     return run
+
+
+def raises(name, backend):
+    """Whether a loss looks at what tensors hold; that split over processes does in Python."""
+    in_python = name == "vocab_parallel" and torch.get_default_device().type == "cpu"
+    return in_python or not waits_for_nothing(backend)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
@@ -75,12 +82,12 @@ def test_a_ratio_within_80_has_its_gradient(loss_of):
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
 @pytest.mark.parametrize("name", ("old_logprobs", "advantages"))
-def test_counted_numbers_that_are_not_finite_are_named(loss_of, backend, name, bad):
+def test_counted_numbers_that_are_not_finite_are_named(loss_of, name, bad):
     arguments = {"old_logprobs": [-1.6, -1.5, -1.4], "advantages": [1.0, 2.0, 0.0]}
     arguments[name][2] = bad
     mask = torch.tensor([True, True, False])
     assert math.isfinite(loss_of(**arguments, mask=mask)[0])
-    if waits_for_nothing(backend):
+    if not loss_of.raises:
         assert not math.isfinite(loss_of(**arguments)[0])
         return
     with pytest.raises(ValueError, match=rf"{name} must be finite.* got {bad} at \[2\]"):
@@ -92,14 +99,14 @@ def test_reference_log_probs_that_are_not_finite_are_named(backend, name, group_
     x, ref_logprobs = torch.zeros(3, V), torch.tensor([-1.6, -math.inf, -1.6])
     rest = torch.ones(3, dtype=torch.int64), torch.full((3,), -1.6), torch.ones(3)
     options = {"ref_logprobs": ref_logprobs, "kl_coef": 0.1, "backend": backend}
+    op = getattr(ppo_kernels, "vocab_parallel_ppo_loss" if name == "vocab_parallel" else name)
     if name == "linear_ppo_loss":
         rest = torch.eye(V), *rest
     elif name == "vocab_parallel":
-        name, options = "vocab_parallel_ppo_loss", options | {"vocab_start": 0}
-    op = getattr(ppo_kernels, name)
+        options |= {"vocab_start": 0}
     mask = torch.tensor([True, False, True])
     assert op(x.clone(), *rest, mask, **options).loss.isfinite()
-    if waits_for_nothing(backend):
+    if not raises(name, backend):
         assert op(x.clone(), *rest, **options).loss.isnan()
         return
     with pytest.raises(ValueError, match=r"ref_logprobs must be finite.* got -inf at \[1\]"):
