@@ -70,6 +70,24 @@ PPO_INLINE V fma(V a, V b, V c) {
 
 #endif
 
+// The fma that gives exponents, rounded once on every processor: products far larger than the sum
+// cancel here.
+template <class V>
+PPO_INLINE V exact_fma(V a, V b, V c) {
+#if defined(PPO_AVX2) || defined(PPO_AVX512)
+  return fma(a, b, c);
+#else
+  for (int i = 0; i < kLanes<V>; ++i) {
+    if constexpr (sizeof(a[0]) == sizeof(float)) {
+      c[i] = static_cast<float>(double(a[i]) * double(b[i]) + double(c[i]));
+    } else {
+      c[i] = std::fma(a[i], b[i], c[i]);
+    }
+  }
+  return c;
+#endif
+}
+
 // max that keeps a NaN of `x`.
 PPO_INLINE Floats max(Floats bound, Floats x) {
 #if defined(PPO_AVX512)

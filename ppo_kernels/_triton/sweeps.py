@@ -204,8 +204,8 @@ def scale(x_ptr, start, V, factor, L: tl.constexpr, LAYOUT: tl.constexpr):
     block = _block(L, VEC, LAYOUT)
     for i in range(0, n, L * VEC):
         x = tl.load(p + i + block, mask=i + block < n)
-        zero = (x == 0.0) | (factor == 0.0)
-        scaled = tl.where(zero, 0.0, x.to(factor.dtype) * factor)
+        scaled = tl.where(x == 0.0, 0.0, x.to(factor.dtype) * factor)
+        scaled = tl.where(factor == 0.0, 0.0, scaled)
         tl.store(p + i + block, scaled.to(x.dtype), mask=i + block < n)
 
 
