@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # Before anything imports Triton: without a GPU its kernels run on the CPU, interpreted.
 if not torch.cuda.is_available():
@@ -203,6 +204,14 @@ def one_thread():
 
 
 @pytest.fixture
+def group_of_one(tmp_path):
+    """The process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def set_threads():
     """`torch.set_num_threads`, undone after the test."""
     yield torch.set_num_threads
@@ -246,14 +255,20 @@ def awkward_rows(vocabulary):
     return torch.stack(list(rows.values())).half().double()
 
 
+def log_softmax(x):
+    """Summed pairwise: `torch.log_softmax` sums 40,000 numbers to 4e-14 of them, in fp64."""
+    x = x - x.amax(-1, keepdim=True)
+    return x - x.exp().sum(-1, keepdim=True).log()
+
+
 def softmax_truth(logits, tokens, temperature):
     """Closed forms in fp64: logprobs, entropy (...), their derivatives in the logits (..., V)."""
-    log_p = torch.log_softmax(logits.double() / temperature, -1)
+    log_p = log_softmax(logits.double() / temperature)
     p = log_p.exp()
     log_p = log_p.masked_fill(p == 0, 0)
     entropy = -(p * log_p).sum(-1)
     one_hot = torch.nn.functional.one_hot(tokens.long(), logits.shape[-1])
-    logprobs = torch.log_softmax(logits.double() / temperature, -1)
+    logprobs = log_softmax(logits.double() / temperature)
     logprobs = logprobs.gather(-1, tokens.long()[..., None])[..., 0]
     grad_logprobs = (one_hot - p) / temperature
     grad_entropy = -p * (log_p + entropy[..., None]) / temperature
@@ -286,7 +301,7 @@ def loss_inputs(batch, length, vocabulary, dtype=torch.float32):
     logits = (2 * torch.randn(batch, length, vocabulary)).to(dtype)
     tokens = torch.randint(vocabulary, (batch, length))
     logprobs = torch.log_softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
-    return {
+    drawn = {
         "logits": logits,
         "tokens": tokens,
         "old_logprobs": logprobs + 0.6 * torch.randn(batch, length, dtype=torch.float64),
@@ -294,6 +309,9 @@ def loss_inputs(batch, length, vocabulary, dtype=torch.float32):
         "mask": torch.arange(batch * length).reshape(batch, length) % 5 != 3,
         "ref_logprobs": logprobs + 0.6 * torch.randn(batch, length, dtype=torch.float64),
     }
+    # fp64 beside fp32 would give fp64 results.
+    real = schemas.result_dtype(logits)
+    return {k: x.to(real) if x.dtype == torch.float64 else x for k, x in drawn.items()}
 
 
 def ppo_loss_truth(
