@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from io import BytesIO
 from pathlib import Path
 from unittest.mock import MagicMock, patch
 
@@ -140,8 +141,8 @@ def without_plots() -> Iterator[None]:
     def panels(figure: Figure, rows: int, columns: int, **options: object) -> list[list[MagicMock]]:
         return [[MagicMock()] * columns] * rows
 
-    def save(figure: Figure, path: Path, **options: object) -> None:
-        path.touch()
+    def save(figure: Figure, file: BytesIO, **options: object) -> None:
+        file.write(b"")
 
     with patch.object(Figure, "subplots", panels), patch.object(Figure, "savefig", save):
         yield
