@@ -116,7 +116,7 @@ def test_the_data_set_is_never_replaced(config, tmp_path, folder):
         run(config(dataset_name=str(data), output_file=str(tmp_path / folder / "data.jsonl")))
     assert data.read_bytes() == content
     (tmp_path / "saved").mkdir()
-    with pytest.raises(UserError, match=r"output_file .* must not be dataset_name .*, nor lie"):
+    with pytest.raises(UserError, match=r"output_file .* must not be dataset_name .*, nor a file"):
         inside = str(tmp_path / folder / "saved" / "x" / "dataset_info.json")
         run(config(dataset_name=str(tmp_path / "saved"), output_file=inside))
     assert not [*(tmp_path / "saved").iterdir()]
