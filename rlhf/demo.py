@@ -190,8 +190,9 @@ def show_curves(summary: dict) -> bool:
 def main(args: Namespace) -> int:
     """Runs the demo; returns the exit code: 1 if a seed misses its task's threshold, else 0."""
     task = choose_task(args)
-    output_dir = args.output_dir or Path("runs", "demo" if task == "reviews" else task)
-    output_dir = output_path(expand("output_dir", str(output_dir)))
+    output_dir = Path("runs", "demo" if task == "reviews" else task)
+    if args.output_dir is not None:
+        output_dir = output_path(expand("output_dir", str(args.output_dir)))
     data = args.data and Path(expand("data", str(args.data)))
     if task in CURVES:
         summary = run_curves(
