@@ -58,13 +58,7 @@ class Policy:
         draws = Draws.of(len(prompts.ids), self.config, self.generator)
         with hooked(self.model.register_forward_hook, advance):
             responses = sample_responses(
-                self.model,
-                self.tokenizer,
-                self.stopping,
-                self.decoding,
-                prompts.ids,
-                draws,
-                self.config,
+                self.model, self.stopping, self.decoding, prompts.ids, draws, self.config
             )
         return Samples.of(self.tokenizer, prompts, responses)
 

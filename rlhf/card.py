@@ -176,7 +176,7 @@ def critic_text(folder: Path) -> str:
 
 
 def is_classifier(folder: Path) -> bool:
-    """Whether transformers has a class that opens a scorer's folder."""
+    """Tells whether transformers has a class that opens a scorer's folder."""
     return scorer_class(AutoConfig.from_pretrained(folder)) is AutoModelForSequenceClassification
 
 

@@ -125,7 +125,7 @@ def refuse_options(columns: Mapping[str, Sequence], name: str) -> None:
 
 
 def known_options(tokenizer: PreTrainedTokenizerBase, options: Options) -> Options:
-    """Those options that the chat template mentions."""
+    """Keeps the options that the chat template mentions."""
     if not options:
         return options
     template = str(tokenizer.get_chat_template(tools=options.get("tools")))
@@ -280,7 +280,7 @@ def learn_marked(
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template says what is to learn."""
+    """Tells whether the template says what is to learn."""
     return tokenizer.is_fast and bool(GENERATION_BLOCK.search(str(tokenizer.chat_template)))
 
 

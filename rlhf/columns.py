@@ -100,7 +100,7 @@ def _read_json(source: Path) -> dict[str, list]:
 
 
 def _has_more(text: str) -> bool:
-    """Whether something follows the JSON value that the text begins with."""
+    """Tells whether something follows the JSON value that the text begins with."""
     try:
         _, end = json.JSONDecoder().raw_decode(text.lstrip())
     except (ValueError, RecursionError):  # `_parse` tells where
@@ -141,7 +141,7 @@ def _twice(names: Sequence[str]) -> str | None:
 
 
 def _is_deep(value: object) -> bool:
-    """Whether lists and dicts in it are nested beyond MAX_DEPTH."""
+    """Tells whether lists and dicts in it are nested beyond MAX_DEPTH."""
     level, depth = [value], 0
     while level and depth <= MAX_DEPTH:
         children = (x.values() if isinstance(x, dict) else x for x in level)
@@ -272,7 +272,7 @@ def _from_dataset(path: str, dataset) -> dict[str, Sequence]:
 
 
 def _holds_times(kind) -> bool:
-    """Whether a type of Arrow's is one of times, or made of such."""
+    """Tells whether a type of Arrow's is one of times, or made of such."""
     from pyarrow.types import is_temporal
 
     return is_temporal(kind) or any(

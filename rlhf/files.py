@@ -39,7 +39,7 @@ def deleting_name(path: Path) -> Path:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether the name is one of those above."""
+    """Tells whether the name is one of those above."""
     return LEFTOVER.fullmatch(path.name) is not None
 
 

@@ -88,7 +88,7 @@ KINDS = STAGES | {
 
 
 def is_run_name(name: str) -> bool:
-    """Whether a stage writes a file or a folder of this name into its output folder."""
+    """Tells whether a stage writes a file or a folder of this name into its output folder."""
     return any(re.fullmatch(pattern, name) for stage in STAGES.values() for pattern in stage)
 
 
@@ -160,7 +160,7 @@ def _remedy(path: Path, kind: str, go_on: str) -> str:
 
 
 def unknown_run(path: Path, kind: str) -> str:
-    """What to add where the folder may be that of a run, but is not known as one."""
+    """Adds a hint to an error where the folder may be that of a run, but is not known as one."""
     if kind_of(path) is not None or not (path / f"{kind}.yaml").exists():
         return ""
     return (

@@ -22,7 +22,7 @@ CACHES = ("cache", "past_key_values", "cache_params")
 
 
 class Decoding(NamedTuple):
-    """How a model is sampled from: the keyword of its cache, None if each step reads the whole
+    """Way of sampling from a model: the keyword of its cache, None if each step reads the whole
     sequence; whether a step with a cache takes the mask of all tokens so far (state-space models
     take none); and whether rows that have ended can leave a batch."""
 
@@ -91,7 +91,7 @@ class Stopping:
         return logits
 
     def reached(self, tokens: Tensor) -> Tensor:
-        """Whether the responses (B, t) end with their last token, (B,)."""
+        """Tells whether the responses (B, t) end with their last token, (B,)."""
         reached = torch.isin(tokens[:, -1], self.ids)
         if self.strings and tokens.shape[1] > self.min_length:
             tail = tokens[:, -self.window :].tolist()

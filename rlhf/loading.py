@@ -195,8 +195,8 @@ def _open_scorer(
 
 
 def scorer_class(config: PreTrainedConfig) -> type | None:
-    """What opens a scorer of this kind: transformers' class, or where it has none one of the same
-    make; None for models that are not causal.
+    """Finds the class that opens a scorer of this kind: transformers', or where it has none one of
+    the same make; None for models that are not causal.
 
     Folders of the latter are opened by rlhf alone. In them trunk and head stand under the names
     that transformers would give them.
@@ -303,7 +303,7 @@ def _code(options: LoadingOptions | None) -> dict[str, bool]:
 
 
 def _maps_code(config: PreTrainedConfig, auto_class: type) -> bool:
-    """Whether the folder brings code of its own for such a model."""
+    """Tells whether the folder brings code of its own for such a model."""
     return auto_class.__name__ in (getattr(config, "auto_map", None) or {})
 
 
@@ -342,8 +342,8 @@ def quiet() -> Iterator[None]:
 
 
 def weights_lacking(loading: dict[str, Any]) -> list[str]:
-    """What of transformers' loading information is in the way of using a model: each weight that
-    it lacks, that has another shape, or, if there is one of these, that it does not know."""
+    """Names, of transformers' loading information, each weight of the model that the folder lacks
+    or has in another shape."""
     wrong = [f"no {name}" for name in sorted(loading["missing_keys"])]
     wrong += [
         f"{name} of shape {tuple(there)}, where the model's is {tuple(here)}"

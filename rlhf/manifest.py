@@ -94,14 +94,14 @@ def _fault(values: dict) -> str | None:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether it is the plain relative path of a file."""
+    """Tells whether it is the plain relative path of a file."""
     path = PurePosixPath(name)
     plain = str(path) == name and name != "." and "\\" not in name and name.isprintable()
     return plain and not path.is_absolute() and ".." not in path.parts
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number, as JSON has them."""
+    """Tells whether it is a finite number, as JSON has them."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
@@ -110,7 +110,7 @@ def _shown(value: object) -> str:
 
 
 def checkpoint_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None if it is whole."""
+    """Says what is wrong with a checkpoint, by its manifest; None if it is whole."""
     try:
         if not path.is_dir():
             return "there is no such folder"

@@ -171,13 +171,7 @@ def compare_completions(trainer: PPOTrainer) -> list[dict]:
         for model in (trainer.reference, trainer.policy):
             with hooked(model.register_forward_hook, display.advance):
                 responses = sample_responses(
-                    model,
-                    trainer.tokenizer,
-                    trainer.stopping,
-                    trainer.decoding,
-                    ids,
-                    draws,
-                    config,
+                    model, trainer.stopping, trainer.decoding, ids, draws, config
                 )
             samples = trainer.samples(prompts, rows, responses)
             answers.append(scored_answers(samples, score_samples(trainer.rewards, samples)))

@@ -74,8 +74,8 @@ class Display:
 
 
 def is_live(console: Console) -> bool:
-    """Whether what it shows can be redrawn: on a terminal, but not on a dumb one, nor in a file,
-    which is a terminal to rich with FORCE_COLOR."""
+    """Tells whether what it shows can be redrawn: on a terminal, but not on a dumb one, nor in a
+    file, which is a terminal to rich with FORCE_COLOR."""
     return console.is_interactive and console.file.isatty()
 
 

@@ -36,8 +36,8 @@ def prove_causal(model: PreTrainedModel, path: str) -> None:
 
 
 def prove_policy(model: PreTrainedModel, path: str) -> Decoding:
-    """How to sample from the policy. Raises UserError unless a token's logits are blind to later
-    tokens and to padding on both sides; says where sampling must take a slower way."""
+    """Finds how to sample from the policy. Raises UserError unless a token's logits are blind to
+    later tokens and to padding on both sides; says where sampling must take a slower way."""
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
         return model(

@@ -101,7 +101,7 @@ def has_step(record: dict) -> bool:
 
 
 def is_answered(row: dict) -> bool:
-    """Whether a line of completions has its three texts."""
+    """Tells whether a line of completions has its three texts."""
     sides = [row.get(side) for side in ("before", "after")]
     texts = [row.get("prompt")]
     texts += [side.get("completion") for side in sides if isinstance(side, dict)]

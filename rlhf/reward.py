@@ -163,11 +163,8 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
     safe_points = SafePoints(checkpoints, "reward", trainer.step, metrics)
 
     def passes(rankings: list[Ranking]) -> int:
-        count, size = (
-            sum(len(ranking.answers) for ranking in rankings),
-            config.per_device_eval_batch_size,
-        )
-        return num_passes(count, size, distributed.world_size())
+        count = sum(len(ranking.answers) for ranking in rankings)
+        return num_passes(count, config.per_device_eval_batch_size, distributed.world_size())
 
     with MetricsLog(output_dir, "reward", total, config.report_to, SHOWN, step=trainer.step) as log:
         for batch in trainer.batches:

@@ -89,7 +89,7 @@ class Responses(NamedTuple):
     def drawn_from(
         self, view: TokenLogits | TokenStates
     ) -> TokenLogits | TokenStates | KeptTokenLogits:
-        """What a policy says of these responses, over the ids that they were drawn from."""
+        """The policy's view of these responses, over the ids that they were drawn from."""
         if self.kept is None:
             return view
         return KeptTokenLogits.of(view.logits, self.mask, self.kept)
@@ -132,7 +132,6 @@ class Experience(NamedTuple):
 
 def sample_responses(
     policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     stopping: Stopping,
     decoding: Decoding,
     prompts: list[list[int]],
@@ -145,10 +144,10 @@ def sample_responses(
     filters left to draw from."""
     filters = make_filters(config)
     kept = [] if keeps_ids and filters else None
-    device = policy.device
-    prompt_ids, prompt_mask = (x.to(device) for x in pad(prompts, tokenizer.pad_token_id, "left"))
+    device, pad_token_id = policy.device, stopping.tokenizer.pad_token_id
+    prompt_ids, prompt_mask = (x.to(device) for x in pad(prompts, pad_token_id, "left"))
     uniforms, max_lengths = (x.to(device) for x in draws)
-    tokens = prompt_ids.new_full((len(prompts), config.response_length), tokenizer.pad_token_id)
+    tokens = prompt_ids.new_full((len(prompts), config.response_length), pad_token_id)
     lengths = torch.empty_like(max_lengths)
     ended = torch.empty_like(max_lengths, dtype=torch.bool)
     for rows in torch.arange(len(prompts), device=device).split(config.per_device_eval_batch_size):
@@ -162,7 +161,7 @@ def sample_responses(
                 stopping=stopping,
                 decoding=decoding,
                 temperature=config.temperature,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad_token_id,
                 filters=filters,
                 keeps_ids=kept is not None,
             )

@@ -27,7 +27,7 @@ MODEL_OPTIONS = {"": "model_name_or_path", "critic": "critic_model_path"}
 
 
 def is_due(every: int, step: int, num_steps: int) -> bool:
-    """Whether what happens `every` so many steps, and after the last (0: only then), does now."""
+    """Tells whether what happens `every` so many steps and after the last (0: only then) does."""
     return step == num_steps or (every > 0 and step % every == 0)
 
 
@@ -115,8 +115,8 @@ class Checkpoints:
         return state["metrics"]
 
     def _fault(self, checkpoint: Path) -> str | None:
-        """What is wrong with the state in a checkpoint that is whole: that a part of it is missing
-        or of another type than the trainer's."""
+        """Says what is wrong with the state in a checkpoint that is whole: that a part of it is
+        missing or of another type than the trainer's."""
         models = (PurePath(name, "config.json").as_posix() for name in self.models)
         for name in (STATE_FILE, *models):
             if name not in read_manifest(checkpoint).files:

@@ -164,7 +164,6 @@ class PPOTrainer:
         draws = Draws.of(len(rows), self.config, generator).rows(mine)
         part = sample_responses(
             self.policy,
-            self.tokenizer,
             self.stopping,
             self.decoding,
             ids[mine],

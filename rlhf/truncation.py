@@ -57,7 +57,7 @@ class KeptLog:
         self.steps.append((rows, offsets.diff(), ids.int()))
 
     def responses(self, count: int) -> list[KeptIds]:
-        """Of each of `count` responses, all its tokens."""
+        """Collects, for each of `count` responses, what all its tokens were drawn from."""
         rows, counts, ids = (torch.cat(part) for part in zip(*self.steps, strict=True))
         order = rows.repeat_interleave(counts).argsort(stable=True)
         per_row = counts[rows.argsort(stable=True)].split(rows.bincount(minlength=count).tolist())

@@ -20,7 +20,7 @@ KL_PENALTIES = (*KL_ESTIMATORS, "full")
 
 
 def _number(holds: Callable[[Real], bool]) -> Callable[[Any], bool]:
-    """Whether something is a number for which the rule holds."""
+    """Tells whether something is a number for which the rule holds."""
     return lambda x: isinstance(x, Real) and holds(x)
 
 

@@ -71,7 +71,7 @@ class Judge:
 
     @torch.no_grad()
     def positive(self, texts: Sequence[str]) -> Tensor:
-        """Whether each text is judged positive, (texts,) bool."""
+        """Tells whether each text is judged positive, (texts,) bool."""
         return self._logits(self._rows([features(text) for text in texts])) > 0
 
     def accuracy(self, examples: Sequence[Example]) -> float:

@@ -137,7 +137,7 @@ def _capitalised(sentence: str) -> str:
 
 
 def is_grammatical(sentence: str) -> bool:
-    """Whether the world's grammar can write this sentence."""
+    """Tells whether the world's grammar can write this sentence."""
     lowered = sentence[:1].lower() + sentence[1:]
     return any(
         _any_sentence().fullmatch(form) and _capitalised(form) == sentence

@@ -53,16 +53,10 @@ def any_model(request, world):
     return {"model_name_or_path": path, "reward_funcs": [f"{path}-reward"]}
 
 
-def sample(trainer: PPOTrainer, prompts: list[list[int]]) -> Responses:
-    draws = Draws.of(len(prompts), trainer.config, trainer.generator)
+def sample(trainer: PPOTrainer, prompts: list[list[int]], draws: Draws | None = None) -> Responses:
+    draws = draws or Draws.of(len(prompts), trainer.config, trainer.generator)
     return sample_responses(
-        trainer.policy,
-        trainer.tokenizer,
-        trainer.stopping,
-        trainer.decoding,
-        prompts,
-        draws,
-        trainer.config,
+        trainer.policy, trainer.stopping, trainer.decoding, prompts, draws, trainer.config
     )
 
 
@@ -240,15 +234,7 @@ def test_batch_order_invariance(make_trainer, any_model):
         draws = Draws.of(16, trainer.config, trainer.generator).rows(order)
         rows = [i % 3 for i in order.tolist()]
         prompts = [trainer.prompts.ids[row] for row in rows]
-        responses = sample_responses(
-            trainer.policy,
-            trainer.tokenizer,
-            trainer.stopping,
-            trainer.decoding,
-            prompts,
-            draws,
-            trainer.config,
-        )
+        responses = sample(trainer, prompts, draws)
         batches.append(trainer.evaluate(rows, responses))
         trainer.update(batches[-1])
         weights.append(list(trainer.model.parameters()))
