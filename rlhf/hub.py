@@ -11,7 +11,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 def may_be_hub_id(name: str) -> bool:
     """Tells whether a name that is no local path is worth asking the hub for, which takes a minute
-    where there is no network. `runs/sft` is not where a folder `runs` lies here: it is a typing error."""
+    where there is no network. `runs/sft` is not where a folder `runs` lies here: it is a typing
+    error."""
     return HUB_ID.fullmatch(name) is not None and not ("/" in name and Path(name).parent.is_dir())
 
 

@@ -76,8 +76,8 @@ def expand(name: str, path: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Tells whether a tokenizer takes the text: not half a surrogate pair, as JSON may hold one, and
-    as the command line has for a byte of another encoding."""
+    """Tells whether a tokenizer takes the text: not half a surrogate pair, as JSON may hold one,
+    and as the command line has for a byte of another encoding."""
     return re.search(r"[\ud800-\udfff]", text) is None
 
 
