@@ -246,15 +246,21 @@ def awkward_rows(vocabulary):
     return torch.stack(list(rows.values())).half().double()
 
 
+def log_softmax_truth(logits, temperature=1.0):
+    """In fp64, from sums that cascade: torch.log_softmax adds a row up in four chains on AVX2."""
+    x = logits.double() / temperature
+    x = x - x.amax(-1, keepdim=True)
+    return x - x.exp().sum(-1, keepdim=True).log()
+
+
 def softmax_truth(logits, tokens, temperature):
     """Closed forms in fp64: logprobs, entropy (...), their derivatives in the logits (..., V)."""
-    log_p = torch.log_softmax(logits.double() / temperature, -1)
+    log_p = log_softmax_truth(logits, temperature)
+    logprobs = log_p.gather(-1, tokens.long()[..., None])[..., 0]
     p = log_p.exp()
     log_p = log_p.masked_fill(p == 0, 0)
     entropy = -(p * log_p).sum(-1)
     one_hot = torch.nn.functional.one_hot(tokens.long(), logits.shape[-1])
-    logprobs = torch.log_softmax(logits.double() / temperature, -1)
-    logprobs = logprobs.gather(-1, tokens.long()[..., None])[..., 0]
     grad_logprobs = (one_hot - p) / temperature
     grad_entropy = -p * (log_p + entropy[..., None]) / temperature
     return logprobs, entropy, grad_logprobs, grad_entropy

@@ -17,6 +17,7 @@ from tests.conftest import (
     awkward_rows,
     emulates_a_gpu,
     likeliest,
+    log_softmax_truth,
     on_default_device,
     softmax_truth,
     thread_counts,
@@ -30,7 +31,7 @@ def truth_of(logits, tokens, temperature=1.0):
     """In fp64, from the definitions."""
     tau = temperature[..., None].double() if isinstance(temperature, torch.Tensor) else temperature
     logprobs, entropy, *_ = softmax_truth(logits, tokens, tau)
-    log_p = torch.log_softmax(logits.double() / tau, -1)
+    log_p = log_softmax_truth(logits, tau)
     p = log_p.exp()
     surprise = log_p.masked_fill(p == 0, 0) + entropy[..., None]
     chosen = logits.gather(-1, tokens.long()[..., None])

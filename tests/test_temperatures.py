@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ppo_kernels import kl_divergence, ppo_loss, ppo_loss_, token_logprobs_and_entropy
 from tests.conftest import (
     assert_as_exact_as_eager,
+    log_softmax_truth,
     loss_inputs,
     needs_native,
     on_default_device,
@@ -37,7 +38,7 @@ def diverged(logits, ref_logits, temperature, **options):
 
 
 def kl_truth(logits, ref_logits, temperature):
-    log_p, log_q = (torch.log_softmax(x.double() / temperature, -1) for x in (logits, ref_logits))
+    log_p, log_q = (log_softmax_truth(x, temperature) for x in (logits, ref_logits))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     return kl, log_p.exp() * (log_p - log_q - kl[..., None]) / temperature
 

@@ -49,7 +49,9 @@ def test_lines_in_json_and_gzip_are_read(tmp_path, name, text, expected):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"text", gzip.compress(LINES.encode())[:-9], b"\x1f\x8b\x08\0" + b"x" * 99]
+    "content",
+    [b"", b"text", gzip.compress(LINES.encode())[:-9], b"\x1f\x8b\x08\0" + b"x" * 99],
+    ids=["empty", "text", "cut", "noise"],
 )
 def test_damaged_gzip_is_named(tmp_path, content):
     (tmp_path / "d.jsonl.gz").write_bytes(content)
