@@ -63,7 +63,10 @@ class Run:
 
 
 def open_run(
-    config: TrainConfig, stage: str, fault: Callable[[Path], str | None] = lambda checkpoint: None
+    config: TrainConfig,
+    stage: str,
+    fault: Callable[[Path], str | None] = lambda checkpoint: None,
+    check: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Run:
     """Makes the output folder ready for a new run, or for one that goes on, and locks it.
 
@@ -72,7 +75,8 @@ def open_run(
     metrics.jsonl of its checkpoint. With `resume_from_checkpoint` 'auto' damaged checkpoints are
     skipped, each with a message; so are those in which `fault` finds something. A path may be
     resumed in its own folder or, as a copy, in a new one; from then on it is the folder's newest
-    checkpoint.
+    checkpoint. `check` raises UserError for a whole checkpoint from which this run may not go on,
+    before anything is changed.
     """
     output_dir, run_file = output_path(config.output_dir), f"{stage}.yaml"
     resume = config.resume_from_checkpoint
@@ -86,8 +90,9 @@ def open_run(
     changed = []
     given = None if resume in (None, "auto") else Path(resume)
     if given is None:
-        goes_on = resume == "auto" and (output_dir / run_file).exists()
-        goes_on = goes_on and kind_of(output_dir) == stage
+        # A copied checkpoint comes before the folder's configuration, and has its own.
+        goes_on = resume == "auto" and kind_of(output_dir) == stage
+        goes_on = goes_on and bool((output_dir / run_file).exists() or _checkpoints(output_dir))
     else:
         damage = checkpoint_damage(given) or fault(given)
         if damage is not None:
@@ -96,6 +101,7 @@ def open_run(
                 "--resume_from_checkpoint auto, which skips damaged ones"
             )
         changed = changed_options(config, given, run_file)
+        check(given)
         # Either the checkpoint or its folder may be a link.
         folders = (Path(os.path.abspath(given)).parent.resolve(), given.resolve().parent)
         goes_on = output_dir.resolve() in folders
@@ -119,6 +125,8 @@ def open_run(
         elif goes_on:
             checkpoint = _newest_whole_checkpoint(output_dir, fault)
             changed = changed_options(config, checkpoint or output_dir, run_file)
+            if checkpoint is not None:
+                check(checkpoint)
             say(
                 f"no whole checkpoint in {output_dir}: starting from the beginning"
                 if checkpoint is None

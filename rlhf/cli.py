@@ -80,13 +80,14 @@ def main(argv: list[str] | None = None) -> int:
         with quiet_writer_threads():
             return run(command, argv[1:])
     except UserError as error:
-        complain(f"rlhf {command}: error: {error}")
+        complain(f"rlhf {command}: error: {error}", of_any_rank=not error.on_all_ranks)
         return 2
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         complain(
             f"rlhf {command}: error: {error}: {'free some space' if full else 'mend that'} and run "
-            "it again (a stage goes on with --resume_from_checkpoint auto)"
+            "it again (a stage goes on with --resume_from_checkpoint auto)",
+            of_any_rank=True,
         )
         return 2
     except Stopped as stopped:

@@ -54,6 +54,7 @@ def together(function: Callable[[], Result]) -> Result:
         error = raised
     error = next((found for found in gather_objects(error) if found is not None), None)
     if error is not None:
+        error.on_all_ranks = True
         raise error
     return result
 

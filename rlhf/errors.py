@@ -4,8 +4,11 @@
 class UserError(ValueError):
     """Wrong input from the user: one line that names the cause and the remedy.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. `on_all_ranks` tells that
+    every process raises it, so that the main one alone is to print it.
     """
+
+    on_all_ranks = False
 
 
 def one_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import ppo_kernels
@@ -193,6 +194,9 @@ def _check_replaceable(path: Path, kind: str, inputs: Iterable[tuple[str, str | 
                 "elsewhere"
             )
     own_paths(path, KINDS[kind])
+    for entry in path.iterdir():
+        if kind_of(entry) is not None:  # a stage of a demo, in which a run may go on
+            lock_folder(entry)
 
 
 def own_paths(folder: Path, contents: Contents) -> list[Path]:
@@ -202,6 +206,8 @@ def own_paths(folder: Path, contents: Contents) -> list[Path]:
     no run makes. What a kill left half done stands for all that it holds.
     """
     paths = []
+    if MODEL.items() <= contents.items():
+        contents = contents | _files(*_code_of_model(folder))
     for entry in sorted(folder.iterdir()):
         patterns = (p for p in contents if re.fullmatch(p, entry.name))
         pattern = next(patterns, None)
@@ -218,6 +224,23 @@ def own_paths(folder: Path, contents: Contents) -> list[Path]:
         else:
             raise _foreign(entry)
     return paths
+
+
+def _code_of_model(folder: Path) -> set[str]:
+    """Names of the Python files that `save_pretrained` writes beside a model or a tokenizer whose
+    class is in such a file, as `auto_map` tells, and of those that they import."""
+    modules = set()
+    for name in ("config.json", "tokenizer_config.json"):
+        with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+            auto_map = json.loads(read_file(folder / name))["auto_map"]
+            modules |= set(re.findall(r'"(\w+)\.\w+"', json.dumps(auto_map)))
+    files = {f"{module}.py" for module in modules}
+    for file in list(files):
+        with suppress(OSError, ValueError):
+            from transformers.dynamic_module_utils import get_relative_import_files
+
+            files |= {Path(found).name for found in get_relative_import_files(folder / file)}
+    return files
 
 
 def _foreign(entry: Path) -> UserError:

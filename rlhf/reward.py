@@ -128,16 +128,11 @@ def evaluate(
     return {f"eval/{name}": value for name, value in to_floats(metrics).items()}, scores
 
 
-@stoppable("reward")
-def train_reward(config: RewardConfig) -> dict[str, float]:
-    """Trains and saves a reward model; returns the last metrics.
-
-    The mean and the standard deviation of its scores over the training data are stored in its
-    configuration as `reward_mean` and `reward_std`. They are measured at the end: the model in a
-    checkpoint has none.
-    """
-    start_time = time.perf_counter()
-    set_seed(config.seed)
+def prepare(
+    config: RewardConfig,
+) -> tuple[PreTrainedTokenizerBase, list[Ranking], list[Ranking], PreTrainedModel]:
+    """The tokenizer, the rankings to learn from, the held-out ones, and the model, which fits
+    them."""
     path = config.model_name_or_path
     tokenizer = load_tokenizer(path, config, config.revision)
     rankings = load_rankings(config, config.dataset_name, config.dataset_split, tokenizer)
@@ -154,7 +149,20 @@ def train_reward(config: RewardConfig) -> dict[str, float]:
     check_fits(model, tokenizer, longest, "lower max_length")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    return tokenizer, rankings, eval_rankings, model
 
+
+@stoppable("reward")
+def train_reward(config: RewardConfig) -> dict[str, float]:
+    """Trains and saves a reward model; returns the last metrics.
+
+    The mean and the standard deviation of its scores over the training data are stored in its
+    configuration as `reward_mean` and `reward_std`. They are measured at the end: the model in a
+    checkpoint has none.
+    """
+    start_time = time.perf_counter()
+    set_seed(config.seed)
+    tokenizer, rankings, eval_rankings, model = distributed.together(lambda: prepare(config))
     lengths = [max(map(len, ranking.answers)) for ranking in rankings]
     trainer = SupervisedTrainer(config, Scorer(model, tokenizer), rankings, lengths, eval_rankings)
     checkpoints = Checkpoints(config, "reward", trainer, {"": model}, tokenizer)

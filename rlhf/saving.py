@@ -67,11 +67,13 @@ class Checkpoints:
         self.models = models
         self.tokenizer = tokenizer
         self.best = Best(config.metric_for_best_model, config.greater_is_better)
-        self.run = distributed.from_main(lambda: open_run(config, stage, self._fault))
         self.newest = 0  # step of the newest checkpoint; 0 stands for the beginning
         # The weights of what is trained are in the checkpoint, so that its kind alone counts.
         kinds = {MODEL_OPTIONS[name]: hash_config(model) for name, model in models.items()}
         self.inputs = kinds | trainer.inputs()
+        self.run = distributed.from_main(
+            lambda: open_run(config, stage, self._fault, self._check_inputs)
+        )
 
     def resume(self) -> dict[str, float]:
         """Puts everything back as it was at the checkpoint that the run goes on from, if there is
@@ -79,8 +81,37 @@ class Checkpoints:
         checkpoint = self.run.checkpoint
         if checkpoint is None:
             return {}
+        metrics = distributed.together(lambda: self._restore(checkpoint))
+        distributed.from_main(lambda: record_settings(self.run, self.config))
+        return metrics
+
+    def _restore(self, checkpoint: Path) -> dict[str, float]:
+        self._check_inputs(checkpoint)  # of this process
+        self._load_models(checkpoint)
         state = load_state(checkpoint / STATE_FILE)
-        processes, rank = len(state["random"]), distributed.rank()
+        try:
+            self.trainer.load_state_dict(state)
+            # Last, because loading a model may draw numbers. A process that was not there then goes
+            # on with its own.
+            for random in state["random"][distributed.rank() :][:1]:
+                set_random_state(random)
+        except UserError:
+            raise
+        except Exception as error:  # torch raises what it likes of a state of another shape
+            raise UserError(
+                f"{checkpoint / STATE_FILE} is not of this run ({one_line(error)}): go on from "
+                "another checkpoint, or start anew in another output_dir"
+            ) from error
+        manifest = read_manifest(checkpoint)
+        self.newest, best = manifest.step, manifest.best
+        if best[:2] == self.best[:2]:
+            self.best = best
+        return state["metrics"]
+
+    def _check_inputs(self, checkpoint: Path) -> None:
+        """Raises UserError unless the checkpoint is of as many processes and of the same inputs."""
+        state = load_state(checkpoint / STATE_FILE, mmap=True)
+        processes = len(state["random"])
         if processes != distributed.world_size() and not self.config.resume_loosely:
             raise UserError(
                 f"{checkpoint} was written by {processes} processes, and here are "
@@ -93,26 +124,6 @@ class Checkpoints:
                     f"{name} {getattr(self.config, name, '')} holds something else than when "
                     f"{checkpoint} was saved: restore it, or start anew in another output_dir"
                 )
-        self._load_models(checkpoint)
-        try:
-            self.trainer.load_state_dict(state)
-        except UserError:
-            raise
-        except Exception as error:  # torch raises what it likes of a state of another shape
-            raise UserError(
-                f"{checkpoint / STATE_FILE} is not of this run ({one_line(error)}): go on from "
-                "another checkpoint, or start anew in another output_dir"
-            ) from error
-        manifest = read_manifest(checkpoint)
-        self.newest, best = manifest.step, manifest.best
-        if best[:2] == self.best[:2]:
-            self.best = best
-        distributed.from_main(lambda: record_settings(self.run, self.config))
-        # Last, because loading a model may draw numbers. A process that was not there then goes on
-        # with its own.
-        if rank < processes:
-            set_random_state(state["random"][rank])
-        return state["metrics"]
 
     def _fault(self, checkpoint: Path) -> str | None:
         """Says what is wrong with the state in a checkpoint that is whole: that a part of it is

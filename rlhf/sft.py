@@ -66,11 +66,10 @@ def evaluate(
     return {"eval/loss": loss.item(), "eval/perplexity": loss.exp().item()}
 
 
-@stoppable("sft")
-def train_sft(config: SFTConfig) -> dict[str, float]:
-    """Trains and saves a causal language model; returns the last metrics."""
-    start_time = time.perf_counter()
-    set_seed(config.seed)
+def prepare(
+    config: SFTConfig,
+) -> tuple[PreTrainedTokenizerBase, list[Text], list[Text], PreTrainedModel]:
+    """The tokenizer, the texts to learn from, the held-out ones, and the model, which fits them."""
     path = config.model_name_or_path
     tokenizer = load_tokenizer(path, config, config.revision)
     texts = load_texts(config, config.dataset_name, config.dataset_split, tokenizer)
@@ -85,7 +84,15 @@ def train_sft(config: SFTConfig) -> dict[str, float]:
     check_fits(model, tokenizer, longest, "lower max_length")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    return tokenizer, texts, eval_texts, model
 
+
+@stoppable("sft")
+def train_sft(config: SFTConfig) -> dict[str, float]:
+    """Trains and saves a causal language model; returns the last metrics."""
+    start_time = time.perf_counter()
+    set_seed(config.seed)
+    tokenizer, texts, eval_texts, model = distributed.together(lambda: prepare(config))
     lengths = [len(text.ids) for text in texts]
     trainer = SupervisedTrainer(config, model, texts, lengths, eval_texts)
     checkpoints = Checkpoints(config, "sft", trainer, {"": model}, tokenizer)

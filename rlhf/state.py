@@ -60,6 +60,8 @@ def hash_weights(models: Iterable[nn.Module]) -> str:
     for model in models:
         for name, tensor in model.state_dict().items():
             if isinstance(tensor, torch.Tensor):
+                if tensor.is_complex():
+                    tensor = torch.view_as_real(tensor)
                 bits = tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])
                 # In parts, for a sum as int64 takes a copy as int64.
                 total = sum(part.sum(dtype=torch.int64).item() for part in bits.split(1 << 24))

@@ -25,14 +25,14 @@ def say(text: object) -> None:
         print(printable(text), flush=True)
 
 
-def complain(message: str) -> None:
+def complain(message: str, *, of_any_rank: bool = False) -> None:
     """Prints one line to stderr, of a length that can be read."""
     line = re.sub(
         rf"\S{{{LONGEST_WORD},}}",
         lambda found: _cut(found[0], LONGEST_WORD),
         printable(" ".join(message.splitlines())),
     )
-    if is_main():
+    if is_main() or of_any_rank:
         print(_cut(line, LONGEST_LINE), file=sys.stderr, flush=True)
 
 

@@ -162,14 +162,16 @@ class PPOTrainer:
         ids = [prompts.ids[row] for row in rows]
         mine = distributed.my_rows(len(rows))
         draws = Draws.of(len(rows), self.config, generator).rows(mine)
-        part = sample_responses(
-            self.policy,
-            self.stopping,
-            self.decoding,
-            ids[mine],
-            draws,
-            self.config,
-            keeps_ids=True,
+        part = distributed.together(
+            lambda: sample_responses(
+                self.policy,
+                self.stopping,
+                self.decoding,
+                ids[mine],
+                draws,
+                self.config,
+                keeps_ids=True,
+            )
         )
         padded = pad(ids, self.tokenizer.pad_token_id, "left")
         return Responses(

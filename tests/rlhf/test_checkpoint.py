@@ -927,6 +927,15 @@ def test_the_hash_of_weights_sees_every_bit(dtype):
     assert hash_weights(models) != before
 
 
+def test_the_hash_of_weights_sees_complex_buffers():
+    """Some models keep rotary frequencies so."""
+    model = torch.nn.Module()
+    model.register_buffer("frequencies", torch.randn(4, dtype=torch.complex128))
+    before = hash_weights([model])
+    model.frequencies[2] += 1e-6j
+    assert hash_weights([model]) != before
+
+
 # Models
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,41 @@ def test_a_wrong_option_is_reported_once(config_file):
     run = torchrun(2, "-m", "rlhf", "ppo", "--config", str(file))
     assert run.returncode != 0
     assert run.stderr.count("rollout_batch_size 40 must be a multiple of") == 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_what_one_process_alone_finds_wrong_is_reported_once(stage, world, tmp_path):
+    data = {"sft": "texts", "reward": "pairs"}[stage]
+    shutil.copyfile(world / f"{data}.jsonl", tmp_path / "data-0.jsonl")
+    (tmp_path / "data-1.jsonl").write_text("{}\n")
+    options = {
+        "model_name_or_path": str(world / "llama"),
+        "dataset_name": str(tmp_path / "data-$RANK.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
+    run = torchrun(2, "-m", "rlhf", stage, *arguments)
+    assert run.returncode != 0
+    assert run.stderr.count(f"rlhf {stage}: error: ") == 1
+    assert "data-1.jsonl" in run.stderr and not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_rank_is_told_by_it(monkeypatch, capsys):
+    """Where the others cannot know of it, as in the middle of a pass."""
+    monkeypatch.setenv("RANK", "1")
+    for on_all_ranks, told in ((False, "rlhf sft: error: diverged\n"), (True, "")):
+        error = UserError("diverged")
+        error.on_all_ranks = on_all_ranks
+        monkeypatch.setattr(cli, "run_stage", raiser(error))
+        assert cli.main(["sft"]) == 2
+        assert capsys.readouterr().err == told
+
+
+def raiser(error):
+    def run(*args):
+        raise error
+
+    return run
 
 
 def test_shares_of_a_batch(monkeypatch):

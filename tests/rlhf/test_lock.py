@@ -1,13 +1,17 @@
 """A folder that a run has locked is that run's alone, and only as long as it runs."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from rlhf import demo
 from rlhf.errors import UserError
 from rlhf.files import lock_folder
+from rlhf.folder import MARKER
 
 HOLDER = """
 import os, sys, time
@@ -29,8 +33,8 @@ def hold(tmp_path):
     """Starts a process that locks the folder; gives what it prints."""
     processes, pids = [], []
 
-    def start(*arguments: str) -> int:
-        command = [sys.executable, "-c", HOLDER, str(tmp_path), *arguments]
+    def start(*arguments: str, folder: Path = tmp_path) -> int:
+        command = [sys.executable, "-c", HOLDER, str(folder), *arguments]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         pids.append(int(processes[-1].stdout.readline()))
         if arguments:
@@ -57,3 +61,13 @@ def test_a_forked_helper_does_not_keep_the_lock(hold, tmp_path):
     helper = hold("and fork")
     os.kill(helper, 0)
     lock_folder(tmp_path)
+
+
+def test_a_demo_with_a_stage_that_goes_on_is_kept(hold, tmp_path):
+    demo.begin(tmp_path, {"seed": 0}, [], False)
+    (tmp_path / "ppo").mkdir()
+    shutil.copyfile(tmp_path / MARKER, tmp_path / "ppo" / MARKER)
+    hold(folder=tmp_path / "ppo")
+    with pytest.raises(UserError, match="ppo is in use by another run"):
+        demo.begin(tmp_path, {"seed": 0}, [], True)
+    assert (tmp_path / "ppo" / MARKER).exists()

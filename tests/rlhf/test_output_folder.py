@@ -252,6 +252,23 @@ def test_a_checkpoint_with_something_of_the_user_s_is_not_rotated_away(tmp_path,
     assert [*run.output_dir.glob("checkpoint-*")] == [run.output_dir / "checkpoint-3"]
 
 
+def test_the_code_of_a_model_is_its_own(claim, run):
+    """transformers writes it beside a model whose class is in a file, and with it what it imports;
+    other Python files are the user's."""
+    auto_map = {"AutoConfig": "shape.Shape", "AutoModel": "modeling.Model", "AutoX": "hub--far.X"}
+    (run / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    auto_map = {"AutoTokenizer": ["words.Words", None]}
+    (run / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    imports = {"modeling": "from .layers import L\n", "layers": "from .shape import S\n"}
+    for name in ("shape", "modeling", "layers", "words"):
+        (run / f"{name}.py").write_text(imports.get(name, ""))
+    (run / "far.py").write_text("")
+    assert f"because {run / 'far.py'} was not written by a run" in refusal(claim)
+    (run / "far.py").unlink()
+    claim()
+    assert os.listdir(run) == [MARKER]
+
+
 @pytest.mark.parametrize("name", ["critic", "tensorboard"])
 def test_a_run_that_goes_on_writes_through_no_link(tmp_path, name):
     run = start(tmp_path / "run")

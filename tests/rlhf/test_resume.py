@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf import distributed, ppo, reward, sft
+from rlhf import checkpoint, distributed, ppo, reward, sft
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from rlhf.errors import UserError
 from rlhf.ppo import train_ppo
@@ -171,6 +171,20 @@ def test_a_run_that_was_stopped_in_another_folder_goes_on_there(stages, tmp_path
     earlier = {"resume_from_checkpoint": str(first / "checkpoint-8")}
     stage.run_until(1, second, **earlier)
     shutil.rmtree(first / "checkpoint-8")
+    stage.run(second, resume_from_checkpoint="auto")
+    assert records(second) == records(first)
+    assert weights(second) == weights(first)
+
+
+def test_a_run_that_was_stopped_when_its_checkpoint_was_copied_goes_on(stages, tmp_path):
+    """Before its configuration was there."""
+    stage, first, second = stages["sft"], tmp_path / "first", tmp_path / "second"
+    stage.run(first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(checkpoint, "write_file")
+        with pytest.raises(NameError):
+            stage.run(second, resume_from_checkpoint=str(first / "checkpoint-8"))
+    assert checkpoints(second) == {"checkpoint-8"} and not (second / "sft.yaml").exists()
     stage.run(second, resume_from_checkpoint="auto")
     assert records(second) == records(first)
     assert weights(second) == weights(first)
@@ -435,6 +449,20 @@ def test_other_data_is_refused(stage, tmp_path):
     changed = rf"^dataset_name {data} holds something else than when .*checkpoint-4 was saved: rest"
     with pytest.raises(UserError, match=changed):
         stage.run(run, dataset_name=str(data), resume_from_checkpoint="auto")
+
+
+def test_a_refused_checkpoint_leaves_the_folder_as_it_is(stages, tmp_path):
+    """Those of more steps are still the run's, though an earlier one was asked for."""
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    rows = Path(stages["sft"].config.dataset_name).read_text().splitlines()
+    data.write_text("\n".join(rows))
+    stages["sft"].run(run, dataset_name=str(data))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    data.write_text("\n".join(reversed(rows)))
+    earlier = {"dataset_name": str(data), "resume_from_checkpoint": str(run / "checkpoint-8")}
+    with pytest.raises(UserError, match=r"^dataset_name .* holds something else"):
+        stages["sft"].run(run, **earlier)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_other_held_out_data_is_refused(stage, tmp_path):
