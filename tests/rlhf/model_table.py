@@ -43,6 +43,8 @@ from tests.rlhf.tiny_models import NOT_BUILT, make_model, model_types
 COLUMNS = ("samples", "sft", "reward", "ppo", "ratio", "kl", "resumes", "reopens", "silent")
 OPENINGS = ("film", "plot is", "film is good . plot", "is", "plot is bad film", ". . .", "great")
 LENGTH = 12
+# Advice to install a faster kernel is no fault of the run.
+SLOWER = "is falling back to its reference PyTorch implementation because"
 # Of the first iteration, where policy and reference are the same: rounding only.
 LIMITS = {"ratio": 1e-4, "kl": 1e-5}
 
@@ -103,6 +105,7 @@ def warnings_into(messages: list[str]) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
     messages += [str(warning.message) for warning in caught]
+    messages[:] = [message for message in messages if SLOWER not in message]
 
 
 def check_samples(model: PreTrainedModel, folder: Path, data: Path) -> None:
