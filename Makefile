@@ -25,7 +25,7 @@ demo: install
 
 # Threads that sleep while they wait: on a busy machine spinning ones are many times slower.
 test: install
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --benchmark-disable
 
 # JSON is the file of the figures, beside which a page and its plots are written; PEERS a folder from
 # which trl, torchrl and pufferlib may be imported where they are not installed.
