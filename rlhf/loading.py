@@ -226,13 +226,18 @@ def new_scorer(policy: PreTrainedModel) -> PreTrainedModel:
     config = deepcopy(policy.config)
     config.num_labels = 1
     model_class = scorer_class(config)
-    with torch.device("meta"):
-        if model_class is AutoModelForSequenceClassification:
-            # The policy's own code runs already, if it came with some.
-            trusts = type(policy).__module__.startswith("transformers_modules")
-            scorer = model_class.from_config(config, trust_remote_code=trusts)
-        else:
-            scorer = model_class(config)
+    try:
+        with torch.device("meta"):
+            if model_class is AutoModelForSequenceClassification:
+                # The policy's own code runs already, if it came with some.
+                trusts = type(policy).__module__.startswith("transformers_modules")
+                scorer = model_class.from_config(config, trust_remote_code=trusts)
+            else:
+                scorer = model_class(config)
+    except Exception as error:  # as the class of a configuration without hidden_size
+        raise UserError(
+            f"a {type(policy).__name__} can have no scalar head: {one_line(error)}"
+        ) from error
     if type(scorer.base_model) is not type(trunk(policy)):
         raise UserError(
             f"a {type(policy).__name__} can have no scalar head: of its kind transformers opens "

@@ -33,6 +33,7 @@ import rlhf.generate
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.errors import UserError, one_line
 from rlhf.inference_config import GenerateConfig
+from rlhf.loading import quiet
 from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
@@ -125,7 +126,7 @@ def check_samples(model: PreTrainedModel, folder: Path, data: Path) -> None:
     tokenizer = make_tokenizer()
     for row in rows:
         inputs = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
-        with torch.inference_mode():
+        with torch.inference_mode(), quiet():
             ids = model.generate(**inputs, max_new_tokens=row["tokens"], do_sample=False)
         own = ids[0, inputs.input_ids.shape[1] :]
         text = tokenizer.decode(own, skip_special_tokens=True)

@@ -96,6 +96,13 @@ def test_only_a_new_head_may_be_missing_from_a_scorer(tmp_path, tokenizer):
         load_scorer(path, tokenizer)
 
 
+def test_a_family_that_can_have_no_head_is_refused(tmp_path, tokenizer):
+    """Its configuration has no hidden_size."""
+    path = save(tmp_path, make_model("blt", 13))
+    with pytest.raises(UserError, match=r"^a BltForCausalLM can have no scalar head: Attr"):
+        load_scorer(path, tokenizer)
+
+
 def test_weights_that_are_not_used_are_said(tmp_path, tokenizer, capsys):
     path = save(tmp_path / "policy", LlamaForCausalLM(llama_config()))
     load_causal_lm(path)
