@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -282,7 +283,7 @@ def _open_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers says of its weights."""
     given = {} if options is None else {"attn_implementation": options.attn_implementation}
-    return _open(
+    model, loading = _open(
         model_class,
         path,
         **_code(options),
@@ -293,6 +294,22 @@ def _open_model(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    restore_padding(model, Path(path))
+    return model, loading
+
+
+@torch.no_grad()
+def restore_padding(model: PreTrainedModel, folder: Path) -> None:
+    """Puts back embeddings of pad tokens, which some classes set to 0 whenever they are opened."""
+    for name, module in model.named_modules():
+        row = getattr(module, "padding_idx", None)
+        if not isinstance(module, nn.Embedding) or row is None or module.weight[row].any():
+            continue
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as saved:
+                names = saved.keys()
+                if f"{name}.weight" in names:
+                    module.weight[row] = saved.get_slice(f"{name}.weight")[row].to(module.weight)
 
 
 def _dtype(options: LoadingOptions | None, frozen: bool) -> torch.dtype | str:

@@ -103,6 +103,18 @@ def test_a_family_that_can_have_no_head_is_refused(tmp_path, tokenizer):
         load_scorer(path, tokenizer)
 
 
+def test_the_embedding_of_padding_is_what_was_saved(tmp_path):
+    """transformers sets that of a Youtu to 0 whenever it opens one, and its head is tied to it."""
+    model = make_model("youtu", len(WORDS))
+    model.model.embed_tokens.weight.data[0] = 1.5
+    path = save(tmp_path, model)
+    policy = load_causal_lm(path)
+    assert (policy.lm_head.weight[0] == 1.5).all()
+    policy.model.embed_tokens.weight.data[0] = 0
+    load_weights(policy, tmp_path)
+    assert (policy.lm_head.weight[0] == 1.5).all()
+
+
 def test_weights_that_are_not_used_are_said(tmp_path, tokenizer, capsys):
     path = save(tmp_path / "policy", LlamaForCausalLM(llama_config()))
     load_causal_lm(path)
