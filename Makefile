@@ -23,9 +23,13 @@ $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 demo: install
 	$(VENV)/bin/rlhf demo --output_dir runs/demo --overwrite_output_dir
 
-# Threads that sleep while they wait: on a busy machine spinning ones are many times slower.
+# Threads that sleep while they wait: on a busy machine spinning ones are many times slower. The
+# trainer's tests run beside those of the kernels, which wait for compilers first.
 test: install
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --benchmark-disable
+	@mkdir -p build; export OMP_WAIT_POLICY=PASSIVE; \
+	$(VENV)/bin/python -m pytest tests/rlhf > build/tests-rlhf.log 2>&1 & trainer=$$!; \
+	$(VENV)/bin/python -m pytest --ignore=tests/rlhf; kernels=$$?; \
+	wait $$trainer; trainer=$$?; cat build/tests-rlhf.log; exit $$((kernels ? kernels : trainer))
 
 # JSON is the file of the figures, beside which a page and its plots are written; PEERS a folder from
 # which trl, torchrl and pufferlib may be imported where they are not installed.

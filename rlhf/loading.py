@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from rlhf.errors import UserError, one_line
 from rlhf.hub import may_be_hub_id, say_asking
@@ -227,6 +227,11 @@ def new_scorer(policy: PreTrainedModel) -> PreTrainedModel:
     config = deepcopy(policy.config)
     config.num_labels = 1
     model_class = scorer_class(config)
+    if model_class is None:
+        raise UserError(
+            f"a {type(policy).__name__} can have no scalar head: transformers does not know its "
+            "kind"
+        )
     try:
         with torch.device("meta"):
             if model_class is AutoModelForSequenceClassification:
@@ -283,7 +288,7 @@ def _open_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers says of its weights."""
     given = {} if options is None else {"attn_implementation": options.attn_implementation}
-    model, loading = _open(
+    return _open(
         model_class,
         path,
         **_code(options),
@@ -294,13 +299,12 @@ def _open_model(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    restore_padding(model, Path(path))
-    return model, loading
 
 
 @torch.no_grad()
-def restore_padding(model: PreTrainedModel, folder: Path) -> None:
-    """Puts back embeddings of pad tokens, which some classes set to 0 whenever they are opened."""
+def restore_padding(model: PreTrainedModel, folder: Path) -> str | None:
+    """Puts back embeddings of pad tokens, which some classes set to 0 whenever they are opened;
+    returns a line that says so, None if there is none that the folder's safetensors files have."""
     for name, module in model.named_modules():
         row = getattr(module, "padding_idx", None)
         if not isinstance(module, nn.Embedding) or row is None or module.weight[row].any():
@@ -309,7 +313,14 @@ def restore_padding(model: PreTrainedModel, folder: Path) -> None:
             with safe_open(file, "pt") as saved:
                 names = saved.keys()
                 if f"{name}.weight" in names:
-                    module.weight[row] = saved.get_slice(f"{name}.weight")[row].to(module.weight)
+                    embedding = saved.get_slice(f"{name}.weight")[row]
+                    if embedding.any():
+                        module.weight[row] = embedding.to(module.weight)
+                        return (
+                            f"transformers sets {name}.weight[{row}] of a {type(model).__name__} "
+                            "to 0 whenever it opens one: here it is what was saved, elsewhere 0"
+                        )
+    return None
 
 
 def _dtype(options: LoadingOptions | None, frozen: bool) -> torch.dtype | str:
@@ -375,7 +386,8 @@ def weights_lacking(loading: dict[str, Any]) -> list[str]:
 
 
 def account_for(path: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
-    """Raises UserError if the folder lacks weights of the model; says which it has besides."""
+    """Raises UserError if the folder lacks weights of the model; says which it has besides, and
+    which transformers did not leave as they were."""
     wrong, unused = weights_lacking(loading), sorted(loading["unexpected_keys"])
     if wrong:
         besides = f", but {unused[0]}" if unused else ""
@@ -385,3 +397,9 @@ def account_for(path: str, model: PreTrainedModel, loading: dict[str, Any]) -> N
         )
     if unused:
         say(f"{path}: {len(unused)} weights are not used, such as {unused[0]}")
+    folder = Path(path)
+    if not folder.is_dir():
+        commit = getattr(model.config, "_commit_hash", None)
+        folder = Path(cached_file(path, "config.json", revision=commit)).parent
+    if line := restore_padding(model, folder):
+        say(line)

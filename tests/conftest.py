@@ -30,28 +30,15 @@ needs_native = pytest.mark.skipif(
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """One of pytest-xdist's processes has all tests of compiled kernels, and compiles these."""
-    for item in items:
-        if {"compiled", "cuda_compiled"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("compiled"))
-
-
 def pytest_collection_finish(session):
     """Kernels compile beside the tests that come before those of compiled kernels."""
-    if not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
-        compile_kernels(session)
-
-
-def compile_kernels(session):
-    """Begins to compile what the session's tests want, unless that is begun."""
+    if session.config.option.collectonly:
+        return
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    stash = session.config.stash
-    if COMPILATION not in stash and "compiled" in wanted and importlib.util.find_spec("triton"):
-        stash[COMPILATION] = Compilation()
-    if CUDA_COMPILATION not in stash and "cuda_compiled" in wanted and cuda.why_not() is None:
-        stash[CUDA_COMPILATION] = cuda.Compilation()
+    if "compiled" in wanted and importlib.util.find_spec("triton"):
+        session.config.stash[COMPILATION] = Compilation()
+    if "cuda_compiled" in wanted and cuda.why_not() is None:
+        session.config.stash[CUDA_COMPILATION] = cuda.Compilation()
 
 
 def pytest_unconfigure(config):
@@ -63,7 +50,6 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="session")
 def compiled(request):
     """What `tests.compiled.collect` found in every kernel."""
-    compile_kernels(request.session)
     if COMPILATION not in request.config.stash:
         pytest.skip("Triton is not installed")
     return request.config.stash[COMPILATION].reports()
@@ -72,7 +58,6 @@ def compiled(request):
 @pytest.fixture(scope="session")
 def cuda_compiled(request):
     """What `tests.compiled.cuda` found in every kernel."""
-    compile_kernels(request.session)
     if CUDA_COMPILATION not in request.config.stash:
         pytest.skip(cuda.why_not())
     return request.config.stash[CUDA_COMPILATION].reports()
@@ -262,7 +247,7 @@ def awkward_rows(vocabulary):
 
 
 def log_softmax_truth(logits, temperature=1.0):
-    """In fp64, from sums that cascade: torch.log_softmax adds a row up in four chains on AVX2."""
+    """Sums in fp64 that cascade: torch.log_softmax adds a row up in four chains on AVX2."""
     x = logits.double() / temperature
     x = x - x.amax(-1, keepdim=True)
     return x - x.exp().sum(-1, keepdim=True).log()

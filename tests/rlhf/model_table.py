@@ -187,7 +187,7 @@ def trained_instance(kind: type[nn.Module]) -> Iterator[list[nn.Module]]:
 
 def check_reopens(trained: PreTrainedModel, folder: Path) -> None:
     again, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    restore_padding(again, folder)
+    line = restore_padding(again, folder)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[kind]:
             raise Fault(f"saved with {kind.replace('_', ' ')}: {sorted(loading[kind])[0]}")
@@ -196,6 +196,8 @@ def check_reopens(trained: PreTrainedModel, folder: Path) -> None:
     # The same weights at other addresses are rounded otherwise.
     if not torch.allclose(logits(again), logits(trained), rtol=0, atol=1e-5):
         raise Fault("the saved model gives other logits than the trained one")
+    if line is not None:  # which a run says too
+        raise UserError(line)
 
 
 def first_metrics(folder: Path) -> dict[str, float]:

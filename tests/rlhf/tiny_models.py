@@ -56,7 +56,7 @@ SIZES = {
             *("mamba_head_dim", "mamba_headdim", "attention_head_size", "swa_v_head_dim"),
             *("state_size", "ssm_state_size", "mamba_d_state", "mamba_dt_rank", "time_step_rank"),
             *("d_rel", "loop_gate_rank", "gated_norm_rank", "rotary_dim", "num_buckets"),
-            *("mamba_chunk_size", "chunk_size", "block_multiple_of"),
+            *("mamba_chunk_size", "chunk_size", "block_multiple_of", "index_topk"),
             *("index_block_size", "sliding_window", "attention_window_size", "local_attention"),
             *("sliding_window_size", "attention_chunk_size", "window_size", "rel_extent"),
         ),
@@ -113,6 +113,8 @@ DOTS3 = {
     **{"head_dim": 12, "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
     **{"swa_qk_rope_head_dim": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},
     **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
+    # All keys: of two that score 0, as half do, it is chance which one is kept.
+    "index_topk": 64,
 }
 # By model type, fields that the rules above leave wrong.
 OVERRIDES: dict[str, dict] = {
@@ -218,9 +220,6 @@ def tiny_config(kind: type[PreTrainedConfig], vocab_size: int, **overrides) -> P
             values[name] = min(value, SIZES[name])
         elif name.endswith("vocab_size") or name == "vocab_size_per_layer_input":
             values[name] = vocab_size
-        elif name == "index_topk":
-            # Of two keys that score 0, as half do, it is chance which one is kept.
-            values[name] = SIZES["max_position_embeddings"]
         elif name == "rope_parameters" and "original_max_position_embeddings" in (value or {}):
             half = SIZES["max_position_embeddings"] // 2
             values[name] = value | {"original_max_position_embeddings": half}
