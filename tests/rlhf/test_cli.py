@@ -367,12 +367,6 @@ def test_an_unknown_command_prints_the_usage(argv, capsys):
 # Processes and interruptions
 
 
-def test_only_the_main_process_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert main(["sft"]) == 2
-    assert capsys.readouterr().err == ""
-
-
 def test_the_demo_runs_in_one_process(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     fails(capsys, ["demo"], "runs in one process", "torchrun")
