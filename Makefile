@@ -7,7 +7,7 @@ PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed-with-$(subst =,-,$(TORCH))
 
-.PHONY: install demo test bench gpu lint clean
+.PHONY: install demo test sanitize bench gpu lint clean
 
 install: $(INSTALLED)
 
@@ -26,6 +26,11 @@ demo: install
 # Threads that sleep while they wait: on a busy machine spinning ones are many times slower.
 test: install
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest
+
+# The C++ kernels under AddressSanitizer and UBSan: the tests of the ops and CALLS random calls.
+CALLS ?= 10000
+sanitize: install
+	$(VENV)/bin/python -m tests.sanitize --calls $(CALLS)
 
 # JSON is the file of the figures, beside which a page and its plots are written; PEERS a folder from
 # which trl, torchrl and pufferlib may be imported where they are not installed.
