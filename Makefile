@@ -23,9 +23,13 @@ $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 demo: install
 	$(VENV)/bin/rlhf demo --output_dir runs/demo --overwrite_output_dir
 
-# Threads that sleep while they wait: on a busy machine spinning ones are many times slower.
+# Threads that sleep while they wait: on a busy machine spinning ones are many times slower. The
+# trainer's tests run beside those of the kernels, which wait for compilers first.
 test: install
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest
+	@mkdir -p build; export OMP_WAIT_POLICY=PASSIVE; \
+	$(VENV)/bin/python -m pytest tests/rlhf > build/tests-rlhf.log 2>&1 & trainer=$$!; \
+	$(VENV)/bin/python -m pytest --ignore=tests/rlhf; kernels=$$?; \
+	wait $$trainer; trainer=$$?; cat build/tests-rlhf.log; exit $$((kernels ? kernels : trainer))
 
 # The C++ kernels under AddressSanitizer and UBSan: the tests of the ops and CALLS random calls.
 CALLS ?= 10000

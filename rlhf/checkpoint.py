@@ -90,9 +90,9 @@ def open_run(
     changed = []
     given = None if resume in (None, "auto") else Path(resume)
     if given is None:
-        # A copied checkpoint comes before the folder's configuration, and has its own.
-        goes_on = resume == "auto" and kind_of(output_dir) == stage
-        goes_on = goes_on and bool((output_dir / run_file).exists() or _checkpoints(output_dir))
+        goes_on = (
+            resume == "auto" and kind_of(output_dir) == stage and _is_begun(output_dir, run_file)
+        )
     else:
         damage = checkpoint_damage(given) or fault(given)
         if damage is not None:
@@ -153,6 +153,17 @@ def record_settings(run: Run, config: TrainConfig) -> None:
     contents of what it names are those of before."""
     with disk_errors(f"write to output_dir {run.output_dir}", GO_ON):
         write_file(run.output_dir / run.run_file, settings(config))
+
+
+def _is_begun(output_dir: Path, run_file: str) -> bool:
+    """Tells whether there is a run to go on with.
+
+    A checkpoint that was copied comes first, and then its configuration and metrics; what is being
+    deleted loses its configuration first, and its checkpoints before its metrics.
+    """
+    if (output_dir / run_file).exists():
+        return True
+    return bool(_checkpoints(output_dir)) and not (output_dir / METRICS_FILE).exists()
 
 
 def _check_is_run(output_dir: Path, stage: str) -> None:

@@ -151,7 +151,9 @@ def run_configured(command: str, argv: list[str]) -> int:
 
 def check_one_process(command: str) -> None:
     if world_size() > 1:
-        raise UserError(f"{command} runs in one process: start it without torchrun")
+        raise UserError(
+            f"{command} runs in one process: start it without torchrun", on_all_ranks=True
+        )
 
 
 def run_stage(stage: str, argv: list[str]) -> int:

@@ -30,7 +30,8 @@ def session() -> Iterator[None]:
     if "MASTER_ADDR" not in os.environ:
         raise UserError(
             f"WORLD_SIZE is {world_size()} but there is no MASTER_ADDR: start the processes with "
-            "torchrun, or unset WORLD_SIZE"
+            "torchrun, or unset WORLD_SIZE",
+            on_all_ranks=True,
         )
     backend = "gloo"
     if torch.cuda.is_available():

@@ -8,7 +8,9 @@ class UserError(ValueError):
     every process raises it, so that the main one alone is to print it.
     """
 
-    on_all_ranks = False
+    def __init__(self, message: str, *, on_all_ranks: bool = False):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
 
 def one_line(error: BaseException) -> str:

@@ -145,7 +145,10 @@ def claim_output_dir(
             _check_replaceable(path, kind, inputs)
             # First goes what a run is resumed by, so that half of one never is; the marker stays.
             remove(path / f"{kind}.yaml")
-            for own in own_paths(path, KINDS[kind]):
+            own_code_first = sorted(
+                own_paths(path, KINDS[kind]), key=lambda own: own.suffix != ".py"
+            )
+            for own in own_code_first:
                 if own.name != MARKER or own.parent != path:
                     _delete(own)
         for leftover in filter(is_leftover, list(path.iterdir())):
@@ -235,11 +238,15 @@ def _code_of_model(folder: Path) -> set[str]:
             auto_map = json.loads(read_file(folder / name))["auto_map"]
             modules |= set(re.findall(r'"(\w+)\.\w+"', json.dumps(auto_map)))
     files = {f"{module}.py" for module in modules}
-    for file in list(files):
-        with suppress(OSError, ValueError):
-            from transformers.dynamic_module_utils import get_relative_import_files
+    unread = [*files]
+    while unread:
+        file = folder / unread.pop()
+        if file.is_file():
+            from transformers.dynamic_module_utils import get_relative_imports
 
-            files |= {Path(found).name for found in get_relative_import_files(folder / file)}
+            imported = {f"{module}.py" for module in get_relative_imports(file)} - files
+            files |= imported
+            unread += imported
     return files
 
 

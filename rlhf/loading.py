@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from rlhf.errors import UserError, one_line
 from rlhf.hub import may_be_hub_id, say_asking
@@ -226,13 +227,23 @@ def new_scorer(policy: PreTrainedModel) -> PreTrainedModel:
     config = deepcopy(policy.config)
     config.num_labels = 1
     model_class = scorer_class(config)
-    with torch.device("meta"):
-        if model_class is AutoModelForSequenceClassification:
-            # The policy's own code runs already, if it came with some.
-            trusts = type(policy).__module__.startswith("transformers_modules")
-            scorer = model_class.from_config(config, trust_remote_code=trusts)
-        else:
-            scorer = model_class(config)
+    if model_class is None:
+        raise UserError(
+            f"a {type(policy).__name__} can have no scalar head: transformers does not know its "
+            "kind"
+        )
+    try:
+        with torch.device("meta"):
+            if model_class is AutoModelForSequenceClassification:
+                # The policy's own code runs already, if it came with some.
+                trusts = type(policy).__module__.startswith("transformers_modules")
+                scorer = model_class.from_config(config, trust_remote_code=trusts)
+            else:
+                scorer = model_class(config)
+    except Exception as error:  # as the class of a configuration without hidden_size
+        raise UserError(
+            f"a {type(policy).__name__} can have no scalar head: {one_line(error)}"
+        ) from error
     if type(scorer.base_model) is not type(trunk(policy)):
         raise UserError(
             f"a {type(policy).__name__} can have no scalar head: of its kind transformers opens "
@@ -288,6 +299,28 @@ def _open_model(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+
+
+@torch.no_grad()
+def restore_padding(model: PreTrainedModel, folder: Path) -> str | None:
+    """Puts back embeddings of pad tokens, which some classes set to 0 whenever they are opened;
+    returns a line that says so, None if there is none that the folder's safetensors files have."""
+    for name, module in model.named_modules():
+        row = getattr(module, "padding_idx", None)
+        if not isinstance(module, nn.Embedding) or row is None or module.weight[row].any():
+            continue
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as saved:
+                names = saved.keys()
+                if f"{name}.weight" in names:
+                    embedding = saved.get_slice(f"{name}.weight")[row]
+                    if embedding.any():
+                        module.weight[row] = embedding.to(module.weight)
+                        return (
+                            f"transformers sets {name}.weight[{row}] of a {type(model).__name__} "
+                            "to 0 whenever it opens one: here it is what was saved, elsewhere 0"
+                        )
+    return None
 
 
 def _dtype(options: LoadingOptions | None, frozen: bool) -> torch.dtype | str:
@@ -353,7 +386,8 @@ def weights_lacking(loading: dict[str, Any]) -> list[str]:
 
 
 def account_for(path: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
-    """Raises UserError if the folder lacks weights of the model; says which it has besides."""
+    """Raises UserError if the folder lacks weights of the model; says which it has besides, and
+    which transformers did not leave as they were."""
     wrong, unused = weights_lacking(loading), sorted(loading["unexpected_keys"])
     if wrong:
         besides = f", but {unused[0]}" if unused else ""
@@ -363,3 +397,9 @@ def account_for(path: str, model: PreTrainedModel, loading: dict[str, Any]) -> N
         )
     if unused:
         say(f"{path}: {len(unused)} weights are not used, such as {unused[0]}")
+    folder = Path(path)
+    if not folder.is_dir():
+        commit = getattr(model.config, "_commit_hash", None)
+        folder = Path(cached_file(path, "config.json", revision=commit)).parent
+    if line := restore_padding(model, folder):
+        say(line)

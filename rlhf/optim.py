@@ -89,6 +89,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     if not norm.isfinite():
         raise UserError(
-            f"training diverged, the gradient's norm is {norm.item()}: lower learning_rate"
+            f"training diverged, the gradient's norm is {norm.item()}: lower learning_rate",
+            on_all_ranks=True,
         )
     return norm

@@ -71,6 +71,7 @@ class Checkpoints:
         # The weights of what is trained are in the checkpoint, so that its kind alone counts.
         kinds = {MODEL_OPTIONS[name]: hash_config(model) for name, model in models.items()}
         self.inputs = kinds | trainer.inputs()
+        self._check_processes()
         self.run = distributed.from_main(
             lambda: open_run(config, stage, self._fault, self._check_inputs)
         )
@@ -86,15 +87,15 @@ class Checkpoints:
         return metrics
 
     def _restore(self, checkpoint: Path) -> dict[str, float]:
-        self._check_inputs(checkpoint)  # of this process
+        """Puts the models, the trainer and the random generators back; returns the metrics."""
         self._load_models(checkpoint)
         state = load_state(checkpoint / STATE_FILE)
         try:
             self.trainer.load_state_dict(state)
             # Last, because loading a model may draw numbers. A process that was not there then goes
             # on with its own.
-            for random in state["random"][distributed.rank() :][:1]:
-                set_random_state(random)
+            if distributed.rank() < len(state["random"]):
+                set_random_state(state["random"][distributed.rank()])
         except UserError:
             raise
         except Exception as error:  # torch raises what it likes of a state of another shape
@@ -108,8 +109,20 @@ class Checkpoints:
             self.best = best
         return state["metrics"]
 
+    def _check_processes(self) -> None:
+        """Raises UserError unless all processes have the same inputs."""
+        for rank, inputs in enumerate(distributed.gather_objects(self.inputs)):
+            for name in inputs:
+                if inputs[name] != self.inputs.get(name):
+                    raise UserError(
+                        f"{name} {getattr(self.config, name, '')} holds something else for process "
+                        f"{rank} than for process {distributed.rank()}: give all of them the same",
+                        on_all_ranks=True,
+                    )
+
     def _check_inputs(self, checkpoint: Path) -> None:
-        """Raises UserError unless the checkpoint is of as many processes and of the same inputs."""
+        """Raises UserError unless the checkpoint is of the same inputs and, but with
+        resume_loosely, of as many processes."""
         state = load_state(checkpoint / STATE_FILE, mmap=True)
         processes = len(state["random"])
         if processes != distributed.world_size() and not self.config.resume_loosely:
@@ -154,7 +167,8 @@ class Checkpoints:
         if metric is not None and metric not in metrics:
             raise UserError(
                 f"metric_for_best_model {metric} is not measured: give one of "
-                f"{', '.join(sorted(metrics))}, and go on with --resume_from_checkpoint auto"
+                f"{', '.join(sorted(metrics))}, and go on with --resume_from_checkpoint auto",
+                on_all_ranks=True,
             )
 
     def save_at(self, step: int, metrics: dict[str, float], state: dict, random: dict) -> None:

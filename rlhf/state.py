@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, one_line
 from rlhf.files import GO_ON, disk_errors, remove, saving_name, sync, sync_tree
-from rlhf.loading import quiet, weights_lacking
+from rlhf.loading import quiet, restore_padding, weights_lacking
 
 # Integers as wide as an element, by its bytes.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -133,4 +133,5 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
             f"the weights in {folder} are of another model, they hold {wrong[0]}{more}: go on "
             "with the model that the run was started with"
         )
+    restore_padding(saved, folder)
     model.load_state_dict(saved.state_dict())

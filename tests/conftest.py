@@ -256,7 +256,7 @@ def awkward_rows(vocabulary):
 
 
 def log_softmax_truth(logits, temperature=1.0):
-    """In fp64, from sums that cascade: torch.log_softmax adds a row up in four chains on AVX2."""
+    """Sums in fp64 that cascade: torch.log_softmax adds a row up in four chains on AVX2."""
     x = logits.double() / temperature
     x = x - x.amax(-1, keepdim=True)
     return x - x.exp().sum(-1, keepdim=True).log()

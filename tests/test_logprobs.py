@@ -368,8 +368,8 @@ def test_each_element_of_the_gradient_is_exact(backend, vocabulary, dtype):
     # The two terms may cancel: an element is as exact as the larger of them.
     size = (g[:, None] * grad_logprobs).abs() + (h[:, None] * grad_entropy).abs()
     size += (h[:, None] * grad_logprobs).abs()
-    # Eager adds up a row in as few as eight chains of V / 8 numbers.
-    roundings = max(64, 2 * vocabulary**0.5) if backend == "reference" else 64
+    # Eager adds up a row in eight chains on AVX2: up to 184 roundings were measured there.
+    roundings = 256 if backend == "reference" else 64
     unit = max(torch.finfo(dtype).eps, roundings * torch.finfo(torch.float32).eps)
     if dtype == torch.float64:
         unit = 1e-12

@@ -15,6 +15,7 @@ import yaml
 from rlhf import cli
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
+from rlhf.optim import clip_gradients
 from tests.rlhf.test_ppo import records
 
 WHOLE_RUN = {
@@ -168,6 +169,30 @@ def test_a_wrong_option_is_reported_once(config_file):
     assert run.stderr.count("rollout_batch_size 40 must be a multiple of") == 1
 
 
+def test_processes_with_other_data_are_refused(world, tmp_path):
+    """They are told apart before the output folder is touched."""
+    rows = (world / "texts.jsonl").read_text().splitlines()
+    (tmp_path / "data-0.jsonl").write_text("\n".join(rows))
+    (tmp_path / "data-1.jsonl").write_text("\n".join(reversed(rows)))
+    options = {
+        "model_name_or_path": str(world / "llama"),
+        "dataset_name": str(tmp_path / "data-$RANK.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
+    run = torchrun(2, "-m", "rlhf", "sft", *arguments)
+    assert run.returncode != 0 and not (tmp_path / "run").exists()
+    assert run.stderr.count("holds something else for process 1 than for process 0") == 1
+
+
+def test_divergence_is_told_by_the_main_process():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), math.nan)
+    with pytest.raises(UserError, match="training diverged") as error:
+        clip_gradients([parameter], 1.0)
+    assert error.value.on_all_ranks  # Its norm is the same on all.
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_what_one_process_alone_finds_wrong_is_reported_once(stage, world, tmp_path):
     data = {"sft": "texts", "reward": "pairs"}[stage]
@@ -186,11 +211,10 @@ def test_what_one_process_alone_finds_wrong_is_reported_once(stage, world, tmp_p
 
 
 def test_an_error_of_one_rank_is_told_by_it(monkeypatch, capsys):
-    """Where the others cannot know of it, as in the middle of a pass."""
+    """The others cannot know of it, as in the middle of a pass."""
     monkeypatch.setenv("RANK", "1")
     for on_all_ranks, told in ((False, "rlhf sft: error: diverged\n"), (True, "")):
-        error = UserError("diverged")
-        error.on_all_ranks = on_all_ranks
+        error = UserError("diverged", on_all_ranks=on_all_ranks)
         monkeypatch.setattr(cli, "run_stage", raiser(error))
         assert cli.main(["sft"]) == 2
         assert capsys.readouterr().err == told

@@ -1,5 +1,6 @@
 """Opening of models: every weight is accounted for, and what a folder is not is said."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -94,6 +95,35 @@ def test_only_a_new_head_may_be_missing_from_a_scorer(tmp_path, tokenizer):
     rename(path, lambda name: None if name == "score.weight" else name)
     with pytest.raises(UserError, match=r"there is no score.weight \(1 do not fit\)"):
         load_scorer(path, tokenizer)
+
+
+def test_a_family_that_can_have_no_head_is_refused(tmp_path, tokenizer):
+    """Its configuration has no hidden_size."""
+    path = save(tmp_path, make_model("blt", 13))
+    with pytest.raises(UserError, match=r"^a BltForCausalLM can have no scalar head: Attr"):
+        load_scorer(path, tokenizer)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"vocab_size": 64, "pad_token_id": 40}])
+def test_weights_of_another_shape_are_refused_where_there_is_padding(tmp_path, changes):
+    path = save(tmp_path, LlamaForCausalLM(llama_config(pad_token_id=0)))
+    file = Path(path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match="do not fit a LlamaForCausalLM: there is "):
+        load_causal_lm(path)
+
+
+def test_the_embedding_of_padding_is_what_was_saved(tmp_path, capsys):
+    """transformers sets that of a Youtu to 0 whenever it opens one, and its head is tied to it."""
+    model = make_model("youtu", len(WORDS))
+    model.model.embed_tokens.weight.data[0] = 1.5
+    path = save(tmp_path, model)
+    policy = load_causal_lm(path)
+    assert "sets model.embed_tokens.weight[0] of a YoutuForCausalLM to 0" in capsys.readouterr().out
+    assert (policy.lm_head.weight[0] == 1.5).all()
+    policy.model.embed_tokens.weight.data[0] = 0
+    load_weights(policy, tmp_path)
+    assert (policy.lm_head.weight[0] == 1.5).all()
 
 
 def test_weights_that_are_not_used_are_said(tmp_path, tokenizer, capsys):

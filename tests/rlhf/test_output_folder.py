@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import demo
+from rlhf import folder as output_folder
 from rlhf.answers import check_output
 from rlhf.checkpoint import open_run, rotate_checkpoints
 from rlhf.cli import main
@@ -252,7 +253,7 @@ def test_a_checkpoint_with_something_of_the_user_s_is_not_rotated_away(tmp_path,
     assert [*run.output_dir.glob("checkpoint-*")] == [run.output_dir / "checkpoint-3"]
 
 
-def test_the_code_of_a_model_is_its_own(claim, run):
+def test_the_code_of_a_model_is_its_own(claim, run, monkeypatch):
     """transformers writes it beside a model whose class is in a file, and with it what it imports;
     other Python files are the user's."""
     auto_map = {"AutoConfig": "shape.Shape", "AutoModel": "modeling.Model", "AutoX": "hub--far.X"}
@@ -265,8 +266,22 @@ def test_the_code_of_a_model_is_its_own(claim, run):
     (run / "far.py").write_text("")
     assert f"because {run / 'far.py'} was not written by a run" in refusal(claim)
     (run / "far.py").unlink()
+    with monkeypatch.context() as patch:  # A kill when the first of them is gone.
+        deleted, delete = [], output_folder._delete
+        patch.setattr(output_folder, "_delete", lambda path: deleted.append(path) or delete(path))
+        patch.setattr(Path, "rmdir", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            claim()
+    assert {path.name for path in deleted} >= {"shape.py", "modeling.py", "layers.py", "words.py"}
+    assert (run / "config.json").exists()
     claim()
     assert os.listdir(run) == [MARKER]
+
+
+def test_code_that_cannot_be_read_is_foreign(claim, run):
+    (run / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Model"}}))
+    os.mkfifo(run / "modeling.py")
+    assert "modeling.py was not written by a run" in refusal(claim)
 
 
 @pytest.mark.parametrize("name", ["critic", "tensorboard"])

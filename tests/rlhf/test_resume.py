@@ -177,7 +177,7 @@ def test_a_run_that_was_stopped_in_another_folder_goes_on_there(stages, tmp_path
 
 
 def test_a_run_that_was_stopped_when_its_checkpoint_was_copied_goes_on(stages, tmp_path):
-    """Before its configuration was there."""
+    """The folder's own configuration was not there yet."""
     stage, first, second = stages["sft"], tmp_path / "first", tmp_path / "second"
     stage.run(first)
     with pytest.MonkeyPatch.context() as patch:
