@@ -305,6 +305,7 @@ def _open_model(
 def restore_padding(model: PreTrainedModel, folder: Path) -> str | None:
     """Puts back embeddings of pad tokens, which some classes set to 0 whenever they are opened;
     returns a line that says so, None if there is none that the folder's safetensors files have."""
+    line = None
     for name, module in model.named_modules():
         row = getattr(module, "padding_idx", None)
         if not isinstance(module, nn.Embedding) or row is None or module.weight[row].any():
@@ -316,11 +317,11 @@ def restore_padding(model: PreTrainedModel, folder: Path) -> str | None:
                     embedding = saved.get_slice(f"{name}.weight")[row]
                     if embedding.any():
                         module.weight[row] = embedding.to(module.weight)
-                        return (
+                        line = (
                             f"transformers sets {name}.weight[{row}] of a {type(model).__name__} "
                             "to 0 whenever it opens one: here it is what was saved, elsewhere 0"
                         )
-    return None
+    return line
 
 
 def _dtype(options: LoadingOptions | None, frozen: bool) -> torch.dtype | str:

@@ -169,18 +169,23 @@ def test_a_wrong_option_is_reported_once(config_file):
     assert run.stderr.count("rollout_batch_size 40 must be a multiple of") == 1
 
 
+def run_with_own_data(stage: str, world: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Runs two processes, each of which reads the file data-RANK.jsonl of the folder."""
+    options = {
+        "model_name_or_path": str(world / "llama"),
+        "dataset_name": str(folder / "data-$RANK.jsonl"),
+        "output_dir": str(folder / "run"),
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
+    return torchrun(2, "-m", "rlhf", stage, *arguments)
+
+
 def test_processes_with_other_data_are_refused(world, tmp_path):
     """They are told apart before the output folder is touched."""
     rows = (world / "texts.jsonl").read_text().splitlines()
     (tmp_path / "data-0.jsonl").write_text("\n".join(rows))
     (tmp_path / "data-1.jsonl").write_text("\n".join(reversed(rows)))
-    options = {
-        "model_name_or_path": str(world / "llama"),
-        "dataset_name": str(tmp_path / "data-$RANK.jsonl"),
-        "output_dir": str(tmp_path / "run"),
-    }
-    arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
-    run = torchrun(2, "-m", "rlhf", "sft", *arguments)
+    run = run_with_own_data("sft", world, tmp_path)
     assert run.returncode != 0 and not (tmp_path / "run").exists()
     assert run.stderr.count("holds something else for process 1 than for process 0") == 1
 
@@ -198,13 +203,7 @@ def test_what_one_process_alone_finds_wrong_is_reported_once(stage, world, tmp_p
     data = {"sft": "texts", "reward": "pairs"}[stage]
     shutil.copyfile(world / f"{data}.jsonl", tmp_path / "data-0.jsonl")
     (tmp_path / "data-1.jsonl").write_text("{}\n")
-    options = {
-        "model_name_or_path": str(world / "llama"),
-        "dataset_name": str(tmp_path / "data-$RANK.jsonl"),
-        "output_dir": str(tmp_path / "run"),
-    }
-    arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
-    run = torchrun(2, "-m", "rlhf", stage, *arguments)
+    run = run_with_own_data(stage, world, tmp_path)
     assert run.returncode != 0
     assert run.stderr.count(f"rlhf {stage}: error: ") == 1
     assert "data-1.jsonl" in run.stderr and not (tmp_path / "run").exists()

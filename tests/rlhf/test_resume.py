@@ -452,7 +452,7 @@ def test_other_data_is_refused(stage, tmp_path):
 
 
 def test_a_refused_checkpoint_leaves_the_folder_as_it_is(stages, tmp_path):
-    """Those of more steps are still the run's, though an earlier one was asked for."""
+    """Checkpoints of more steps are still the run's, though an earlier one was asked for."""
     data, run = tmp_path / "data.jsonl", tmp_path / "run"
     rows = Path(stages["sft"].config.dataset_name).read_text().splitlines()
     data.write_text("\n".join(rows))
