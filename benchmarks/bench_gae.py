@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks import peers
 from benchmarks.harness import Contest, check_accuracy, check_agreement
-from ppo_kernels import gae, gae_packed, reference
+from ppo_kernels import gae, gae_packed, reference_gae
 
 FACTORS = {"gamma": 0.99, "lam": 0.95}
 # The scan runs backwards: the last columns depend on no others, and the loop is slow.
@@ -41,7 +41,7 @@ def make_gae(shape, dtype, setting, tokens_per_done=None):
     if tokens_per_done is not None:
         dones = torch.rand(shape, device=setting.device) * tokens_per_done < 1
     if shape[1] <= MOST_EAGER_COLUMNS:
-        baselines["eager"] = lambda: reference.gae(rewards, values, dones=dones, **FACTORS)
+        baselines["eager"] = lambda: reference_gae.gae(rewards, values, dones=dones, **FACTORS)
         baselines |= peers.gae(setting, rewards, values, dones, **FACTORS)
     if setting.name != "cpu" and dones is None:
         baselines["compile"] = lambda: compiled_scan(rewards, values, **FACTORS)
@@ -51,8 +51,8 @@ def make_gae(shape, dtype, setting, tokens_per_done=None):
 
     def check():
         tail = [None if x is None else x[:, -CHECKED_COLUMNS:] for x in (rewards, values, dones)]
-        eager = reference.gae(*tail[:2], dones=tail[2], **FACTORS)
-        truth = reference.gae(*(x.double() for x in tail[:2]), dones=tail[2], **FACTORS)
+        eager = reference_gae.gae(*tail[:2], dones=tail[2], **FACTORS)
+        truth = reference_gae.gae(*(x.double() for x in tail[:2]), dones=tail[2], **FACTORS)
         results = op()
         for name, got, *expected in zip(results._fields, results, eager, truth, strict=True):
             check_accuracy(name, got[:, -CHECKED_COLUMNS:], *expected)
@@ -84,8 +84,8 @@ def make_gae_packed(shape, dtype, setting):
     def check():
         start = max(int(ends[-2]), int(ends[-1]) - CHECKED_COLUMNS)
         last = [x[None, start:] for x in (rewards, values)]
-        eager = reference.gae(*last, **FACTORS)
-        truth = reference.gae(*(x.double() for x in last), **FACTORS)
+        eager = reference_gae.gae(*last, **FACTORS)
+        truth = reference_gae.gae(*(x.double() for x in last), **FACTORS)
         results = op()
         for name, got, *expected in zip(results._fields, results, eager, truth, strict=True):
             check_accuracy(name, got[None, start:], *expected)

@@ -39,7 +39,7 @@ def make_linear(shape, dtype, setting):
     weight = (torch.randn(vocabulary, channels, device=device) * 2 / channels**0.5).to(dtype)
     tokens = torch.randint(vocabulary, (n,), device=device)
     logits = hidden @ weight.T
-    old_logprobs = reference.token_logprobs(logits, tokens)
+    old_logprobs = reference.token_logprobs_and_entropy(logits, tokens)[0]
     old_logprobs += 0.1 * torch.randn_like(old_logprobs)
     advantages = torch.randn_like(old_logprobs)
     inputs = hidden, weight, tokens, old_logprobs, advantages

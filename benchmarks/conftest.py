@@ -19,6 +19,7 @@ from benchmarks.harness import (
     GAE_SIZES,
     GROWING_SIZES,
     LINEAR_SIZES,
+    SAMPLING_SIZES,
     SIZES,
     Rounds,
     Setting,
@@ -159,6 +160,7 @@ def pytest_generate_tests(metafunc):
         "growing_shape": GROWING_SIZES,
         "linear_shape": LINEAR_SIZES,
         "gae_shape": GAE_SIZES,
+        "sampling_shape": SAMPLING_SIZES,
     }
     for fixture, sizes in by_fixture.items():
         if fixture in metafunc.fixturenames:

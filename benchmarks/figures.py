@@ -23,6 +23,8 @@ BASELINES = {
     "torchrl": "torchrl's loop",
     "torchrl_vec": "torchrl vectorised",
     "pufferlib": "PufferLib",
+    "cumsum": "softmax, cumsum, searchsorted",
+    "transformers": "transformers' filters",
 }
 # Baselines that do less than the op: their figure is the op's time in units of theirs.
 PARTS = {
@@ -67,6 +69,7 @@ FAMILIES = {
         "token_statistics",
         "token_logprobs",
     ),
+    "sampling": ("sample_tokens", "sample_tokens, filtered"),
     "kl": ("kl_divergence", "kl_divergence backward"),
     "gae": ("gae", "gae, 1 in 50 done", "gae, 1 in 4 done", "gae_packed"),
     "trainer": ("PPO iteration",),
@@ -101,6 +104,10 @@ GOALS |= {
         "times_eager": 1.5,
     },
     ("token_logprobs", (1, 2), "float32"): {"milliseconds": 0.020},
+    **{
+        ("sample_tokens", (64, V), "float32"): {"copies": 1.3, "times_cumsum": 8}
+        for V in (49152, 151936)
+    },
     ("gae", (512, 2048), "float32"): {"copies": 3.0, "times_eager": 50},
     ("gae", (16, 131072), "float32"): {"copies": 2.0},
     ("gae, 1 in 50 done", (512, 2048), "float32"): {

@@ -53,6 +53,12 @@ GAE_SIZES = {
     "cuda": [(8192, 2048), (16, 131072), (512, 2048)],
     "rehearsal": [(3, 70)],
 }
+# (rows, vocabulary) to draw from: a step of generation.
+SAMPLING_SIZES = {
+    "cpu": [(64, 49152), (64, 151936)],
+    "cuda": [(133, 151936), (8192, 32000), (8192, 151936)],
+    "rehearsal": [(3, 67), (1, 1032)],
+}
 # torch.compile takes seconds to minutes for each size, so it takes part in few.
 COMPILED = [(512, 32000), (256, 128256), (8192, 32000), (8192, 128256), (3, 67)]
 # Plain PyTorch needs up to ten times the logits in memory.

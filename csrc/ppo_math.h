@@ -151,14 +151,24 @@ PPO_HD GAEMap<T> compose_maps(const GAEMap<T>& later, const GAEMap<T>& map) {
   return {apply_map(map, later.g), map.c * later.c};
 }
 
-// The advantage of a token, from the G of the next one, which becomes its own; 0 and that G where
-// it does not count.
+// The advantage of a token, from the G of the next one, which becomes its own; where it does not
+// count 0 and that G, or past a done none.
 template <class T>
 PPO_HD T gae_step(T reward, T value, bool counted, bool done, T gamma, T gamma_lam, T& G) {
-  const T advantage = reward - value + (done ? T(0) : G);
+  const T later = done ? T(0) : G, advantage = reward - value + later;
   const T handed = std::fma(gamma, value, gamma_lam * advantage);
-  G = counted ? handed : G;
+  G = counted ? handed : later;
   return counted ? advantage : T(0);
+}
+
+// The discounted sum x + c S at a token, from the S of the next one, which becomes its own. Where
+// it does not count it is 0 and S stays, but for a done, which cuts S wherever it stands. Such
+// tokens are a map of S, x + c S.
+template <class T>
+PPO_HD T sum_step(T x, T decay, bool counted, bool done, T& S) {
+  const T sum = done ? x : std::fma(decay, S, x);
+  S = counted ? sum : done ? T(0) : S;
+  return counted ? sum : T(0);
 }
 
 }  // namespace ppo

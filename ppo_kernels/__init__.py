@@ -1,7 +1,7 @@
 """Fused PPO ops: log-probabilities, entropy, KL, advantages and the clipped loss from logits."""
 
 from ppo_kernels import objectives
-from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed
+from ppo_kernels.gae import AdvantagesAndReturns, gae, gae_packed, vtrace
 from ppo_kernels.kept import kept_from_mask, kept_token_logprobs_and_entropy
 from ppo_kernels.kl import kl_divergence, kl_estimate
 from ppo_kernels.linear import (
@@ -28,6 +28,7 @@ from ppo_kernels.ppo_loss_of_tokens import (
     clipped_policy_loss,
     value_loss,
 )
+from ppo_kernels.sampling import SampledTokens, sample_tokens
 from ppo_kernels.statistics import TokenStatistics, token_statistics
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "PPOLoss",
     "PolicyLoss",
+    "SampledTokens",
     "TokenStatistics",
     "ValueLoss",
     "check_logprobs",
@@ -55,6 +57,7 @@ __all__ = [
     "objectives",
     "ppo_loss",
     "ppo_loss_",
+    "sample_tokens",
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_statistics",
@@ -62,4 +65,5 @@ __all__ = [
     "vocab_parallel_kl_divergence",
     "vocab_parallel_ppo_loss",
     "vocab_parallel_token_logprobs_and_entropy",
+    "vtrace",
 ]

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from ppo_kernels import reference
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -23,9 +25,31 @@ def first_order(backward):
     return checked
 
 
+def constant(x):
+    """`x` such that autograd may save it: a copy of what was made in inference mode."""
+    if torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled()):
+        return x
+    return x.clone()
+
+
+def _whole(name, x):
+    """A tensor has one shape and lies in one place."""
+    if type(x) is not torch.Tensor and hasattr(x, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {type(x).__name__}: take {name}.full_tensor(), "
+            "or a vocab_parallel_* op where logits are sharded over the vocabulary"
+        )
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must have one shape, got a nested tensor: take {name}.to_padded_tensor(0) and "
+            f"a mask, or {name}.values()"
+        )
+
+
 def floating(name, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    _whole(name, x)
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
     if x.dtype not in FLOATS:
@@ -52,24 +76,32 @@ def _got(x):
 
 
 def boolean(name, x, like_name, like):
-    """An optional mask."""
+    """An optional mask -> the mask."""
     if x is None:
-        return
-    if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor (True = counts), got {_got(x)}")
+        return None
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a bool tensor, got {_got(x)}")
+    _whole(name, x)
+    if x.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {_got(x)}: take {name}.bool()")
     same(name, x, like_name, like.shape, like.device)
+    return constant(x)
 
 
 def integer(name, x):
     if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {_got(x)}")
+    _whole(name, x)
+    return constant(x)
 
 
 def logits_and_tokens(logits, tokens):
+    """The tokens, checked with their logits."""
     floating("logits", logits)
-    integer("tokens", tokens)
+    tokens = integer("tokens", tokens)
     vocabulary("logits", logits)
     same("tokens", tokens, "logits without its last dimension", logits.shape[:-1], logits.device)
+    return tokens
 
 
 def vocabulary(name, x):
@@ -77,11 +109,28 @@ def vocabulary(name, x):
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(x.shape)}")
 
 
-def number(name, x, *, above=None, at_least=None, at_most=None):
-    """A finite Python number within bounds."""
-    if isinstance(x, torch.Tensor) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
+def _python_number(name, x):
+    """The number that a NumPy scalar, or a 0-d tensor whose value is at hand, holds."""
+    if isinstance(x, torch.Tensor):
+        if x.ndim > 0 or x.requires_grad or not reference.value_checks_run(x):
+            raise TypeError(
+                f"{name} must be a Python number, or a 0-d tensor on the CPU without gradient and "
+                f"outside of torch.compile, got a tensor of shape {tuple(x.shape)} on {x.device}, "
+                f"requires_grad={x.requires_grad}"
+            )
+        x = x.item()
+    elif getattr(x, "ndim", None) == 0:
+        x = x.item()
+    if not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a Python number, got {type(x).__name__}")
-    if not -math.inf < x < math.inf:
+    return x
+
+
+def number(name, x, *, above=None, at_least=None, at_most=None, finite=True):
+    """A Python number within bounds, from whatever holds one."""
+    if type(x) is not float and type(x) is not int:
+        x = _python_number(name, x)
+    if finite and not -math.inf < x < math.inf:
         raise ValueError(f"{name} must be finite, got {x}")
     if above is not None and not x > above:
         raise ValueError(f"{name} must be > {above}, got {x}")
@@ -89,49 +138,106 @@ def number(name, x, *, above=None, at_least=None, at_most=None):
         raise ValueError(f"{name} must be >= {at_least}, got {x}")
     if at_most is not None and not x <= at_most:
         raise ValueError(f"{name} must be <= {at_most}, got {x}")
+    return x
 
 
-def temperature(x, tokens, like_name="tokens"):
-    """A number, or a floating tensor like `tokens` -> (tensor or None, number).
+def whole_number(name, x, *, at_least):
+    x = number(name, x, at_least=at_least)
+    if not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be a whole number, got {x}")
+    return x
 
-    The number beside a tensor is 1. No gradient flows into a tensor; the backend looks at its
-    values where that waits for no device.
-    """
+
+def temperature(x, tokens, like_name="tokens", **bounds):
+    """A number within bounds, those of `number`, or else above 0, or a floating tensor like
+    `tokens`, into which no gradient flows; the backend looks at its values where that waits for no
+    device."""
     if not isinstance(x, torch.Tensor):
-        number("temperature", x, above=0)
-        return None, x
+        return number("temperature", x, **(bounds or {"above": 0}))
+    if x.ndim == 0:
+        x = x.expand(tokens.shape)
     per_token("temperature", x, like_name, tokens)
-    return x.detach(), 1.0
+    return constant(x.detach())
 
 
 def clip_range(clip_low, clip_high, dual_clip):
-    number("clip_low", clip_low, at_least=0, at_most=1)
-    number("clip_high", clip_high, at_least=0)
+    """(clip_low, clip_high, dual_clip); clip_high may be inf, for no upper clip."""
+    clip_low = number("clip_low", clip_low, at_least=0, at_most=1)
+    clip_high = number("clip_high", clip_high, at_least=0, finite=False)
     if dual_clip is not None:
-        number("dual_clip", dual_clip, above=1)
+        dual_clip = number("dual_clip", dual_clip, above=1)
+    return clip_low, clip_high, dual_clip
+
+
+def decay(name, x, like, rows):
+    """gamma or lam: a number in [0, 1], or a tensor of them, one per row or of the shape of `like`.
+
+    No gradient flows into a tensor; its values are looked at where that waits for no device.
+    """
+    if not isinstance(x, torch.Tensor) or (x.ndim == 0 and reference.value_checks_run(x)):
+        return number(name, x, at_least=0, at_most=1)
+    floating(name, x)
+    if x.shape not in ((), (rows,), like.shape):
+        raise ValueError(
+            f"{name} must be a number or have shape {tuple(like.shape)} like rewards, or {(rows,)} "
+            f"with one per row, got {tuple(x.shape)}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like rewards, got {x.device}")
+    reference.refuse_outside(name, x, 1)
+    return x.detach()
+
+
+def _of_tokens(name, x, like_name, like):
+    """A constant, one per token, or one per sequence: of the shape without its last dimension."""
+    floating(name, x)
+    of_sequences = like.shape[:-1]
+    if x.ndim < like.ndim and x.shape == of_sequences:
+        x = x.unsqueeze(-1).expand(like.shape)
+    if x.shape != like.shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)}, or {tuple(of_sequences)} with one per "
+            f"sequence, to match {like_name}, got {tuple(x.shape)}"
+        )
+    same(name, x, like_name, like.shape, like.device)
+    return constant(x.detach())
+
+
+def advantages(x, importance_weights, mask, like_name, like):
+    """Of each token, with its weight: of a policy term both are factors."""
+    x = _of_tokens("advantages", x, like_name, like)
+    if importance_weights is None:
+        return x
+    weights = _of_tokens("importance_weights", importance_weights, like_name, like)
+    reference.refuse_outside("importance_weights", weights, torch.inf, mask)
+    return x.to(torch.promote_types(x.dtype, torch.float32)) * weights
 
 
 def denominator(x, device):
-    """None, a Python number or a one-element tensor -> None or a tensor on `device`.
+    """None, a Python number or a one-element tensor -> None, the number or a 0-d tensor.
 
     A tensor's value is not looked at: that would wait for the device.
     """
-    if x is None:
-        return None
     if isinstance(x, torch.Tensor):
         if x.numel() != 1:
             raise ValueError(f"denominator must have one element, got shape {tuple(x.shape)}")
         if x.device != device and x.device.type != "cpu":
             raise ValueError(f"denominator must be on {device}, got {x.device}")
-        x = x.detach().reshape(())
-    else:
-        number("denominator", x, at_least=0)
-    # A product: a copy to the device would wait, and `torch.tensor` recompile for each number.
-    return torch.ones((), dtype=torch.float64, device=device) * x
+        return x.detach().reshape(())
+    return None if x is None else number("denominator", x, at_least=0)
 
 
 def writable(name, x):
     """`x` can take a gradient in place: unit stride in the last dimension, no shared elements."""
+    if (
+        not torch.compiler.is_compiling()
+        and x.is_inference()
+        and not torch.is_inference_mode_enabled()
+    ):
+        raise ValueError(
+            f"{name} must not be made in inference mode and written outside of it, which autograd "
+            f"forbids, got such a tensor: {name}.clone() can be written"
+        )
     stride = x.stride()
     if x.shape[-1] > 1 and stride[-1] != 1:
         raise ValueError(f"{name} must have stride 1 in its last dimension, got strides {stride}")

@@ -8,14 +8,18 @@ its temperature τ and p_j = exp(z_j / τ) / Σ_{i ∈ S} exp(z_i / τ) for j �
 
 With the sampler's own S a policy that has not moved has ratio 1, which the softmax over the whole
 vocabulary does not give. Only kept logits are read, and the gradient is theirs among zeros: plain
-PyTorch on K numbers, on every device.
+PyTorch on K numbers; where a device has no segmented sums (not CPU, CUDA or ROCm), on all of them.
 """
 
 import torch
 
 from ppo_kernels import checks, reference
+from ppo_kernels.dispatch import under_transforms
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.schemas import result_dtype
+
+# Device types with `torch.segment_reduce`, and with the fp64 that its sums are taken in.
+_SEGMENTED = ("cpu", "cuda")
 
 
 def _places(x, rows, ids):
@@ -82,7 +86,7 @@ def _first(bad):
 
 def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
     """ValueError for what no sampler can have kept, where that waits for no device."""
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+    if not reference.value_checks_run(kept_offsets):
         return
     vocabulary, (shape, count) = logits.shape[-1], (tokens.shape, kept_ids.numel())
     lengths = kept_offsets.diff()
@@ -96,7 +100,7 @@ def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
         raise ValueError(
             f"kept_ids must be in [0, {vocabulary}), got {kept_ids[where]} at [{where}]"
         )
-    rows = torch.arange(tokens.numel()).repeat_interleave(lengths)
+    rows = torch.arange(tokens.numel(), device="cpu").repeat_interleave(lengths)
     keys = (rows * vocabulary + kept_ids).sort().values
     repeated = keys[1:] == keys[:-1]
     if repeated.any():
@@ -107,7 +111,7 @@ def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
         raise ValueError(
             f"kept_ids must have one of each row that counts, got none at {_first(bad)}"
         )
-    found = torch.zeros(tokens.numel(), dtype=torch.bool)
+    found = torch.zeros(tokens.numel(), dtype=torch.bool, device="cpu")
     found[rows[kept_ids == tokens.reshape(-1)[rows]]] = True
     bad = mask & ~found.view(shape)
     if bad.any():
@@ -121,7 +125,7 @@ def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
 def kept_token_logprobs_and_entropy(
     logits, tokens, kept_ids, kept_offsets, mask=None, *, temperature=1.0
 ):
-    """`token_logprobs_and_entropy` over the ids that a sampler kept; formula in the module.
+    """`token_logprobs_and_entropy` over the ids that a sampler kept, see `ppo_kernels.kept`.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64, before the sampler's filter; N rows.
@@ -145,25 +149,31 @@ def kept_token_logprobs_and_entropy(
             temperature that is not finite and > 0. On a GPU such a token, or one kept twice, gives
             NaN, and an id out of range is PyTorch's device-side assertion.
     """
-    checks.logits_and_tokens(logits, tokens)
-    checks.integer("kept_ids", kept_ids)
+    tokens = checks.logits_and_tokens(logits, tokens)
+    kept_ids = checks.integer("kept_ids", kept_ids)
     checks.same("kept_ids", kept_ids, "its own count", (kept_ids.numel(),), logits.device)
-    checks.integer("kept_offsets", kept_offsets)
+    kept_offsets = checks.integer("kept_offsets", kept_offsets)
     shape = (tokens.numel() + 1,)
     checks.same("kept_offsets", kept_offsets, "the rows of logits", shape, logits.device)
-    checks.boolean("mask", mask, "tokens", tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
+    mask = checks.boolean("mask", mask, "tokens", tokens)
+    temperature = checks.temperature(temperature, tokens)
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
     _check_values(logits, tokens, kept_ids, kept_offsets, mask)
-    if temperatures is None:
-        # A product: `torch.full` would compile anew for each number.
-        temperatures = torch.ones_like(tokens, dtype=result_dtype(logits)) * number
+    if isinstance(temperature, torch.Tensor):
+        reference.check_temperature(torch.where(mask, temperature, 1.0))
     else:
-        reference.check_temperature(torch.where(mask, temperatures, 1.0))
+        # A product: `torch.full` would compile anew for each number.
+        temperature = torch.ones_like(tokens, dtype=result_dtype(logits)) * temperature
+    if logits.device.type not in _SEGMENTED or under_transforms():
+        return LogprobsAndEntropy(
+            *reference.kept_token_logprobs_and_entropy(
+                logits, tokens, kept_ids, kept_offsets, mask, temperature=temperature
+            )
+        )
     # On a GPU they may be anything: nothing beyond the tensors is to be read.
     offsets = kept_offsets.long().clamp(0, kept_ids.numel()).cummax(0).values
-    flat = (x.reshape(-1) for x in (mask, temperatures))
+    flat = (x.reshape(-1) for x in (mask, temperature))
     results = _KeptLogprobs.apply(logits, tokens.reshape(-1), kept_ids.long(), offsets, *flat)
     return LogprobsAndEntropy(*(x.view(tokens.shape) for x in results))
 

@@ -13,32 +13,34 @@ Estimators of KL(π || π_ref) from tokens sampled from π, with Δ = logprob - 
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
+from ppo_kernels.logprobs import within
 
 
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ref_logits, temperatures, scalars, backend):
-        kl, stats, ref_stats = kernels(backend).kl_divergence(
-            logits, ref_logits, temperatures, scalars
-        )
-        ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats, temperatures, scalars)
+    def forward(ctx, logits, ref_logits, mask, temperatures, scalars, backend):
+        kl, *stats = kernels(backend).kl_divergence(logits, ref_logits, mask, temperatures, scalars)
+        ctx.save_for_backward(mask, logits, ref_logits, kl, *stats, temperatures, scalars)
         ctx.backend = backend
         return kl
 
     @staticmethod
     @checks.first_order
     def backward(ctx, grad_kl):
-        grad_logits = kernels(ctx.backend).kl_divergence_backward(grad_kl, *ctx.saved_tensors)
-        return grad_logits, None, None, None, None
+        mask, *saved = ctx.saved_tensors
+        grad_logits = kernels(ctx.backend).kl_divergence_backward(within(mask, grad_kl), *saved)
+        return grad_logits, None, None, None, None, None
 
 
-def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
+def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0, backend="auto"):
     """Exact KL(softmax(logits / τ) || softmax(ref_logits / τ)) of each row, in nats.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64.
         ref_logits: the same shape, dtype and device; a constant: no gradient flows into it.
+        mask: (...) bool, True = counts; None counts all. Other rows are not read: they have KL and
+            gradient 0.
         temperature: τ > 0, divides both: a number or (...) one per row, of which no gradient is
             taken.
         backend: "auto", "native", "triton" or "reference".
@@ -58,13 +60,17 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, backend="auto"):
         raise TypeError(
             f"ref_logits must have dtype {logits.dtype} like logits, got {ref_logits.dtype}"
         )
-    temperatures, number = checks.temperature(
-        temperature, logits[..., 0], "logits without its last dimension"
-    )
+    rows, like = logits[..., 0], "logits without its last dimension"
+    mask = checks.boolean("mask", mask, like, rows)
+    temperature = checks.temperature(temperature, rows, like)
+    ref_logits = ref_logits.detach()
+    if logits.requires_grad:
+        ref_logits = checks.constant(ref_logits)
     backend = resolve(backend, logits)
     if backend == "reference":
-        return reference.kl_divergence(logits, ref_logits, temperature=temperature)
-    return _KLDivergence.apply(logits, ref_logits.detach(), temperatures, scalars(number), backend)
+        return reference.kl_divergence(logits, ref_logits, mask, temperature=temperature)
+    temperatures, number = temperatures_and_number(temperature)
+    return _KLDivergence.apply(logits, ref_logits, mask, temperatures, scalars(number), backend)
 
 
 class _KLEstimate(torch.autograd.Function):
@@ -83,12 +89,14 @@ class _KLEstimate(torch.autograd.Function):
         return grad.to(dtype), (-grad).to(ref_dtype), None, None
 
 
-def kl_estimate(logprobs, ref_logprobs, *, estimator, backend="auto"):
+def kl_estimate(logprobs, ref_logprobs, mask=None, *, estimator, backend="auto"):
     """Per-token estimate of KL(π || π_ref) from the log-probabilities of sampled tokens.
 
     Args:
         logprobs, ref_logprobs: (...) in nats, the same shape and device.
-        estimator: "k1", "k2", "k3" or "abs"; see the module for the formulas.
+        mask: (...) bool, True = counts; None counts all. Elsewhere estimate and gradients are 0,
+            whatever stands there.
+        estimator: "k1", "k2", "k3" or "abs"; formulas in `ppo_kernels.kl`.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -100,6 +108,8 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator, backend="auto"):
     checks.floating("logprobs", logprobs)
     checks.per_token("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     checks.choice("estimator", estimator, reference.ESTIMATORS)
+    mask = checks.boolean("mask", mask, "logprobs", logprobs)
+    logprobs, ref_logprobs = within(mask, logprobs), within(mask, ref_logprobs)
     backend = resolve(backend, logprobs)
     if backend == "reference":
         return reference.kl_estimate(logprobs, ref_logprobs, estimator=estimator)

@@ -19,9 +19,9 @@ the temperature and costs nothing.
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.linear_chunks import CHUNK_BYTES
-from ppo_kernels.logprobs import LogprobsAndEntropy
+from ppo_kernels.logprobs import LogprobsAndEntropy, within
 from ppo_kernels.ppo_loss import PPOLoss, checked_arguments, for_kernel
 
 
@@ -32,35 +32,40 @@ def _cast(dtype, *tensors):
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, dtype, wanted, sum_dtype, chunk_bytes, hidden, weight, bias, *rest):
+    def forward(ctx, backend, dtype, wanted, chunking, hidden, weight, bias, *rest):
         ctx.set_materialize_grads(False)
         logprobs, entropy, stats = kernels(backend).linear_token_logprobs(
-            *_cast(dtype, hidden, weight, bias), *rest, chunk_bytes
+            *_cast(dtype, hidden, weight, bias), *rest, *chunking[1:]
         )
-        head_scalars, tokens, *others = rest
-        ctx.save_for_backward(hidden, weight, bias, head_scalars, tokens, entropy, stats, *others)
-        ctx.call = backend, dtype, wanted, sum_dtype, chunk_bytes, len(rest)
+        head_scalars, tokens, mask, *others = rest
+        ctx.save_for_backward(
+            *(mask, hidden, weight, bias, head_scalars, tokens, entropy, stats, *others)
+        )
+        ctx.call = backend, dtype, wanted, chunking, len(rest)
         return logprobs, entropy
 
     @staticmethod
     @checks.first_order
     def backward(ctx, grad_logprobs, grad_entropy):
-        backend, dtype, wanted, *chunking, rest = ctx.call
-        head, known = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        backend, dtype, wanted, chunking, rest = ctx.call
+        mask, *saved = ctx.saved_tensors
+        head, known = saved[:3], saved[3:]
         grads = (None,) * 3
         if grad_logprobs is not None or grad_entropy is not None:
             grads = kernels(backend).linear_token_logprobs_backward(
-                grad_logprobs, grad_entropy, *_cast(dtype, *head), *known, *wanted, *chunking
+                within(mask, grad_logprobs),
+                within(mask, grad_entropy),
+                *(*_cast(dtype, *head), *known, *wanted, *chunking),
             )
             grads = _given(wanted, head, grads)
-        return None, None, None, None, None, *grads, *(None,) * rest
+        return None, None, None, None, *grads, *(None,) * rest
 
 
 class _LinearPPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, dtype, wanted, sum_dtype, chunk_bytes, hidden, weight, bias, *rest):
+    def forward(ctx, backend, dtype, wanted, chunking, hidden, weight, bias, *rest):
         *results, grad_hidden, grad_weight, grad_bias = kernels(backend).linear_ppo_loss(
-            *_cast(dtype, hidden, weight, bias), *rest, *wanted, sum_dtype, chunk_bytes
+            *_cast(dtype, hidden, weight, bias), *rest, *wanted, *chunking
         )
         ctx.mark_non_differentiable(*results[1:])
         grads = grad_hidden, grad_weight, grad_bias
@@ -81,13 +86,27 @@ class _LinearPPOLoss(torch.autograd.Function):
         for grad in grads:
             if grad is not None:
                 kernels(ctx.backend).rescale_(grad, grad_loss)
-        return None, None, None, None, None, *grads, *(None,) * ctx.rest
+        return None, None, None, None, *grads, *(None,) * ctx.rest
 
 
 def _given(wanted, inputs, grads):
     """The gradients that are wanted, in their inputs' dtypes."""
     triples = zip(wanted, inputs, grads, strict=True)
     return tuple(grad.to(x.dtype) if wants else None for wants, x, grad in triples)
+
+
+def _counted(head, mask):
+    """A head whose hidden states are 0 where masked out."""
+    return within(None if mask is None else mask.unsqueeze(-1), head[0]), *head[1:]
+
+
+def _reference_logits(head, mask, dtype, wanted, chunking, *of_logits):
+    _, logits_dtype, _ = chunking
+    head = _cast(logits_dtype, *_cast(dtype, *_counted(head, mask)))
+    if dtype is None:
+        return reference.linear_logits(*head, *of_logits)
+    with torch.autocast(head[0].device.type, enabled=False):
+        return reference.linear_logits(*head, *of_logits)
 
 
 def _wanted(*tensors):
@@ -104,10 +123,12 @@ def _checked_head(
     softcap,
     logit_scale,
     grad_weight_dtype,
+    logits_dtype,
     chunk_bytes,
 ):
-    """Check the arguments that all ops share; return (autocast's dtype, which gradients are wanted,
-    the dtype that the weight's is added up in, bytes of a chunk)."""
+    """Check the arguments that all ops share; return the head (hidden, weight, bias), tokens,
+    temperature, (softcap, logit_scale), and the call: autocast's dtype, which gradients are wanted,
+    and (the dtype that the weight's is added up in, that of the logits, bytes of a chunk)."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
@@ -119,19 +140,23 @@ def _checked_head(
     if bias is not None:
         checks.floating("bias", bias)
         checks.same("bias", bias, "weight", weight.shape[:1], hidden.device)
-    checks.integer("tokens", tokens)
+    tokens = checks.integer("tokens", tokens)
     like = "hidden without its last dimension"
     checks.same("tokens", tokens, like, hidden.shape[:-1], hidden.device)
-    checks.temperature(temperature, tokens)
-    checks.number("logit_scale", logit_scale, above=0)
+    temperature = checks.temperature(temperature, tokens)
+    logit_scale = checks.number("logit_scale", logit_scale, above=0)
     if softcap is not None:
-        checks.number("softcap", softcap, above=0)
+        softcap = checks.number("softcap", softcap, above=0)
     device = hidden.device.type
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
-    checks.number("chunk_bytes", chunk_bytes, above=0)
-    dtype = None
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+    chunk_bytes = checks.number("chunk_bytes", chunk_bytes, above=0)
+    dtype, autocast = None, torch.amp.is_autocast_available(device)
+    if (
+        autocast
+        and torch.is_autocast_enabled(device)
+        and torch.float64 not in (hidden.dtype, weight.dtype)
+    ):
         dtype = torch.get_autocast_dtype(device)
     for name, x in (("weight", weight), ("bias", bias)):
         if dtype is None and x is not None and x.dtype != hidden.dtype:
@@ -142,34 +167,52 @@ def _checked_head(
             f"got {grad_weight_dtype}"
         )
     sum_dtype = torch.promote_types(grad_weight_dtype or weight.dtype, weight.dtype)
-    return dtype, _wanted(hidden, weight, bias), sum_dtype, int(chunk_bytes)
+    head, wanted = (hidden, weight, bias), _wanted(hidden, weight, bias)
+    if any(wanted):
+        head = tuple(None if x is None else checks.constant(x) for x in head)
+    own = dtype or hidden.dtype
+    if logits_dtype not in (None, own, torch.promote_types(own, torch.float32)):
+        raise ValueError(
+            f"logits_dtype must be None, {own} or, if that is half precision, torch.float32, "
+            f"got {logits_dtype}"
+        )
+    call = dtype, wanted, (sum_dtype, logits_dtype or own, int(chunk_bytes))
+    return head, tokens, temperature, (softcap, logit_scale), call
 
 
 def linear_token_logprobs(
     hidden,
     weight,
     tokens,
+    mask=None,
     *,
     bias=None,
     temperature=1.0,
     softcap=None,
     logit_scale=1.0,
     grad_weight_dtype=None,
+    logits_dtype=None,
     chunk_bytes=None,
     backend="auto",
 ):
-    """`token_logprobs` of the logits that a head makes of hidden states; see the module.
+    """`token_logprobs` of logits that a head makes of hidden states, see `ppo_kernels.linear`.
 
     Args:
         hidden: (..., D) fp32, bf16, fp16 or fp64; the state at a position scores the token there.
         weight: (V, D), of the dtype of `hidden`; under torch.autocast both take autocast's.
         tokens: (...) int64 or int32 ids in [0, V).
+        mask: (...) bool, True = counts; None counts all. Other hidden states, tokens and
+            temperatures are not read: they have log-probability, entropy and gradient 0. On the CPU
+            they cost nothing, on a GPU the products.
         bias: (V,), added to the logits; -inf excludes a token, unless there is a softcap.
         temperature: > 0, a number or (...) one per token, of which no gradient is taken.
         softcap: c > 0 for logits c tanh(x / c), as Gemma 2 has it; None for none.
         logit_scale: > 0, multiplies the logits before the softcap, as Cohere has it.
         grad_weight_dtype: torch.float32 adds up the chunks' parts of a bf16 or fp16 gradient in
             fp32, which takes twice its memory until the sum is rounded; None adds in its dtype.
+        logits_dtype: torch.float32 multiplies bf16 or fp16 hidden states and weights, and keeps the
+            logits and their gradient, in fp32; None in the dtype of the head. Slower: products of
+            half precision have hardware of their own.
         chunk_bytes: of the logits that are in memory at a time; by default 96 MiB on a CPU and
             512 MiB on a GPU. A backward holds as much. Results differ by roundings of the products.
         backend: "auto", "native", "triton" or "reference", which makes all logits at once.
@@ -186,11 +229,13 @@ def linear_token_logprobs(
         hidden,
         weight,
         tokens,
+        mask,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
         grad_weight_dtype=grad_weight_dtype,
+        logits_dtype=logits_dtype,
         chunk_bytes=chunk_bytes,
         backend=backend,
     ).logprobs
@@ -200,12 +245,14 @@ def linear_token_logprobs_and_entropy(
     hidden,
     weight,
     tokens,
+    mask=None,
     *,
     bias=None,
     temperature=1.0,
     softcap=None,
     logit_scale=1.0,
     grad_weight_dtype=None,
+    logits_dtype=None,
     chunk_bytes=None,
     backend="auto",
 ):
@@ -216,7 +263,7 @@ def linear_token_logprobs_and_entropy(
     Returns:
         LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable.
     """
-    call = _checked_head(
+    head, tokens, temperature, (softcap, logit_scale), call = _checked_head(
         hidden,
         weight,
         bias,
@@ -225,16 +272,20 @@ def linear_token_logprobs_and_entropy(
         softcap,
         logit_scale,
         grad_weight_dtype,
+        logits_dtype,
         chunk_bytes,
     )
+    mask = checks.boolean("mask", mask, "tokens", tokens)
     backend = resolve(backend, hidden)
     if backend == "reference":
-        logits = reference.linear_logits(hidden, weight, bias, softcap, logit_scale)
-        results = reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
+        logits = _reference_logits(head, mask, *call, softcap, logit_scale)
+        results = reference.token_logprobs_and_entropy(
+            logits, tokens, mask, temperature=temperature
+        )
     else:
-        temperatures, number = checks.temperature(temperature, tokens)
-        rest = scalars(logit_scale, softcap), tokens, temperatures, scalars(number)
-        results = _LinearTokenLogprobs.apply(backend, *call, hidden, weight, bias, *rest)
+        temperatures, number = temperatures_and_number(temperature)
+        rest = scalars(logit_scale, softcap), tokens, mask, temperatures, scalars(number)
+        results = _LinearTokenLogprobs.apply(backend, *call, *head, *rest)
     return LogprobsAndEntropy(*results)
 
 
@@ -246,6 +297,7 @@ def linear_ppo_loss(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     bias=None,
     softcap=None,
     logit_scale=1.0,
@@ -259,10 +311,11 @@ def linear_ppo_loss(
     temperature=1.0,
     denominator=None,
     grad_weight_dtype=None,
+    logits_dtype=None,
     chunk_bytes=None,
     backend="auto",
 ):
-    """`ppo_loss` of the logits that a head makes of hidden states; see the module for the formula.
+    """`ppo_loss` of the logits that a head makes of hidden states, see `ppo_kernels.linear`.
 
     The gradients are made in the forward, those that are asked for: with a frozen head or frozen
     hidden states a product less, without autograd none. `loss.backward()` hands them on, scaled by
@@ -270,7 +323,7 @@ def linear_ppo_loss(
     take bf16, or `linear_token_logprobs` and `clipped_policy_loss`.
 
     Args:
-        hidden, weight, bias, softcap, logit_scale, grad_weight_dtype, backend: as in
+        hidden, weight, bias, softcap, logit_scale, grad_weight_dtype, logits_dtype, backend: as in
             `linear_token_logprobs`.
         tokens, old_logprobs, advantages, mask and the other keywords: as in `ppo_loss`. Masked-out
             hidden states are not read; on the CPU they cost nothing, on a GPU the products.
@@ -282,7 +335,7 @@ def linear_ppo_loss(
     Raises:
         TypeError, ValueError: as `linear_token_logprobs` and `ppo_loss`.
     """
-    call = _checked_head(
+    head, tokens, temperature, (softcap, logit_scale), call = _checked_head(
         hidden,
         weight,
         bias,
@@ -291,6 +344,7 @@ def linear_ppo_loss(
         softcap,
         logit_scale,
         grad_weight_dtype,
+        logits_dtype,
         chunk_bytes,
     )
     # Of hidden states the shape is looked at, which but for D is that of logits.
@@ -300,6 +354,7 @@ def linear_ppo_loss(
         old_logprobs,
         advantages,
         mask,
+        importance_weights,
         clip_low,
         clip_high,
         dual_clip,
@@ -312,9 +367,7 @@ def linear_ppo_loss(
     )
     backend = resolve(backend, hidden)
     if backend == "reference":
-        if mask is not None:
-            hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
-        logits = reference.linear_logits(hidden, weight, bias, softcap, logit_scale)
+        logits = _reference_logits(head, mask, *call, softcap, logit_scale)
         return PPOLoss(*reference.ppo_loss(logits, *arguments))
     rest = scalars(logit_scale, softcap), *for_kernel(*arguments)
-    return PPOLoss(*_LinearPPOLoss.apply(backend, *call, hidden, weight, bias, *rest))
+    return PPOLoss(*_LinearPPOLoss.apply(backend, *call, *head, *rest))

@@ -22,9 +22,9 @@ class _Head:
     would wait for the device, the hidden states of the others are taken as 0.
     """
 
-    def __init__(self, backend, hidden, weight, bias, head_scalars, counted=None):
+    def __init__(self, backend, hidden, weight, bias, head_scalars, logits_dtype, counted=None):
         self.shape, self.hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.dtype = weight, bias, logits_dtype
         self.counted = None if counted is None else counted.flatten()
         self.picks = backend == "native" and hidden.device.type == "cpu"
         logit_scale, softcap = head_scalars.tolist()
@@ -70,27 +70,28 @@ class _Head:
             picked = self.counted.nonzero()[:, 0]
             n = picked.shape[0]
         vocabulary = self.weight.shape[0]
-        most = max(1, chunk_bytes // (buffers * vocabulary * self.hidden.element_size()))
+        most = max(1, chunk_bytes // (buffers * vocabulary * self.dtype.itemsize))
         rows = math.ceil(n / max(1, math.ceil(n / most)))
-        buffer = self.hidden.new_empty((rows, vocabulary))
+        buffer = self.hidden.new_empty((rows, vocabulary), dtype=self.dtype)
         for begin in range(0, n, max(1, rows)):
             chunk = slice(begin, min(begin + rows, n))
             if picked is not None:
                 chunk = picked[chunk]
-            hidden = self.hidden[chunk]
+            hidden = self.hidden[chunk].to(self.dtype)
             if self.counted is not None and not self.picks:
                 hidden = hidden.masked_fill(~self.counted[chunk, None], 0.0)
             yield chunk, hidden, self.seen(hidden, buffer[: hidden.shape[0]])
 
     def seen(self, hidden, out):
-        block = BLOCK if hidden.device.type == "cpu" else out.shape[1]
+        whole = hidden.device.type != "cpu" and self.dtype == self.weight.dtype
+        block = out.shape[1] if whole else BLOCK
         for begin in range(0, out.shape[1], block):
             rows = slice(begin, begin + block)
-            product, weight = out[:, rows], self.weight[rows].t()
+            product, weight = out[:, rows], self.weight[rows].t().to(self.dtype)
             if self.bias is None:
                 torch.mm(hidden, weight, out=product)
             else:
-                torch.addmm(self.bias[rows], hidden, weight, out=product)
+                torch.addmm(self.bias[rows].to(self.dtype), hidden, weight, out=product)
             if self.capped:
                 product.mul_(self.slope).tanh_()
         return out
@@ -101,7 +102,7 @@ class _Head:
         if self.capped:
             torch.ops.aten.tanh_backward.grad_input(grad, tanh, grad_input=grad)
         if self.grad_hidden is not None:
-            self.grad_hidden[chunk] = torch.mm(grad, self.weight).mul_(self.slope)
+            self.grad_hidden[chunk] = self.in_hidden(grad).mul_(self.slope).to(self.hidden.dtype)
         if self.grad_bias is not None:
             self.grad_bias.add_(grad.sum(0, dtype=self.grad_bias.dtype), alpha=self.slope)
         if self.grad_weight is None:
@@ -112,6 +113,16 @@ class _Head:
         for begin in range(0, grad.shape[1], BLOCK):
             rows = slice(begin, begin + BLOCK)
             self.grad_weight[rows].add_(grad[:, rows].t() @ hidden, alpha=self.slope)
+
+    def in_hidden(self, grad):
+        """The gradient in hidden states, without the slope."""
+        if grad.dtype == self.weight.dtype:
+            return torch.mm(grad, self.weight)
+        total = grad.new_zeros((grad.shape[0], self.weight.shape[1]))
+        for begin in range(0, grad.shape[1], BLOCK):
+            rows = slice(begin, begin + BLOCK)
+            total.addmm_(grad[:, rows], self.weight[rows].to(grad.dtype))
+        return total
 
     def gradients(self):
         """Those in hidden, weight and bias; empty where nobody wants them."""
@@ -128,17 +139,29 @@ def _at(chunk, *per_token):
 
 
 def _token_logprobs(
-    backend, hidden, weight, bias, head_scalars, tokens, temperatures, scalars, chunk_bytes
+    backend,
+    hidden,
+    weight,
+    bias,
+    head_scalars,
+    tokens,
+    mask,
+    temperatures,
+    scalars,
+    logits_dtype,
+    chunk_bytes,
 ):
-    head = _Head(backend, hidden, weight, bias, head_scalars)
+    head = _Head(backend, hidden, weight, bias, head_scalars, logits_dtype, mask)
     if head.picks:
         head.check(tokens, temperatures)
     temperatures, scalars = head.of_seen(temperatures, scalars)
     real = schemas.result_dtype(hidden)
     shapes = tokens.shape, tokens.shape, (*tokens.shape, 2)
-    results = tuple(hidden.new_empty(shape, dtype=real) for shape in shapes)
+    made = hidden.new_empty if mask is None else hidden.new_zeros
+    results = tuple(made(shape, dtype=real) for shape in shapes)
     for chunk, _, seen in head.chunks(chunk_bytes):
-        parts = kernels(backend).token_logprobs(seen, *_at(chunk, tokens, temperatures), scalars)
+        per_token = _at(chunk, tokens, mask, temperatures)
+        parts = kernels(backend).token_logprobs(seen, *per_token, scalars)
         for result, part in zip(results, parts, strict=True):
             result.view(-1, *part.shape[1:])[chunk] = part
     return results
@@ -161,11 +184,12 @@ def _token_logprobs_backward(
     grad_weight,
     grad_bias,
     sum_dtype,
+    logits_dtype,
     chunk_bytes,
 ):
     upstream = [x != 0 for x in (grad_logprobs, grad_entropy) if x is not None]
     counted = functools.reduce(torch.logical_or, upstream)
-    head = _Head(backend, hidden, weight, bias, head_scalars, counted)
+    head = _Head(backend, hidden, weight, bias, head_scalars, logits_dtype, counted)
     head.want(grad_hidden, grad_weight, grad_bias, sum_dtype)
     temperatures, scalars = head.of_seen(temperatures, scalars)
     stats = softmax_stats.view(-1, 2)
@@ -196,9 +220,10 @@ def _ppo_loss(
     grad_weight,
     grad_bias,
     sum_dtype,
+    logits_dtype,
     chunk_bytes,
 ):
-    head = _Head(backend, hidden, weight, bias, head_scalars, mask)
+    head = _Head(backend, hidden, weight, bias, head_scalars, logits_dtype, mask)
     if head.picks:
         head.check(tokens, temperatures)
     differentiable = head.want(grad_hidden, grad_weight, grad_bias, sum_dtype)
@@ -220,7 +245,7 @@ def _ppo_loss(
         except ValueError:
             # It names a token by its place in the chunk.
             scored = kernels(backend).token_logprobs(
-                head.seen(part, seen), per_token[0], *own, scalars
+                head.seen(part, seen), per_token[0], per_token[3], *own, scalars
             )
             logprobs.view(-1)[chunk] = scored[0]
             reference.check_logprobs(logprobs, tokens)

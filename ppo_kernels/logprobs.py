@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -23,14 +23,19 @@ class LogprobsAndEntropy(NamedTuple):
     entropy: torch.Tensor
 
 
+def within(mask, x):
+    """`x`, 0 where a mask is."""
+    return x if mask is None or x is None else x.masked_fill(~mask, 0.0)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, tokens, temperatures, scalars, backend):
+    def forward(ctx, logits, tokens, mask, temperatures, scalars, backend):
         ctx.set_materialize_grads(False)
         logprobs, entropy, stats = kernels(backend).token_logprobs(
-            logits, tokens, temperatures, scalars
+            logits, tokens, mask, temperatures, scalars
         )
-        ctx.save_for_backward(logits, tokens, entropy, stats, temperatures, scalars)
+        ctx.save_for_backward(mask, logits, tokens, entropy, stats, temperatures, scalars)
         ctx.backend = backend
         return logprobs, entropy
 
@@ -38,19 +43,33 @@ class _TokenLogprobs(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_logprobs, grad_entropy):
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 5
+            return (None,) * 6
+        mask, *saved = ctx.saved_tensors
         grad_logits = kernels(ctx.backend).token_logprobs_backward(
-            grad_logprobs, grad_entropy, *ctx.saved_tensors
+            within(mask, grad_logprobs), within(mask, grad_entropy), *saved
         )
-        return grad_logits, None, None, None, None
+        return grad_logits, None, None, None, None, None
 
 
-def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
-    """log softmax(logits / temperature) at the given tokens; see the module for the formula.
+def _scored(logits, tokens, mask, temperature, backend):
+    tokens = checks.logits_and_tokens(logits, tokens)
+    mask = checks.boolean("mask", mask, "tokens", tokens)
+    temperature = checks.temperature(temperature, tokens)
+    backend = resolve(backend, logits)
+    if backend == "reference":
+        return reference.token_logprobs_and_entropy(logits, tokens, mask, temperature=temperature)
+    temperatures, number = temperatures_and_number(temperature)
+    return _TokenLogprobs.apply(logits, tokens, mask, temperatures, scalars(number), backend)
+
+
+def token_logprobs(logits, tokens, mask=None, *, temperature=1.0, backend="auto"):
+    """log softmax(logits / temperature) at the given tokens; formula in `ppo_kernels.logprobs`.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.
         tokens: (...) int64 or int32 ids in [0, V); logits at a position score the token there.
+        mask: (...) bool, True = counts; None counts all. Other rows are not read, nor are their
+            tokens and temperatures: they have log-probability, entropy and gradient 0.
         temperature: > 0, a number or (...) one per token, of which no gradient is taken.
         backend: "auto", "native", "triton" or "reference".
 
@@ -63,15 +82,10 @@ def token_logprobs(logits, tokens, *, temperature=1.0, backend="auto"):
             it. Ids and a tensor of temperatures are looked at on the CPU only, see
             `check_logprobs`.
     """
-    checks.logits_and_tokens(logits, tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
-    backend = resolve(backend, logits)
-    if backend == "reference":
-        return reference.token_logprobs(logits, tokens, temperature=temperature)
-    return _TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)[0]
+    return _scored(logits, tokens, mask, temperature, backend)[0]
 
 
-def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto"):
+def token_logprobs_and_entropy(logits, tokens, mask=None, *, temperature=1.0, backend="auto"):
     """`token_logprobs` and the entropy of each row, at no further sweep over the vocabulary.
 
     Arguments and errors are those of `token_logprobs`.
@@ -79,16 +93,7 @@ def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0, backend="auto
     Returns:
         LogprobsAndEntropy: `logprobs` (...) and `entropy` (...), both differentiable in `logits`.
     """
-    checks.logits_and_tokens(logits, tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
-    backend = resolve(backend, logits)
-    if backend == "reference":
-        return LogprobsAndEntropy(
-            *reference.token_logprobs_and_entropy(logits, tokens, temperature=temperature)
-        )
-    return LogprobsAndEntropy(
-        *_TokenLogprobs.apply(logits, tokens, temperatures, scalars(number), backend)
-    )
+    return LogprobsAndEntropy(*_scored(logits, tokens, mask, temperature, backend))
 
 
 def check_logprobs(logprobs, tokens, mask=None):

@@ -9,7 +9,7 @@ zero: a NaN there stays there.
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars
 
 
 class _MaskedMean(torch.autograd.Function):
@@ -45,12 +45,12 @@ def masked_mean(x, mask=None, denominator=None, *, backend="auto"):
         TypeError, ValueError: naming the argument, the rule and the value.
     """
     checks.floating("x", x)
-    checks.boolean("mask", mask, "x", x)
+    mask = checks.boolean("mask", mask, "x", x)
     denominator = checks.denominator(denominator, x.device)
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.masked_mean(x, mask, denominator)
-    return _MaskedMean.apply(x, mask, denominator, backend)
+    return _MaskedMean.apply(x, mask, denominator_on(x.device, denominator), backend)
 
 
 def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):
@@ -71,8 +71,8 @@ def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):
         TypeError, ValueError: naming the argument, the rule and the value.
     """
     checks.floating("x", x)
-    checks.boolean("mask", mask, "x", x)
-    checks.number("eps", eps, at_least=0)
+    mask = checks.boolean("mask", mask, "x", x)
+    eps = checks.number("eps", eps, at_least=0)
     if group is not None:
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend must be auto or reference with a group, got {backend!r}")

@@ -22,6 +22,8 @@ A sequence in which nothing counts is none. Every objective takes::
     old_logprobs  (B, T) of the policy before the update, a constant
     advantages    (B, T), or (B,) one per sequence, a constant
     mask          (B, T) bool, True = counts; None counts all; what else is there may be anything
+    importance_weights
+                  (B, T) or (B,), at least 0, a constant: factors of the policy's loss per token
     aggregate     a function of (x, mask): one of those above, or `functools.partial` of it with a
                   denominator, such as the global count for gradient accumulation; it is given
                   finite x also where the mask is False
@@ -60,7 +62,7 @@ def sequence_mean(x, mask=None, *, denominator=None):
 def fixed_length_mean(x, mask=None, *, length, denominator=None):
     """Sum over counted positions of x (B, T) / (length · denominator), default the number of
     sequences with any; `length` is one for all batches, as the longest response allowed."""
-    checks.number("length", length, above=0)
+    length = checks.number("length", length, above=0)
     sums, any_counted = _sums(x, mask), _counted(x, mask).any(1)
     return masked_mean(sums / length, any_counted, denominator, backend="reference")
 
@@ -69,7 +71,7 @@ def _counted(x, mask):
     checks.floating("x", x)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, T), got {tuple(x.shape)}")
-    checks.boolean("mask", mask, "x", x)
+    mask = checks.boolean("mask", mask, "x", x)
     return torch.ones_like(x, dtype=torch.bool) if mask is None else mask
 
 
@@ -78,31 +80,25 @@ def _sums(x, mask):
     return torch.where(_counted(x, mask), x, 0.0).sum(1, dtype=dtype)
 
 
-def _checked(logprobs, old_logprobs, advantages, mask):
-    """(log r, A), both (B, T) and 0 where masked out."""
+def _checked(logprobs, old_logprobs, advantages, mask, importance_weights):
+    """(log r, A, mask), the first two (B, T) and 0 where masked out."""
     checks.floating("logprobs", logprobs)
     if logprobs.ndim != 2:
         raise ValueError(f"logprobs must have shape (B, T), got {tuple(logprobs.shape)}")
     checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
-    checks.boolean("mask", mask, "logprobs", logprobs)
-    checks.floating("advantages", advantages)
-    if advantages.ndim == 1:
-        checks.same(
-            "advantages", advantages, "logprobs' sequences", logprobs.shape[:1], logprobs.device
-        )
-        advantages = advantages.unsqueeze(1).expand(logprobs.shape)
-    checks.per_token("advantages", advantages, "logprobs", logprobs)
+    mask = checks.boolean("mask", mask, "logprobs", logprobs)
+    advantages = checks.advantages(advantages, importance_weights, mask, "logprobs", logprobs)
     log_ratio = reference.log_ratio(logprobs, old_logprobs)
-    advantages = advantages.detach().to(log_ratio.dtype)
+    advantages = advantages.to(log_ratio.dtype)
     if mask is not None:
         log_ratio, advantages = (x.masked_fill(~mask, 0.0) for x in (log_ratio, advantages))
     reference.refuse_infinite("logprobs - old_logprobs", log_ratio.detach())
-    return log_ratio.clamp(max=_MOST_LOG_RATIO), advantages
+    return log_ratio.clamp(max=_MOST_LOG_RATIO), advantages, mask
 
 
 def _clipped(log_ratio, advantages, mask, aggregate, clip_low, clip_high, dual_clip=None):
-    checks.clip_range(clip_low, clip_high, dual_clip)
-    terms = reference.policy_terms(log_ratio, advantages, None, clip_low, clip_high, dual_clip)
+    clipping = checks.clip_range(clip_low, clip_high, dual_clip)
+    terms = reference.policy_terms(log_ratio, advantages, None, *clipping)
     return PolicyLoss(*(aggregate(x, mask) for x in terms))
 
 
@@ -112,13 +108,14 @@ def ppo(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     aggregate=token_mean,
     clip_low=0.2,
     clip_high=0.2,
 ):
     """The clipped surrogate (Schulman et al., 2017), as `clipped_policy_loss`; see the module."""
-    inputs = _checked(logprobs, old_logprobs, advantages, mask)
-    return _clipped(*inputs, mask, aggregate, clip_low, clip_high)
+    inputs = _checked(logprobs, old_logprobs, advantages, mask, importance_weights)
+    return _clipped(*inputs, aggregate, clip_low, clip_high)
 
 
 def dual_clip(
@@ -127,14 +124,15 @@ def dual_clip(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     aggregate=token_mean,
     clip_low=0.2,
     clip_high=0.2,
     bound=3.0,
 ):
     """`ppo` whose loss is at most -A `bound`, > 1, where A < 0 (Ye et al., 2020)."""
-    inputs = _checked(logprobs, old_logprobs, advantages, mask)
-    return _clipped(*inputs, mask, aggregate, clip_low, clip_high, bound)
+    inputs = _checked(logprobs, old_logprobs, advantages, mask, importance_weights)
+    return _clipped(*inputs, aggregate, clip_low, clip_high, bound)
 
 
 def dapo(
@@ -143,13 +141,14 @@ def dapo(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     aggregate=token_mean,
     clip_low=0.2,
     clip_high=0.28,
 ):
     """`ppo` with the upper clip raised, clip-higher (Yu et al., 2025, DAPO)."""
-    inputs = _checked(logprobs, old_logprobs, advantages, mask)
-    return _clipped(*inputs, mask, aggregate, clip_low, clip_high)
+    inputs = _checked(logprobs, old_logprobs, advantages, mask, importance_weights)
+    return _clipped(*inputs, aggregate, clip_low, clip_high)
 
 
 def _sequence_log_ratio(log_ratio, mask):
@@ -166,6 +165,7 @@ def gspo(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     aggregate=sequence_mean,
     clip_low=3e-4,
     clip_high=4e-4,
@@ -175,7 +175,9 @@ def gspo(
     This is the paper's GSPO-token: with one advantage per sequence its value and gradient are those
     of GSPO, and it allows for one per token.
     """
-    log_ratio, advantages = _checked(logprobs, old_logprobs, advantages, mask)
+    log_ratio, advantages, mask = _checked(
+        logprobs, old_logprobs, advantages, mask, importance_weights
+    )
     of_sequence = _sequence_log_ratio(log_ratio, mask)
     loss = _clipped(of_sequence, advantages, mask, aggregate, clip_low, clip_high)
     return loss._replace(approx_kl=aggregate(_approx_kl(log_ratio), mask))
@@ -187,6 +189,7 @@ def cispo(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     aggregate=token_mean,
     clip_low=1.0,
     clip_high=4.0,
@@ -196,8 +199,10 @@ def cispo(
     The paper has no lower bound, which is clip_low=1, and leaves clip_high to tuning; a ratio of
     at most 5 is that of ScaleRL (Khatri et al., 2025, arXiv:2510.13786).
     """
-    checks.clip_range(clip_low, clip_high, None)
-    log_ratio, advantages = _checked(logprobs, old_logprobs, advantages, mask)
+    clip_low, clip_high, _ = checks.clip_range(clip_low, clip_high, None)
+    log_ratio, advantages, mask = _checked(
+        logprobs, old_logprobs, advantages, mask, importance_weights
+    )
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     if mask is not None:
@@ -217,6 +222,7 @@ def tis(
     mask=None,
     *,
     rollout_logprobs,
+    importance_weights=None,
     aggregate=token_mean,
     clip_low=0.2,
     clip_high=0.2,
@@ -229,9 +235,11 @@ def tis(
     (Yao et al., 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training";
     the truncation is that of IMPALA, Espeholt et al., 2018, arXiv:1802.01561).
     """
-    log_ratio, advantages = _checked(logprobs, old_logprobs, advantages, mask)
+    log_ratio, advantages, mask = _checked(
+        logprobs, old_logprobs, advantages, mask, importance_weights
+    )
     checks.per_token("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
-    checks.number("cap", cap, above=0)
+    cap = checks.number("cap", cap, above=0)
     log_weight = reference.log_ratio(old_logprobs.detach(), rollout_logprobs)
     if mask is not None:
         log_weight = log_weight.masked_fill(~mask, 0.0)

@@ -27,7 +27,13 @@ import torch
 import torch.distributed as dist
 
 from ppo_kernels import checks, reference, schemas, softmax_state
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import (
+    kernels,
+    resolve,
+    scalars,
+    temperatures_and_number,
+    under_transforms,
+)
 from ppo_kernels.kl import kl_estimate
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.masked import masked_mean
@@ -59,12 +65,12 @@ class _Gather(torch.autograd.Function):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, here, group, backend, *numbers):
+    def forward(ctx, logits, ids, here, mask, group, backend, *numbers):
         ctx.set_materialize_grads(False)
         if logits.shape[-1] == 0:
             state = softmax_state.of_nothing(logits)
         else:
-            scored = kernels(backend).token_logprobs(logits, ids, *numbers)
+            scored = kernels(backend).token_logprobs(logits, ids, mask, *numbers)
             state = softmax_state.from_kernel(*scored, here)
         logprobs, entropy, stats, owners = softmax_state.merged(_gathered(state, group))
         ctx.mark_non_differentiable(owners)
@@ -83,7 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logits = kernels(ctx.backend).token_logprobs_backward(
                 grad_logprobs, grad_entropy, logits, *rest
             )
-        return grad_logits, *(None,) * (1 + len(rest))
+        return grad_logits, *(None,) * (2 + len(rest))
 
 
 class _KLDivergence(torch.autograd.Function):
@@ -92,7 +98,7 @@ class _KLDivergence(torch.autograd.Function):
         if logits.shape[-1] == 0:
             state = softmax_state.joint_of_nothing(logits)
         else:
-            compared = kernels(backend).kl_divergence(logits, ref_logits, *numbers)
+            compared = kernels(backend).kl_divergence(logits, ref_logits, None, *numbers)
             state = softmax_state.joint_from_kernel(*compared)
         kl, stats, ref_stats = softmax_state.joint_merged(_gathered(state, group))
         ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats, *numbers)
@@ -113,15 +119,15 @@ class _KLDivergence(torch.autograd.Function):
 def _temperature(temperature, *like):
     """`checks.temperature` with values looked at here: where a rank has an empty slice no kernel
     would, and the others would wait for it."""
-    temperatures, number = checks.temperature(temperature, *like)
-    if temperatures is not None:
-        reference.check_temperature(temperatures)
-    return temperatures, number
+    temperature = checks.temperature(temperature, *like)
+    if isinstance(temperature, torch.Tensor):
+        reference.check_temperature(temperature)
+    return temperature
 
 
 def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backend):
     """(logprobs, entropy) of a checked slice; every counted token must have one owner."""
-    temperatures, number = _temperature(temperature, tokens)
+    temperature = _temperature(temperature, tokens)
     backend = resolve(backend, logits)
     ids = tokens - vocab_start
     here = (ids >= 0) & (ids < logits.shape[-1])
@@ -132,8 +138,9 @@ def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backe
         state = softmax_state.plain(logits, ids, here, temperature)
         logprobs, entropy, _, owners = softmax_state.merged(_Gather.apply(state, group))
     else:
+        temperatures, number = temperatures_and_number(temperature)
         logprobs, entropy, owners = _TokenLogprobs.apply(
-            logits, ids, here, group, backend, temperatures, scalars(number)
+            logits, ids, here, mask, group, backend, temperatures, scalars(number)
         )
     reference.refuse_unowned(tokens, owners, mask)
     return LogprobsAndEntropy(logprobs, entropy)
@@ -143,6 +150,8 @@ def _slice(logits, group):
     """(this rank's slice, group, id of its first token, None if plain tensors do not tell)."""
     from torch.distributed.tensor import DTensor, Shard
 
+    if under_transforms():
+        raise RuntimeError("vocab_parallel_* ops cannot run under torch.func transforms")
     if not isinstance(logits, DTensor):
         return logits, group, None
     if group is not None:
@@ -161,7 +170,8 @@ def _slice(logits, group):
 
 
 def _slice_with_start(logits, tokens, group, vocab_start):
-    """`_slice` with the start that plain tensors leave to the caller; `tokens` are checked."""
+    """(slice, tokens, group, start): `_slice` with the start that plain tensors leave to the
+    caller, and with checked tokens."""
     logits, group, start = _slice(logits, group)
     if (start is None) == (vocab_start is None):
         rule = "given with plain logits" if start is None else "left out with DTensor logits"
@@ -172,10 +182,10 @@ def _slice_with_start(logits, tokens, group, vocab_start):
         checks.number("vocab_start", vocab_start, at_least=0)
         start = vocab_start
     _check_slice(logits)
-    checks.integer("tokens", tokens)
+    tokens = checks.integer("tokens", tokens)
     shape = logits.shape[:-1]
     checks.same("tokens", tokens, "logits without its last dimension", shape, logits.device)
-    return logits, group, start
+    return logits, tokens, group, start
 
 
 def _check_slice(logits):
@@ -191,7 +201,7 @@ def vocab_parallel_token_logprobs_and_entropy(
 
     All ranks call it with the same arguments but for their slice of the logits; where an argument
     is wrong on one rank alone, that one raises and the others wait for it. Slices may be of any
-    lengths, 0 included, and must not overlap. See the module for the formulas.
+    lengths, 0 included, and must not overlap. Formulas in `ppo_kernels.parallel`.
 
     Args:
         logits: (..., V_local) this rank's slice, fp32, bf16, fp16 or fp64; rows may be strided. Or
@@ -212,7 +222,7 @@ def vocab_parallel_token_logprobs_and_entropy(
             on all ranks, a token that no rank has, or more than one. On a GPU its log-probability
             is NaN, see `check_logprobs`.
     """
-    logits, group, start = _slice_with_start(logits, tokens, group, vocab_start)
+    logits, tokens, group, start = _slice_with_start(logits, tokens, group, vocab_start)
     return _token_logprobs(logits, tokens, None, group, start, temperature, backend)
 
 
@@ -241,13 +251,14 @@ def vocab_parallel_kl_divergence(
         raise TypeError(
             f"ref_logits must have dtype {logits.dtype} like logits, got {ref_logits.dtype}"
         )
-    temperatures, number = _temperature(
+    temperature = _temperature(
         temperature, logits.new_empty(logits.shape[:-1]), "logits without its last dimension"
     )
-    backend, ref_logits = resolve(backend, logits), ref_logits.detach()
+    backend, ref_logits = resolve(backend, logits), checks.constant(ref_logits.detach())
     if backend == "reference":
         state = softmax_state.joint_plain(logits, ref_logits, temperature)
         return softmax_state.joint_merged(_Gather.apply(state, group))[0]
+    temperatures, number = temperatures_and_number(temperature)
     numbers = temperatures, scalars(number)
     return _KLDivergence.apply(logits, ref_logits, group, backend, *numbers)
 
@@ -261,6 +272,7 @@ def vocab_parallel_ppo_loss(
     *,
     group=None,
     vocab_start=None,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -279,7 +291,7 @@ def vocab_parallel_ppo_loss(
     Args:
         logits, tokens, group, vocab_start, temperature, backend: as in
             `vocab_parallel_token_logprobs_and_entropy`; ids in [0, V) where they count.
-        all others: as in `ppo_loss`. Rows that are masked out are read, but not in the backward.
+        all others: as in `ppo_loss`.
 
     Returns:
         PPOLoss as of `ppo_loss`, bitwise the same on all ranks; `loss` is differentiable once in
@@ -288,11 +300,13 @@ def vocab_parallel_ppo_loss(
     Raises:
         TypeError, ValueError: as `ppo_loss`, on all ranks.
     """
-    logits, group, start = _slice_with_start(logits, tokens, group, vocab_start)
-    check_objective(
-        *(tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip),
-        *(entropy_coef, kl_coef, ref_logprobs, kl_estimator),
+    logits, tokens, group, start = _slice_with_start(logits, tokens, group, vocab_start)
+    objective = check_objective(
+        *(tokens, old_logprobs, advantages, mask, importance_weights),
+        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logprobs, kl_estimator),
     )
+    old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, *coefs = objective
+    entropy_coef, kl_coef, ref_logprobs = coefs
     denominator = checks.denominator(denominator, logits.device)
     if mask is not None and isinstance(temperature, torch.Tensor):
         temperature = temperature.masked_fill(~mask, 1.0)
@@ -319,7 +333,7 @@ def vocab_parallel_ppo_loss(
     if ref_logprobs is None:
         kl = torch.zeros_like(entropy)
     else:
-        kl = kl_estimate(finite, ref_logprobs.detach(), estimator=kl_estimator, backend=backend)
+        kl = kl_estimate(finite, ref_logprobs, estimator=kl_estimator, backend=backend)
         kl = masked_mean(kl, mask, denominator, backend=backend)
     loss = policy.loss - entropy_coef * entropy + kl_coef * kl
     policy_loss, *of_clipping = policy

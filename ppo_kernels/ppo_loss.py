@@ -1,13 +1,7 @@
-r"""The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) from logits.
+r"""The clipped PPO loss from logits; the formula stands at `ppo_loss`.
 
-Per counted token, with r = exp(logprob - old_logprob) and advantage A::
-
-    policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
-             and, with dual_clip c, at most -A c where A < 0   (Ye et al., 2020, arXiv:1912.09729)
-    loss   = policy - entropy_coef H + kl_coef kl(logprob, ref_logprob)
-
-summed over the mask and divided by `denominator`. The loss reaches the logits through two numbers
-per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so that (see `ppo_kernels.logprobs`)::
+The loss reaches the logits through two numbers per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so
+that (see `ppo_kernels.logprobs`)::
 
     ∂loss/∂z_j = (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ
 """
@@ -15,9 +9,17 @@ per token, g = ∂loss/∂logprob and h = ∂loss/∂H, so that (see `ppo_kernel
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import (
+    denominator_on,
+    kernels,
+    resolve,
+    scalars,
+    temperatures_and_number,
+    under_transforms,
+)
 from ppo_kernels.ppo_loss_of_tokens import chained
 
 
@@ -55,9 +57,10 @@ def for_kernel(
     kl_estimator,
 ):
     """Arguments of `reference.ppo_loss` after the logits -> those of the registered ops."""
-    temperatures, temperature = checks.temperature(temperature, tokens)
+    temperatures, temperature = temperatures_and_number(temperature)
     numbers = scalars(temperature, clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
     estimator = reference.ESTIMATORS.index(kl_estimator)
+    denominator = denominator_on(tokens.device, denominator)
     tensors = tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures
     return *tensors, numbers, estimator
 
@@ -122,6 +125,7 @@ def check_objective(
     old_logprobs,
     advantages,
     mask,
+    importance_weights,
     clip_low,
     clip_high,
     dual_clip,
@@ -130,17 +134,22 @@ def check_objective(
     ref_logprobs,
     kl_estimator,
 ):
+    """Check the arguments of an objective; return those from `old_logprobs` to `ref_logprobs`."""
     checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
-    checks.per_token("advantages", advantages, "tokens", tokens)
-    checks.boolean("mask", mask, "tokens", tokens)
-    checks.clip_range(clip_low, clip_high, dual_clip)
-    checks.number("entropy_coef", entropy_coef, at_least=0)
-    checks.number("kl_coef", kl_coef, at_least=0)
+    mask = checks.boolean("mask", mask, "tokens", tokens)
+    advantages = checks.advantages(advantages, importance_weights, mask, "tokens", tokens)
+    clipping = checks.clip_range(clip_low, clip_high, dual_clip)
+    entropy_coef = checks.number("entropy_coef", entropy_coef, at_least=0)
+    kl_coef = checks.number("kl_coef", kl_coef, at_least=0)
     checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
     if ref_logprobs is not None:
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
     elif kl_coef > 0:
         raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
+    old_logprobs, ref_logprobs = (
+        None if x is None else checks.constant(x.detach()) for x in (old_logprobs, ref_logprobs)
+    )
+    return old_logprobs, advantages, mask, *clipping, entropy_coef, kl_coef, ref_logprobs
 
 
 def checked_arguments(
@@ -149,6 +158,7 @@ def checked_arguments(
     old_logprobs,
     advantages,
     mask,
+    importance_weights,
     clip_low,
     clip_high,
     dual_clip,
@@ -160,27 +170,32 @@ def checked_arguments(
     temperature,
 ):
     """Check the arguments of a loss; return those after `logits`."""
-    checks.logits_and_tokens(logits, tokens)
-    check_objective(
-        *(tokens, old_logprobs, advantages, mask, clip_low, clip_high, dual_clip),
-        *(entropy_coef, kl_coef, ref_logprobs, kl_estimator),
+    tokens = checks.logits_and_tokens(logits, tokens)
+    objective = check_objective(
+        *(tokens, old_logprobs, advantages, mask, importance_weights),
+        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logprobs, kl_estimator),
     )
-    temperatures, number = checks.temperature(temperature, tokens)
-    return (
-        tokens,
-        old_logprobs.detach(),
-        advantages.detach(),
-        mask,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        None if ref_logprobs is None else ref_logprobs.detach(),
-        checks.denominator(denominator, logits.device),
-        number if temperatures is None else temperatures,
-        kl_estimator,
-    )
+    temperature = checks.temperature(temperature, tokens)
+    denominator = checks.denominator(denominator, logits.device)
+    return tokens, *objective, denominator, temperature, kl_estimator
+
+
+def _out_of_place(backend, logits, arguments):
+    if backend == "reference":
+        return PPOLoss(*reference.ppo_loss(logits, *arguments))
+    return PPOLoss(*_PPOLoss.apply(backend, logits, *for_kernel(*arguments)))
+
+
+def _saved_tensors_go_to_hooks():
+    """Whether hooks stand between autograd and what it saves: then no version is compared."""
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    except (AttributeError, TypeError):  # It is private; what is public takes ten times as long.
+        try:
+            with disable_saved_tensors_hooks("asked only whether there are any"):
+                return False
+        except RuntimeError:
+            return True
 
 
 def ppo_loss(
@@ -190,6 +205,7 @@ def ppo_loss(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -201,15 +217,25 @@ def ppo_loss(
     denominator=None,
     backend="auto",
 ):
-    """The clipped PPO loss of sampled tokens, straight from logits; see the module for the formula.
+    """The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) of tokens, from logits.
+
+    Per counted token, with r = exp(logprob - old_logprob), advantage A and entropy H::
+
+        policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+                 and, with dual_clip c, at most -A c where A < 0 (Ye et al., 2020, arXiv:1912.09729)
+        loss   = policy - entropy_coef H + kl_coef kl(logprob, ref_logprob)
+
+    summed over the mask and divided by `denominator`; kl is `kl_estimate`.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.
         tokens: (...) int64 or int32 ids, in [0, V) where they count.
         old_logprobs: (...) log-probs of the policy that sampled, in nats.
-        advantages: (...) one per token.
+        advantages: (...) one per token, or one per sequence, without the last dimension.
         mask: (...) bool, True = counts; None counts all. Other rows are not read.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        importance_weights: (...) or one per sequence, at least 0: factors of the policy term alone,
+            as for tokens that another engine sampled. A weight of 0 leaves the count as it is.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; may be inf.
         dual_clip: bound c > 1 on the loss where the advantage is negative; None for no bound.
         entropy_coef, kl_coef: at least 0.
         ref_logprobs: (...) log-probs of the reference; needed when kl_coef > 0.
@@ -235,6 +261,7 @@ def ppo_loss(
         old_logprobs,
         advantages,
         mask,
+        importance_weights,
         clip_low,
         clip_high,
         dual_clip,
@@ -245,10 +272,7 @@ def ppo_loss(
         denominator,
         temperature,
     )
-    backend = resolve(backend, logits)
-    if backend == "reference":
-        return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    return PPOLoss(*_PPOLoss.apply(backend, logits, *for_kernel(*arguments)))
+    return _out_of_place(resolve(backend, logits), logits, arguments)
 
 
 def ppo_loss_(
@@ -258,6 +282,7 @@ def ppo_loss_(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -277,6 +302,12 @@ def ppo_loss_(
     be called once. A leaf's `.grad` then shares the leaf's storage. Parts of one tensor share its
     version: differentiate the loss of one before the call on another.
 
+    Under saved-tensor hooks (`checkpoint(use_reentrant=False)`, `save_on_cpu`) versions are not
+    compared, and what else saved the logits would silently take the gradient for them: there this
+    is `ppo_loss`, with the gradient in a tensor of its own, and RuntimeError where no autograd
+    carries it. Hooks that ended before the call are not seen; save_on_cpu keeps CPU tensors as
+    they are, so call it within, too.
+
     Arguments, results and errors are otherwise those of `ppo_loss`; rows of `logits` must not
     overlap and the vocabulary must have stride 1 (ValueError).
     """
@@ -286,6 +317,7 @@ def ppo_loss_(
         old_logprobs,
         advantages,
         mask,
+        importance_weights,
         clip_low,
         clip_high,
         dual_clip,
@@ -297,7 +329,17 @@ def ppo_loss_(
         temperature,
     )
     checks.writable("logits", logits)
+    if under_transforms():
+        raise RuntimeError("ppo_loss_ cannot run under torch.func transforms: use ppo_loss")
     backend = resolve(backend, logits)
+    if not torch.compiler.is_compiling() and _saved_tensors_go_to_hooks():
+        if not (torch.is_grad_enabled() and logits.requires_grad):
+            raise RuntimeError(
+                "ppo_loss_ cannot leave the gradient in the logits under saved-tensor hooks "
+                "(checkpoint, save_on_cpu), which may hold the logits themselves, and these take "
+                "no gradient otherwise: use ppo_loss, on logits that require grad"
+            )
+        return _out_of_place(backend, logits, arguments)
     if backend != "reference":
         arguments = for_kernel(*arguments)
     return PPOLoss(*_PPOLossInPlace.apply(backend, logits, *arguments))

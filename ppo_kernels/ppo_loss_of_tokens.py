@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars
 
 
 class PolicyLoss(NamedTuple):
@@ -55,6 +55,7 @@ def clipped_policy_loss(
     advantages,
     mask=None,
     *,
+    importance_weights=None,
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
@@ -65,8 +66,8 @@ def clipped_policy_loss(
 
     Args:
         logprobs: (...) of the policy in training, in nats, differentiable.
-        old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, denominator, backend: as in
-            `ppo_loss`.
+        old_logprobs, advantages, mask, importance_weights, clip_low, clip_high, dual_clip,
+            denominator, backend: as in `ppo_loss`.
 
     Returns:
         PolicyLoss (fp32, fp64 for fp64 input).
@@ -76,21 +77,19 @@ def clipped_policy_loss(
     """
     checks.floating("logprobs", logprobs)
     checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
-    checks.per_token("advantages", advantages, "logprobs", logprobs)
-    checks.boolean("mask", mask, "logprobs", logprobs)
-    checks.clip_range(clip_low, clip_high, dual_clip)
-    tensors = old_logprobs.detach(), advantages.detach(), mask
+    mask = checks.boolean("mask", mask, "logprobs", logprobs)
+    advantages = checks.advantages(advantages, importance_weights, mask, "logprobs", logprobs)
+    clipping = checks.clip_range(clip_low, clip_high, dual_clip)
+    tensors = checks.constant(old_logprobs.detach()), advantages, mask
     denominator = checks.denominator(denominator, logprobs.device)
     backend = resolve(backend, logprobs)
     if backend == "reference":
         return PolicyLoss(
-            *reference.clipped_policy_loss(
-                logprobs, *tensors, clip_low, clip_high, dual_clip, denominator
-            )
+            *reference.clipped_policy_loss(logprobs, *tensors, *clipping, denominator)
         )
-    numbers = scalars(clip_low, clip_high, dual_clip)
     op = kernels(backend).clipped_policy_loss
-    return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, denominator, numbers))
+    rest = denominator_on(logprobs.device, denominator), scalars(*clipping)
+    return PolicyLoss(*_ScalarLoss.apply(op, logprobs, *tensors, *rest))
 
 
 def value_loss(
@@ -117,13 +116,13 @@ def value_loss(
     checks.floating("values", values)
     checks.per_token("old_values", old_values, "values", values)
     checks.per_token("returns", returns, "values", values)
-    checks.boolean("mask", mask, "values", values)
+    mask = checks.boolean("mask", mask, "values", values)
     if clip is not None:
-        checks.number("clip", clip, at_least=0)
-    tensors = old_values.detach(), returns.detach(), mask
+        clip = checks.number("clip", clip, at_least=0)
+    tensors = *(checks.constant(x.detach()) for x in (old_values, returns)), mask
     denominator = checks.denominator(denominator, values.device)
     backend = resolve(backend, values)
     if backend == "reference":
         return ValueLoss(*reference.value_loss(values, *tensors, clip, denominator))
-    op, numbers = kernels(backend).value_loss, scalars(clip)
-    return ValueLoss(*_ScalarLoss.apply(op, values, *tensors, denominator, numbers))
+    rest = denominator_on(values.device, denominator), scalars(clip)
+    return ValueLoss(*_ScalarLoss.apply(kernels(backend).value_loss, values, *tensors, *rest))

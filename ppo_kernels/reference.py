@@ -1,11 +1,11 @@
 """Every op in plain PyTorch with autograd: the specification, and the only oracle.
 
+Scans over time have a file of their own, reference_gae.py.
+
 Half-precision inputs are computed in fp32, fp64 in fp64. Vocabulary-sized intermediates are made
 freely here; that is what the other backends exist to avoid. A public docstring in the file of the
 op family gives shapes, units and errors.
 """
-
-import itertools
 
 import torch
 import torch.distributed as dist
@@ -13,25 +13,33 @@ import torch.distributed as dist
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
-def _accumulate(x):
+def accumulate(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _log_softmax(logits, temperature):
-    logits = _accumulate(logits)
+    logits = accumulate(logits)
     if isinstance(temperature, torch.Tensor):
         check_temperature(temperature)
         temperature = temperature.detach().to(logits.dtype).unsqueeze(-1)
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def _value_checks_run(x):
-    """Values are looked at where that waits for no device and breaks no graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
+def value_checks_run(x):
+    """Values are looked at where there are any, where that waits for no device and breaks no graph
+    (fake tensors, which say that they are on the CPU, are of a type of their own, and what vmap
+    has many of is none to look at)."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and x.numel() > 0
+    )
 
 
 def refuse_out_of_range(tokens, vocabulary):
-    if _value_checks_run(tokens):
+    if value_checks_run(tokens):
         bad = (tokens < 0) | (tokens >= vocabulary)
         if bad.any():
             where = _first(bad)
@@ -41,7 +49,7 @@ def refuse_out_of_range(tokens, vocabulary):
 
 
 def check_temperature(temperature):
-    if _value_checks_run(temperature):
+    if value_checks_run(temperature):
         bad = ~(temperature.isfinite() & (temperature > 0))
         if bad.any():
             where = _first(bad)
@@ -51,21 +59,33 @@ def check_temperature(temperature):
 
 
 def refuse_impossible(logprobs, tokens):
-    if _value_checks_run(tokens):
+    if value_checks_run(tokens):
         check_logprobs(logprobs, tokens)
 
 
 def refuse_infinite(name, x):
-    if _value_checks_run(x):
+    if value_checks_run(x):
         bad = ~x.isfinite()
         if bad.any():
             where = _first(bad)
             raise ValueError(f"{name} must be finite, got {x[where]} at {list(where)}")
 
 
+def refuse_outside(name, x, most, mask=None):
+    """What counts must be in [0, most], and finite."""
+    if value_checks_run(x):
+        bad = ~(x.isfinite() & (x >= 0) & (x <= most))
+        if mask is not None:
+            bad &= mask
+        if bad.any():
+            where = _first(bad)
+            rule = "finite and >= 0" if most == torch.inf else f"in [0, {most}]"
+            raise ValueError(f"{name} must be {rule}, got {x[where]} at {list(where)}")
+
+
 def refuse_unowned(tokens, owners, mask):
     """`owners`: in how many ranks' slices of the vocabulary each token is."""
-    if _value_checks_run(tokens):
+    if value_checks_run(tokens):
         bad = owners != 1
         if mask is not None:
             bad &= mask
@@ -93,17 +113,27 @@ def _first(bad):
     return tuple(bad.nonzero()[0].tolist())
 
 
-def token_logprobs_and_entropy(logits, tokens, *, temperature=1.0):
+def _counted(mask, logits, tokens, temperature):
+    """What a mask excludes gives way to what gives numbers."""
+    if mask is None:
+        return logits, tokens, temperature
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.masked_fill(~mask, 1.0)
+    return logits.masked_fill(~mask.unsqueeze(-1), 0.0), tokens.masked_fill(~mask, 0), temperature
+
+
+def _within(mask, *results):
+    return results if mask is None else tuple(x.masked_fill(~mask, 0) for x in results)
+
+
+def token_logprobs_and_entropy(logits, tokens, mask=None, *, temperature=1.0):
+    logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
     refuse_out_of_range(tokens, logits.shape[-1])
     log_p = _log_softmax(logits, temperature)
     logprobs = log_p.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
     # p log p -> 0 as p -> 0; the product itself would be 0 * -inf.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    return logprobs, entropy
-
-
-def token_logprobs(logits, tokens, *, temperature=1.0):
-    return token_logprobs_and_entropy(logits, tokens, temperature=temperature)[0]
+    return _within(mask, logprobs, entropy)
 
 
 def kept_token_logprobs_and_entropy(
@@ -111,20 +141,16 @@ def kept_token_logprobs_and_entropy(
 ):
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     rows = torch.arange(tokens.numel(), device=tokens.device)
-    rows = rows.repeat_interleave(kept_offsets.diff())
+    rows = rows.repeat_interleave(kept_offsets.diff(), output_size=kept_ids.numel())
     kept = torch.zeros((tokens.numel(), logits.shape[-1]), dtype=torch.bool, device=tokens.device)
     kept[rows, kept_ids.long()] = True
     logits = logits.masked_fill(~kept.view(logits.shape), -torch.inf)
-    logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
-    tokens = tokens.masked_fill(~mask, 0)
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.masked_fill(~mask, 1.0)
-    scored = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
-    return tuple(torch.where(mask, x, 0.0) for x in scored)
+    return token_logprobs_and_entropy(logits, tokens, mask, temperature=temperature)
 
 
 @torch.no_grad()
-def token_statistics(logits, tokens, *, temperature=1.0):
+def token_statistics(logits, tokens, mask=None, *, temperature=1.0):
+    logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
     logprobs, entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     log_p = _log_softmax(logits, temperature)
     p = log_p.exp()
@@ -132,7 +158,66 @@ def token_statistics(logits, tokens, *, temperature=1.0):
     chosen = logits.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
     top1 = (chosen == logits.amax(-1)) & ~logprobs.isnan()
     varentropy = (p * deviation.square()).sum(-1)
-    return logprobs, entropy, p.amax(-1), p.square().sum(-1), top1, varentropy
+    return _within(mask, logprobs, entropy, p.amax(-1), p.square().sum(-1), top1, varentropy)
+
+
+def _refuse_where(bad, x, rule):
+    if value_checks_run(bad) and bad.any():
+        where = _first(bad)
+        raise ValueError(f"{rule}, got {x[where]} at {list(where)}")
+
+
+def _kept_scores(scores, top_k, top_p, min_p):
+    """The scores with -inf for what transformers' warpers remove, one after the other."""
+    if top_k is not None:
+        least = scores.topk(min(top_k, scores.shape[-1])).values[..., -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ascending, order = scores.sort(stable=True)
+        cumulative = ascending.softmax(-1).cumsum(-1, dtype=torch.float64).to(scores.dtype)
+        removed = cumulative <= 1.0 - top_p
+        removed[..., -1] = False
+        scores = scores.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    if min_p is not None:
+        probabilities = scores.softmax(-1)
+        removed = probabilities < min_p * probabilities.amax(-1, keepdim=True)
+        scores = scores.masked_fill(removed, -torch.inf)
+    return scores
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits, uniforms, mask=None, *, temperature=1.0, top_k=None, top_p=None, min_p=None
+):
+    z = accumulate(logits)
+    counted = torch.ones_like(uniforms, dtype=torch.bool) if mask is None else mask
+    # A product: `torch.full` would compile anew for each number.
+    temperature = torch.ones_like(uniforms, dtype=torch.float64) * temperature
+    bad = counted & ~((temperature >= 0) & (temperature < torch.inf))
+    _refuse_where(bad, temperature, "temperature must be finite and >= 0")
+    in_range = (uniforms >= 0) & (uniforms < 1)
+    _refuse_where(counted & ~in_range, uniforms, "uniforms must be in [0, 1)")
+    tau = temperature.to(z.dtype)
+    greedy = tau == 0
+    scores = z / tau.masked_fill(greedy | ~counted, 1.0).unsqueeze(-1)
+    scores = torch.where(counted.unsqueeze(-1), scores, 0.0)
+    top = scores.amax(-1)
+    _refuse_where(
+        counted & ~top.isfinite(),
+        top,
+        "logits / temperature must have a finite maximum and no NaN where a token is drawn",
+    )
+    kept = _kept_scores(scores, top_k, top_p, min_p)
+    cumulative = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
+    threshold = uniforms.double().contiguous().unsqueeze(-1) * cumulative[..., -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    tokens = torch.where(greedy, scores.argmax(-1), drawn)
+    logprobs = kept.log_softmax(-1).gather(-1, tokens.clamp(max=z.shape[-1] - 1).unsqueeze(-1))
+    logprobs = torch.where(greedy, 0.0, logprobs.squeeze(-1))
+    # Where nothing can be drawn and nobody waits to look.
+    undefined = bad | ~in_range | ~top.isfinite()
+    tokens = tokens.masked_fill(undefined, z.shape[-1]).masked_fill(~counted, 0)
+    return tokens, logprobs.masked_fill(undefined, torch.nan).masked_fill(~counted, 0.0)
 
 
 def linear_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
@@ -140,7 +225,10 @@ def linear_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def kl_divergence(logits, ref_logits, *, temperature=1.0):
+def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0):
+    if mask is not None:
+        ref_logits = ref_logits.masked_fill(~mask.unsqueeze(-1), 0.0)
+        logits, _, temperature = _counted(mask, logits, mask, temperature)
     log_p = _log_softmax(logits, temperature)
     log_q = _log_softmax(ref_logits.detach(), temperature)
     p = log_p.exp()
@@ -148,7 +236,7 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0):
 
 
 def kl_estimate(logprobs, ref_logprobs, *, estimator):
-    log_ratio = _accumulate(logprobs) - _accumulate(ref_logprobs)
+    log_ratio = accumulate(logprobs) - accumulate(ref_logprobs)
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
@@ -156,65 +244,6 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator):
     if estimator == "k3":
         return torch.expm1(-log_ratio) + log_ratio
     return log_ratio.abs()
-
-
-@torch.no_grad()
-def gae(rewards, values, mask=None, *, gamma, lam, dones=None, bootstrap_values=None):
-    dtype = torch.promote_types(rewards.dtype, values.dtype)
-    rewards, values = (_accumulate(x.to(dtype)) for x in (rewards, values))
-    batch, length = rewards.shape
-    advantages = torch.zeros_like(rewards)
-    next_value = rewards.new_zeros(batch)
-    if bootstrap_values is not None:
-        next_value = bootstrap_values.to(rewards.dtype)
-    next_advantage = torch.zeros_like(next_value)
-    for t in reversed(range(length)):
-        carry_value, carry_advantage = next_value, next_advantage
-        if dones is not None:
-            carry_value = torch.where(dones[:, t], 0.0, carry_value)
-            carry_advantage = torch.where(dones[:, t], 0.0, carry_advantage)
-        delta = rewards[:, t] + gamma * carry_value - values[:, t]
-        advantage = delta + gamma * lam * carry_advantage
-        if mask is None:
-            advantages[:, t] = advantage
-            next_value, next_advantage = values[:, t], advantage
-        else:
-            counted = mask[:, t]
-            advantages[:, t] = torch.where(counted, advantage, 0.0)
-            next_value = torch.where(counted, values[:, t], next_value)
-            next_advantage = torch.where(counted, advantage, next_advantage)
-    returns = advantages + values
-    return advantages, returns if mask is None else torch.where(mask, returns, 0.0)
-
-
-@torch.no_grad()
-def gae_packed(
-    rewards, values, cu_seqlens, mask=None, *, gamma, lam, dones=None, bootstrap_values=None
-):
-    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
-    advantages = torch.empty_like(rewards, dtype=dtype)
-    returns = torch.empty_like(advantages)
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != rewards.shape[0] or bounds != sorted(bounds):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to {rewards.shape[0]}, the length of rewards, "
-            f"got {bounds}"
-        )
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        row = slice(begin, end)
-        advantages[row], returns[row] = (
-            x.squeeze(0)
-            for x in gae(
-                rewards[None, row],
-                values[None, row],
-                None if mask is None else mask[None, row],
-                gamma=gamma,
-                lam=lam,
-                dones=None if dones is None else dones[None, row],
-                bootstrap_values=None if bootstrap_values is None else bootstrap_values[i : i + 1],
-            )
-        )
-    return advantages, returns
 
 
 def _masked_sum(x, mask):
@@ -225,20 +254,23 @@ def _denominator(x, mask, denominator):
     """The count to divide by; 1 where it is 0, so that an empty mask gives 0 and not 0/0."""
     if denominator is None:
         denominator = x.numel() if mask is None else mask.sum()
-    denominator = torch.as_tensor(denominator, dtype=x.dtype, device=x.device)
-    if _value_checks_run(denominator) and not denominator >= 0:
+    if isinstance(denominator, torch.Tensor):
+        denominator = denominator.to(x.dtype)
+    # A product: a copy to the device would wait.
+    denominator = torch.ones((), dtype=x.dtype, device=x.device) * denominator
+    if value_checks_run(denominator) and not denominator >= 0:
         raise ValueError(f"denominator must be >= 0, got {denominator.item()}")
     return torch.where(denominator == 0, 1.0, denominator)
 
 
 def masked_mean(x, mask=None, denominator=None):
-    x = _accumulate(x)
+    x = accumulate(x)
     return _masked_sum(x, mask) / _denominator(x, mask, denominator)
 
 
 @torch.no_grad()
 def masked_whiten(x, mask=None, *, eps=1e-8, group=None):
-    x = _accumulate(x)
+    x = accumulate(x)
     total, count = _masked_sum(x, mask), _masked_sum(torch.ones_like(x), mask)
     if group is not None:
         total, count = _all_reduce(torch.stack([total, count]), group)
@@ -257,7 +289,7 @@ def _all_reduce(x, group):
 
 
 def log_ratio(logprobs, old_logprobs):
-    logprobs = _accumulate(logprobs)
+    logprobs = accumulate(logprobs)
     return logprobs - old_logprobs.detach().to(logprobs.dtype)
 
 
@@ -293,7 +325,7 @@ def clipped_policy_loss(
 
 
 def value_loss(values, old_values, returns, mask=None, clip=None, denominator=None):
-    values = _accumulate(values)
+    values = accumulate(values)
     old_values = old_values.detach().to(values.dtype)
     returns = returns.detach().to(values.dtype)
     if mask is not None:
@@ -326,11 +358,7 @@ def ppo_loss(
     temperature=1.0,
     kl_estimator="k3",
 ):
-    if mask is not None:
-        logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
-        tokens = tokens.masked_fill(~mask, 0)
-        if isinstance(temperature, torch.Tensor):
-            temperature = temperature.masked_fill(~mask, 1.0)
+    logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     refuse_impossible(logprobs, tokens)
     moved = log_ratio(logprobs, old_logprobs)

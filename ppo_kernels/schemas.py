@@ -36,7 +36,7 @@ def _scalars(x, n):
     return tuple(x.new_empty((), dtype=result_dtype(x)) for _ in range(n))
 
 
-def _token_logprobs(logits, tokens, temperatures, scalars):
+def _token_logprobs(logits, tokens, mask, temperatures, scalars):
     return _row(logits), _row(logits), _stats(logits)
 
 
@@ -46,12 +46,16 @@ def _token_logprobs_backward(
     return logits.new_empty(logits.shape)
 
 
-def _token_statistics(logits, tokens, temperatures, scalars):
+def _token_statistics(logits, tokens, mask, temperatures, scalars):
     top1 = torch.empty_like(tokens, dtype=torch.bool, memory_format=torch.contiguous_format)
     return *(_row(logits) for _ in range(4)), top1, _row(logits)
 
 
-def _kl_divergence(logits, ref_logits, temperatures, scalars):
+def _sample_tokens(logits, uniforms, mask, temperatures, scalars):
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64), _row(logits)
+
+
+def _kl_divergence(logits, ref_logits, mask, temperatures, scalars):
     return _row(logits), _stats(logits), _stats(logits)
 
 
@@ -73,6 +77,10 @@ def _gae(rewards, values, mask, dones, bootstrap_values, scalars):
 
 def _gae_packed(rewards, values, cu_seqlens, mask, dones, bootstrap_values, scalars):
     return _gae(rewards, values, mask, dones, bootstrap_values, scalars)
+
+
+def _discounted_sums(x, decays, mask, dones, cu_seqlens):
+    return x.new_empty(x.shape, dtype=result_dtype(x, decays))
 
 
 def _ppo_loss_(logits, *_):
@@ -97,11 +105,11 @@ def _linear_gradients(hidden, weight, wanted, sum_dtype):
 
 
 def _linear_token_logprobs_backward(grad_logprobs, grad_entropy, hidden, weight, bias, *rest):
-    return _linear_gradients(hidden, weight, rest[-5:-2], rest[-2])
+    return _linear_gradients(hidden, weight, rest[-6:-3], rest[-3])
 
 
 def _linear_ppo_loss(hidden, weight, bias, *rest):
-    return *_ppo_loss_(hidden), *_linear_gradients(hidden, weight, rest[-5:-2], rest[-2])
+    return *_ppo_loss_(hidden), *_linear_gradients(hidden, weight, rest[-6:-3], rest[-3])
 
 
 def _rescale_(grad, scale):
@@ -137,13 +145,14 @@ _PPO_LOSS_RESULTS = (
 # `head_scalars` are logit_scale and softcap. Gradients that are not wanted come empty.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor head_scalars"
 _WANTED = (
-    "bool wants_hidden, bool wants_weight, bool wants_bias, ScalarType sum_dtype, int chunk_bytes"
+    "bool wants_hidden, bool wants_weight, bool wants_bias, ScalarType sum_dtype, "
+    "ScalarType logits_dtype, int chunk_bytes"
 )
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
     "token_logprobs": (
-        "(Tensor logits, Tensor tokens, Tensor? temperatures, Tensor scalars)"
+        "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars)"
         " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
         _token_logprobs,
     ),
@@ -154,13 +163,20 @@ SCHEMAS = {
         _token_logprobs_backward,
     ),
     "token_statistics": (
-        "(Tensor logits, Tensor tokens, Tensor? temperatures, Tensor scalars)"
+        "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars)"
         " -> (Tensor logprobs, Tensor entropy, Tensor max_prob, Tensor sum_sq_probs, "
         "Tensor top1, Tensor varentropy)",
         _token_statistics,
     ),
+    # `scalars` are temperature, top_k (inf keeps all), top_p and min_p (1 and 0 do).
+    "sample_tokens": (
+        "(Tensor logits, Tensor uniforms, Tensor? mask, Tensor? temperatures, Tensor scalars)"
+        " -> (Tensor tokens, Tensor logprobs)",
+        _sample_tokens,
+    ),
     "linear_token_logprobs": (
-        f"({_HEAD}, Tensor tokens, Tensor? temperatures, Tensor scalars, int chunk_bytes)"
+        f"({_HEAD}, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars, "
+        "ScalarType logits_dtype, int chunk_bytes)"
         " -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)",
         _linear_token_logprobs,
     ),
@@ -175,7 +191,7 @@ SCHEMAS = {
         _linear_ppo_loss,
     ),
     "kl_divergence": (
-        "(Tensor logits, Tensor ref_logits, Tensor? temperatures, Tensor scalars)"
+        "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? temperatures, Tensor scalars)"
         " -> (Tensor kl, Tensor softmax_stats, Tensor ref_softmax_stats)",
         _kl_divergence,
     ),
@@ -197,6 +213,11 @@ SCHEMAS = {
         "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? dones, "
         "Tensor? bootstrap_values, Tensor scalars) -> (Tensor advantages, Tensor returns)",
         _gae_packed,
+    ),
+    # S_t = x_t + decay_t S_(t+1); mask and dones as of gae.
+    "discounted_sums": (
+        "(Tensor x, Tensor decays, Tensor? mask, Tensor? dones, Tensor? cu_seqlens) -> Tensor",
+        _discounted_sums,
     ),
     "ppo_loss": (
         f"(Tensor logits, {_PPO_LOSS_ARGUMENTS}) -> ({_PPO_LOSS_RESULTS}, "

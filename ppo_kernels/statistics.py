@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars
+from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 
 
 class TokenStatistics(NamedTuple):
@@ -32,8 +32,8 @@ class TokenStatistics(NamedTuple):
     varentropy: torch.Tensor
 
 
-def token_statistics(logits, tokens, *, temperature=1.0, backend="auto"):
-    """Statistics of the given tokens and of their distributions; see the module for formulas.
+def token_statistics(logits, tokens, mask=None, *, temperature=1.0, backend="auto"):
+    """Statistics of the given tokens and of their distributions, see `ppo_kernels.statistics`.
 
     `logprobs` and `entropy` are bitwise those of `token_logprobs_and_entropy` on the same backend.
     The varentropy is the difference of two moments, exact to a few roundings of (H + log max p)²,
@@ -42,6 +42,7 @@ def token_statistics(logits, tokens, *, temperature=1.0, backend="auto"):
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.
         tokens: (...) int64 or int32 ids in [0, V); logits at a position score the token there.
+        mask: (...) bool, True = counts; None counts all. Other rows are not read and get 0.
         temperature: > 0, a number or a floating tensor (...) with one for each token.
         backend: "auto", "native", "triton" or "reference".
 
@@ -54,11 +55,17 @@ def token_statistics(logits, tokens, *, temperature=1.0, backend="auto"):
             it. Ids and a tensor of temperatures are looked at on the CPU only; on a GPU an id out
             of range gives a log-probability of NaN and no hit.
     """
-    checks.logits_and_tokens(logits, tokens)
-    temperatures, number = checks.temperature(temperature, tokens)
+    tokens = checks.logits_and_tokens(logits, tokens)
+    mask = checks.boolean("mask", mask, "tokens", tokens)
+    temperature = checks.temperature(temperature, tokens)
     backend = resolve(backend, logits)
     if backend == "reference":
-        return TokenStatistics(*reference.token_statistics(logits, tokens, temperature=temperature))
+        return TokenStatistics(
+            *reference.token_statistics(logits, tokens, mask, temperature=temperature)
+        )
+    temperatures, number = temperatures_and_number(temperature)
     return TokenStatistics(
-        *kernels(backend).token_statistics(logits.detach(), tokens, temperatures, scalars(number))
+        *kernels(backend).token_statistics(
+            logits.detach(), tokens, mask, temperatures, scalars(number)
+        )
     )

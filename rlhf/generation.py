@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import ppo_kernels
 from rlhf.errors import UserError
 from rlhf.models import default_device, positions
 from rlhf.options import ResponseOptions
@@ -120,16 +121,21 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return ids[0]
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens (B,) of the distribution softmax(logits), logits (B, V).
+NOT_FINITE = (
+    "the policy's logits are not finite, so that no token can be sampled: the model is damaged, or "
+    "learning_rate too high"
+)
 
-    Each is where the cumulative distribution passes the row's number of `uniforms` (B,), fp64 in
-    [0, 1). A token of probability 0 is never taken; V is returned where there is no distribution.
+
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (B,) of the distribution softmax(logits), logits (B, V), drawn by `uniforms` (B,).
+
+    Where there is no distribution: V on a GPU, UserError on a CPU.
     """
-    probabilities = torch.softmax(logits, dim=-1)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    threshold = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    try:
+        return ppo_kernels.sample_tokens(logits, uniforms).tokens
+    except ValueError as error:
+        raise UserError(NOT_FINITE) from error
 
 
 def cache_keyword(model: PreTrainedModel) -> str | None:
@@ -217,10 +223,7 @@ def generate(
         alive = step + 1 < lengths[rows]
         num_alive, highest = torch.stack([alive.sum(), tokens[rows, step].max()]).tolist()
         if highest == logits.shape[-1]:
-            raise UserError(
-                "the policy's logits are not finite, so that no token can be sampled: the model is "
-                "damaged, or learning_rate too high"
-            )
+            raise UserError(NOT_FINITE)
         if num_alive == 0:
             break
         if decoding.drops_rows and num_alive <= len(rows) // 2:

@@ -16,6 +16,7 @@ from ppo_kernels import (
     kl_divergence,
     ppo_loss,
     ppo_loss_,
+    sample_tokens,
     token_logprobs_and_entropy,
     token_statistics,
 )
@@ -42,6 +43,9 @@ def sweep(vocabulary, dtype):
         leaf = logits.detach().requires_grad_()
         per_token = token_logprobs_and_entropy(leaf, inputs["tokens"], **NATIVE)
         token_statistics(logits, inputs["tokens"], **NATIVE)
+        uniforms = torch.rand(2, 2)
+        for filters in ({}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}):
+            sample_tokens(logits, uniforms, temperature=0.7, **filters, **NATIVE)
         kl = kl_divergence(leaf, inputs["logits"], **NATIVE)
         loss = ppo_loss(**(inputs | {"logits": leaf}), **NATIVE).loss
         torch.autograd.grad(sum(per_token).sum() + kl.sum() + loss, leaf)

@@ -18,8 +18,13 @@ SWEEPS = {
     "ppo_loss.saved": False,
     "ppo_loss_in_place.in_place": True,
     "ppo_loss_in_place.rescale": True,
+    "sampling.filtered": False,
+    "sampling.unfiltered": False,
     "statistics.forward": False,
 }
+# Blocks of most threads that fit on a multiprocessor, where they are not three: these need more
+# registers, for sums in fp64 and for what scores are compared with.
+RESIDENT = {"sampling.filtered": 1, "sampling.unfiltered": 2}
 # In their template arguments: rows begin at multiples of 16 bytes; in place: they stay on chip.
 ALIGNED, KEPT = "Layout 2", ", true"
 
@@ -68,12 +73,12 @@ def test_every_sweep_is_judged(cuda_compiled):
 
 
 @pytest.mark.parametrize("kernel", SWEEPS)
-def test_three_blocks_of_aligned_rows_fit_on_a_multiprocessor(cuda_compiled, kernel):
-    """Of most threads each. The kernel says so, and ptxas keeps to it."""
+def test_blocks_of_aligned_rows_fit_on_a_multiprocessor(cuda_compiled, kernel):
+    """Three, of most threads each. The kernel says so, and ptxas keeps to it."""
     found = [x for x in kernels(cuda_compiled) if x["kernel"] == kernel]
     found = [x for x in found if ALIGNED in x["variant"] and x["dtype"] != "float64"]
     assert {x["dtype"] for x in found} == {"float32", "bfloat16", "float16"}
-    assert {(x["threads"], x["ctas"]) for x in found} == {(512, 3)}
+    assert {(x["threads"], x["ctas"]) for x in found} == {(512, RESIDENT.get(kernel, 3))}
 
 
 @pytest.mark.parametrize("kernel", SWEEPS)

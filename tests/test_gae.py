@@ -24,15 +24,17 @@ GAMMA, LAM = 0.97, 0.9
 def by_definition(rewards, values, mask=None, dones=None, bootstrap=0.0):
     """One row as lists, from the definition: A_t = Σ_l (γλ)^l δ_(t+l) over the trajectory's tokens.
 
-    Not the recursion that is tested. Returns lists, 0 where masked out.
+    Not the recursion that is tested. Returns lists, 0 where masked out. A done ends the trajectory
+    wherever it stands.
     """
     kept = [t for t in range(len(rewards)) if mask is None or mask[t]]
+    ends = [*kept[1:], len(rewards)]
     advantages, returns = [0.0] * len(rewards), [0.0] * len(rewards)
     for i, t in enumerate(kept):
         total = 0.0
         for power, j in enumerate(range(i, len(kept))):
             s = kept[j]
-            done = dones is not None and dones[s]
+            done = dones is not None and any(dones[s : ends[j]])
             following = values[kept[j + 1]] if j + 1 < len(kept) else bootstrap
             delta = rewards[s] + (0.0 if done else GAMMA * following) - values[s]
             total += (GAMMA * LAM) ** power * delta
@@ -125,6 +127,7 @@ def test_masked_out_positions_are_skipped(backend):
     """Tool output inside a row breaks no trajectory: as if those tokens were not there."""
     drawn = inputs(1, 40)
     mask = drawn.pop("mask")
+    drawn["dones"] &= mask
     whole = gae(**drawn, mask=mask, gamma=GAMMA, lam=LAM, backend=backend)
     kept = {k: x[mask][None] if x.ndim == 2 else x for k, x in drawn.items()}
     alone = gae(**kept, gamma=GAMMA, lam=LAM, backend=backend)
@@ -151,6 +154,31 @@ def test_nan_is_not_lost_on_its_way_back(backend, lam):
     advantages, returns = gae(rewards, values, gamma=0.5, lam=lam, backend=backend)
     assert advantages.isnan().all()
     assert returns.isnan().all()
+
+
+@pytest.mark.parametrize("length", (4, 40, 700))
+def test_a_done_that_does_not_count_cuts_too(backend, length):
+    """Also within a vector, between chunks, and before the bootstrap value."""
+    rewards, values = torch.randn(2, 1, length, dtype=torch.float64)
+    dones = torch.zeros(1, length, dtype=torch.bool)
+    dones[:, length // 2] = dones[:, -1] = True
+    rewards[:, length // 2] = math.nan
+    bootstrap = torch.tensor([math.nan]).double()
+    result = gae(
+        rewards,
+        values,
+        ~dones,
+        dones=dones,
+        bootstrap_values=bootstrap,
+        gamma=GAMMA,
+        lam=LAM,
+        backend=backend,
+    )
+    for part in (slice(0, length // 2), slice(length // 2 + 1, length - 1)):
+        alone = gae(rewards[:, part], values[:, part], gamma=GAMMA, lam=LAM, backend=backend)
+        for whole, short in zip(result, alone, strict=True):
+            torch.testing.assert_close(whole[:, part], short, atol=1e-13, rtol=0)
+    assert (result.advantages[dones] == 0).all()
 
 
 @pytest.mark.parametrize("garbage", (math.nan, math.inf))
@@ -333,7 +361,7 @@ def test_bad_boundaries_let_nothing_in_from_outside(fused, bounds):
         ({"gamma": 1.1}, ValueError, "gamma must be <= 1, got 1.1"),
         ({"gamma": -0.1}, ValueError, "gamma must be >= 0, got -0.1"),
         ({"lam": math.nan}, ValueError, "lam must be finite, got nan"),
-        ({"lam": torch.tensor(0.5)}, TypeError, "lam must be a Python number, got Tensor"),
+        ({"lam": "0.5"}, TypeError, "lam must be a Python number, got str"),
         (
             {"bootstrap_values": torch.ones(3)},
             ValueError,

@@ -291,7 +291,7 @@ def test_half_precision_is_computed_in_fp32():
         ("ppo", {"logprobs": torch.zeros(3)}, ValueError, r"logprobs must have shape \(B, T\)"),
         ("ppo", {"logprobs": None}, TypeError, "logprobs must be a tensor, got NoneType"),
         ("ppo", {"old_logprobs": torch.zeros(2)}, ValueError, r"old_logprobs must have .*\(2, 3\)"),
-        ("gspo", {"advantages": torch.zeros(3)}, ValueError, r"advantages must have shape \(2,\)"),
+        ("gspo", {"advantages": torch.zeros(3)}, ValueError, r"advantages must have.* \(2,\)"),
         ("gspo", {"advantages": torch.zeros(2, 1)}, ValueError, r"advantages must .*\(2, 3\)"),
         ("cispo", {"mask": torch.ones(2, 3)}, TypeError, "mask must be a bool tensor.*float32"),
         ("cispo", {"clip_low": 1.5}, ValueError, "clip_low must be <= 1, got 1.5"),

@@ -514,7 +514,7 @@ def test_a_token_elsewhere_leaves_the_gradient_of_the_probabilities(fused, vocab
     tokens = torch.tensor([1, 2, 3], dtype=ids)
     upstream, numbers = torch.randn(2, 3), dispatch.scalars(0.7)
     op = dispatch.kernels(fused)
-    _, entropy, stats = op.token_logprobs(logits, tokens, None, numbers)
+    _, entropy, stats = op.token_logprobs(logits, tokens, None, None, numbers)
     rest = entropy, stats, None, numbers
     here = op.token_logprobs_backward(*upstream, logits, tokens, *rest)
     tokens[1] = schemas.ELSEWHERE

@@ -253,7 +253,7 @@ def test_ids_out_of_range_are_named(backend, function, bad):
         ({"mask": torch.ones(3, 2).bool()}, ValueError, r"mask must have shape \(2, 3\)"),
         ({"clip_low": -0.1}, ValueError, "clip_low must be >= 0, got -0.1"),
         ({"clip_low": 1.5}, ValueError, "clip_low must be <= 1, got 1.5"),
-        ({"clip_high": math.nan}, ValueError, "clip_high must be finite, got nan"),
+        ({"clip_high": math.nan}, ValueError, "clip_high must be >= 0, got nan"),
         ({"dual_clip": 1.0}, ValueError, "dual_clip must be > 1, got 1.0"),
         ({"entropy_coef": -1.0}, ValueError, "entropy_coef must be >= 0, got -1.0"),
         ({"entropy_coef": math.nan}, ValueError, "entropy_coef must be finite, got nan"),

@@ -22,25 +22,30 @@ def _samples(backend):
     ref_logprobs, count = loss["ref_logprobs"].float(), torch.tensor(7.0, dtype=torch.float64)
     kernels = dispatch.kernels(backend)
     cool, varied = dispatch.scalars(0.7), 0.5 + torch.rand(2, 3)
-    _, entropy, stats = kernels.token_logprobs(logits, tokens, None, cool)
+    _, entropy, stats = kernels.token_logprobs(logits, tokens, None, None, cool)
     other = torch.randn(2, 3, 11)
-    kl, kl_stats, ref_stats = kernels.kl_divergence(logits, other, None, cool)
+    kl, kl_stats, ref_stats = kernels.kl_divergence(logits, other, None, None, cool)
     x, y, z = torch.randn(3, 2, 3)
     plain = (None, None, None, None, dispatch.scalars(1.0, 0.2, 0.2, math.inf, 0.0, 0.0), K3)
     full = (mask, ref_logprobs, count, varied, dispatch.scalars(0.7, 0.1, 0.3, 1.5, 0.1, 0.2), K3)
     strided = torch.randn(2, 4, 11)[:, :-1]
     hidden, weight, bias = torch.randn(2, 4, 5)[:, :-1], torch.randn(11, 5), torch.randn(11)
+    fp32 = torch.float32
     plain_head = hidden, weight, None, dispatch.scalars(1.0, math.inf)
     full_head = hidden, weight, bias, dispatch.scalars(0.5, 3.0)
-    linear_plain = kernels.linear_token_logprobs(*plain_head, tokens, None, cool, 100)[1:]
-    linear_full = kernels.linear_token_logprobs(*full_head, tokens, varied, cool, 1000)[1:]
-    all_wanted, none_wanted, fp32 = (True, True, True), (False, False, False), torch.float32
+    linear_plain = kernels.linear_token_logprobs(*plain_head, tokens, None, None, cool, fp32, 100)[
+        1:
+    ]
+    linear_full = kernels.linear_token_logprobs(*full_head, tokens, mask, varied, cool, fp32, 1000)[
+        1:
+    ]
+    all_wanted, none_wanted = (True, True, True), (False, False, False)
     one_wanted = (True, False, False)
     decay, bounds = dispatch.scalars(0.9, 0.8), torch.tensor([0, 2, 3])
     return {
         "token_logprobs": [
-            (logits, tokens, None, cool),
-            (strided.bfloat16(), tokens.int(), varied, cool),
+            (logits, tokens, None, None, cool),
+            (strided.bfloat16(), tokens.int(), mask, varied, cool),
         ],
         "token_logprobs_backward": [
             (x, y, logits, tokens, entropy, stats, None, cool),
@@ -49,30 +54,37 @@ def _samples(backend):
             (x, y, logits, torch.full_like(tokens, schemas.ELSEWHERE), entropy, stats, None, cool),
         ],
         "token_statistics": [
-            (logits, tokens, None, cool),
-            (strided.bfloat16(), tokens.int(), varied, cool),
+            (logits, tokens, None, None, cool),
+            (strided.bfloat16(), tokens.int(), mask, varied, cool),
+        ],
+        "sample_tokens": [
+            (logits, torch.rand(2, 3), None, None, dispatch.scalars(0.7, None, 1.0, 0.0)),
+            (
+                *(strided.bfloat16(), torch.rand(2, 3).double(), mask, varied),
+                dispatch.scalars(1.0, 5, 0.9, 0.1),
+            ),
         ],
         "kl_divergence": [
-            (logits, other, None, cool),
-            (logits.double(), other.double(), varied, cool),
+            (logits, other, None, None, cool),
+            (logits.double(), other.double(), mask, varied, cool),
         ],
         "kl_divergence_backward": [
             (x, logits, other, kl, kl_stats, ref_stats, of, cool) for of in (None, varied)
         ],
         "linear_token_logprobs": [
-            (*plain_head, tokens, None, cool, 100),
-            (*full_head, tokens, varied, cool, 1000),
+            (*plain_head, tokens, None, None, cool, fp32, 100),
+            (*full_head, tokens, mask, varied, cool, fp32, 1000),
         ],
         "linear_token_logprobs_backward": [
-            (x, None, *plain_head, tokens, *linear_plain, None, cool, *one_wanted, fp32, 100),
-            (x, y, *full_head, tokens, *linear_full, varied, cool, *all_wanted, fp32, 1000),
+            (x, None, *plain_head, tokens, *linear_plain, None, cool, *one_wanted, fp32, fp32, 100),
+            (x, y, *full_head, tokens, *linear_full, varied, cool, *all_wanted, fp32, fp32, 1000),
         ],
         "linear_ppo_loss": [
-            (*plain_head, tokens, *per_token, *plain, *none_wanted, fp32, 100),
-            (*full_head, tokens, *per_token, *full, *all_wanted, fp32, 1000),
+            (*plain_head, tokens, *per_token, *plain, *none_wanted, fp32, fp32, 100),
+            (*full_head, tokens, *per_token, *full, *all_wanted, fp32, fp32, 1000),
             (
                 *(x.bfloat16() for x in full_head[:3]),
-                *(full_head[3], tokens, *per_token, *full, *all_wanted, fp32, 100),
+                *(full_head[3], tokens, *per_token, *full, *all_wanted, fp32, fp32, 100),
             ),
         ],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],
@@ -80,6 +92,11 @@ def _samples(backend):
         "gae_packed": [
             (x[0], y[0], bounds, None, None, None, decay),
             (x[0], y[0], bounds.int(), mask[0], ~mask[0], z[0, :2], decay),
+        ],
+        "discounted_sums": [
+            (x, y, None, None, None),
+            (x.double(), y.bfloat16(), mask, ~mask, None),
+            (x[0], y[0], mask[0], ~mask[0], bounds),
         ],
         "ppo_loss": [(logits, tokens, *per_token, *rest) for rest in (plain, full)],
         "ppo_loss_": [(logits.clone(), tokens, *per_token, *rest) for rest in (plain, full)],
@@ -191,6 +208,20 @@ def _public(backend):
             lambda z, s: sum(op["token_statistics"](z, tokens, temperature=s, backend=backend)),
             logits,
         ),
+        "sample_tokens": (
+            lambda z, s: (
+                op["sample_tokens"](
+                    z,
+                    torch.tensor([[0.2, 0.5, 0.9]] * 2),
+                    temperature=s,
+                    top_p=0.9 * s,
+                    min_p=0.01 * s,
+                    mask=mask,
+                    backend=backend,
+                ).logprobs
+            ),
+            logits,
+        ),
         **{
             name: (linear_logprobs(name), weight)
             for name in ("linear_token_logprobs", "linear_token_logprobs_and_entropy")
@@ -213,6 +244,18 @@ def _public(backend):
                 op["gae_packed"](x, y[0], bounds, gamma=0.5 * s, lam=0.4 * s, backend=backend)
             ),
             x[0],
+        ),
+        "vtrace": (
+            lambda x, s: sum(
+                op["vtrace"](z, x, y, mask, gamma=0.5 * s, clip_rho_threshold=s, backend=backend)
+            ),
+            x,
+        ),
+        "gae of tensors": (
+            lambda x, s: sum(
+                op["gae"](x, y, mask, gamma=mask * 0.9, lam=0.4 * s, dones=~mask, backend=backend)
+            ),
+            x,
         ),
         "ppo_loss": (full_loss(op["ppo_loss"]), logits),
         "ppo_loss_": (full_loss(op["ppo_loss_"]), logits),
@@ -248,7 +291,6 @@ def _value_and_gradient(function, x, scale):
 
 # Why the specification of an op cannot be traced; the native op can.
 UNTRACEABLE = {
-    "gae_packed": "the rows are cut on the host by the values of cu_seqlens",
     "ppo_loss_": "the gradient is taken by torch.autograd.grad in the forward",
 }
 

@@ -287,9 +287,9 @@ def test_ids_out_of_range_are_named(backend, bad):
         (dict(temperature="1"), TypeError, "temperature must be a Python number, got str"),
         (dict(temperature=torch.ones(3).int()), TypeError, "temperature must be float32.*int32"),
         (
-            dict(temperature=torch.ones(())),
+            dict(temperature=torch.ones(1)),
             ValueError,
-            r"temperature must have shape \(3,\) to match tokens, got \(\)",
+            r"temperature must have shape \(3,\) to match tokens, got \(1,\)",
         ),
         (
             dict(temperature=torch.ones(3, device="meta")),

@@ -193,7 +193,7 @@ def test_a_temperature_that_is_none(backend, function, bad):
     [
         (torch.ones(2), ValueError, r"temperature must have shape \(2, 3\) to match .*got \(2,\)"),
         (torch.ones(2, 1), ValueError, r"temperature must have shape \(2, 3\) .*got \(2, 1\)"),
-        (torch.ones(()), ValueError, r"temperature must have shape \(2, 3\) .*got \(\)"),
+        (torch.ones(1), ValueError, r"temperature must have shape \(2, 3\) .*got \(1,\)"),
         (torch.ones(2, 3).int(), TypeError, "temperature must be float32.*got torch.int32"),
         (torch.ones(2, 3, device="meta"), ValueError, "temperature must be on .*got meta"),
         ([[1.0] * 3] * 2, TypeError, "temperature must be a Python number, got list"),

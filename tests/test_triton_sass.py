@@ -105,3 +105,17 @@ def test_sass_of_sweeps(compiled, op):
         if "strided" not in x["call"]:
             assert {loop["narrowest_load"] for loop in sweeps(x)} == {128}, x
             assert sum(loop["narrowest_store"] == 128 for loop in sweeps(x)) == stores, x
+
+
+def test_sass_of_sampling(compiled):
+    """The sweep for the weights of segments as of others; only the walk in the one that is chosen
+    has threads wait for each other."""
+    found = of_op(compiled, "sample_tokens")
+    found = [x for x in measured(found) if x["kernel"] == "sampling._unfiltered"]
+    assert {x["dtype"] for x in found} == {"float32", "bfloat16", "float16", "float64"}
+    for x in found:
+        sweep, walk = sorted(sweeps(x), key=lambda loop: loop["exchanges"])
+        assert sweep["exchanges"] == sweep["from_shared"] == 0 < walk["exchanges"], x
+        assert sweep["narrowest_load"] == 128, x
+        if x["dtype"] != "float64":
+            assert exponentials(x)[sweeps(x).index(sweep)] <= 1.25, x

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../tensors.h"
+#include "../arguments.h"
 #include "sweeps.h"
 
 namespace ppo::cpu {
@@ -42,6 +42,12 @@ Tensor zeros(const std::vector<int64_t>& shape) {
   Tensor result = empty<R>(shape);
   std::fill_n(data<R>(result), result.numel(), R(0));
   return result;
+}
+
+// Of per-token results: what the rows that a mask excludes are left at.
+template <class R>
+Tensor per_token(const std::vector<int64_t>& shape, const OptionalTensor& mask) {
+  return mask ? zeros<R>(shape) : empty<R>(shape);
 }
 
 template <class R>
@@ -181,7 +187,8 @@ constexpr auto no_write = [](int64_t, int64_t, int64_t) {};
 
 // Indices of the positions that count; all n without a mask.
 inline std::vector<int64_t> counted_rows(const OptionalTensor& mask, int64_t n) {
-  const bool* counts = data_or_null<bool>(mask);
+  const OptionalTensor held = packed(mask);
+  const bool* counts = data_or_null<bool>(held);
   std::vector<int64_t> rows;
   rows.reserve(n);
   for (int64_t i = 0; i < n; ++i) {

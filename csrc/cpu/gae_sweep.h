@@ -44,21 +44,26 @@ PPO_INLINE auto marks(const bool* p) {
   return __builtin_convertvector(-marked, decltype(V{} == V{}));
 }
 
-// With kMarked some tokens are done or do not count. Whole vectors start at the row's first token.
-template <bool kMarked, class R>
+// With kMarked some tokens are done or do not count, with kSums they are of `discounted_sums`.
+// Whole vectors start at the row's first token.
+template <bool kMarked, bool kSums, class R>
 void gae_row(const GAEScan<R>& scan, int64_t begin, int64_t n, R G) {
   using V = typename VectorOf<R>::type;
   constexpr int L = kLanes<V>;
   const R *rewards = scan.rewards + begin, *values = scan.values + begin;
   const bool* mask = scan.mask ? scan.mask + begin : nullptr;
   const bool* dones = scan.dones ? scan.dones + begin : nullptr;
-  R *advantages = scan.advantages + begin, *returns = scan.returns + begin;
+  R *advantages = scan.advantages + begin, *returns = kSums ? nullptr : scan.returns + begin;
   int64_t t = n;
   while (t % L != 0) {
     --t;
     const bool counted = !mask || mask[t], done = dones && dones[t];
-    advantages[t] = gae_step(rewards[t], values[t], counted, done, scan.gamma, scan.gamma_lam, G);
-    returns[t] = counted ? advantages[t] + values[t] : R(0);
+    if constexpr (kSums) {
+      advantages[t] = sum_step(rewards[t], values[t], counted, done, G);
+    } else {
+      advantages[t] = gae_step(rewards[t], values[t], counted, done, scan.gamma, scan.gamma_lam, G);
+      returns[t] = counted ? advantages[t] + values[t] : R(0);
+    }
   }
   const V gamma = broadcast<V>(scan.gamma), gamma_lam = broadcast<V>(scan.gamma_lam);
   V later = broadcast<V>(G);
@@ -69,24 +74,25 @@ void gae_row(const GAEScan<R>& scan, int64_t begin, int64_t n, R G) {
     memcpy(&value, values + t, sizeof(V));
     const V delta = reward - value;
     Maps<kMarked, V> maps{fma(gamma_lam, delta, gamma * value), gamma_lam};
+    if constexpr (kSums) maps = {reward, value};
     decltype(V{} == V{}) done{}, skipped{};
     if constexpr (kMarked) {
       if (dones) done = marks<V>(dones + t);
       if (mask) skipped = ~marks<V>(mask + t);
       maps.g = skipped ? V{} : maps.g;
-      maps.c = skipped ? broadcast<V>(1) : done ? broadcast<V>(NAN) : maps.c;
+      maps.c = done ? broadcast<V>(NAN) : skipped ? broadcast<V>(1) : maps.c;
     }
     compose(maps);
     const V handed = apply(maps, later);
     V following = shifted_down<1>(handed, later);
     if constexpr (kMarked) following = done ? V{} : following;
-    V advantage = delta + following, result = advantage + value;
+    V advantage = kSums ? handed : delta + following, result = advantage + value;
     if constexpr (kMarked) {
       advantage = skipped ? V{} : advantage;
       result = skipped ? V{} : result;
     }
     memcpy(advantages + t, &advantage, sizeof(V));
-    memcpy(returns + t, &result, sizeof(V));
+    if constexpr (!kSums) memcpy(returns + t, &result, sizeof(V));
     later = broadcast<V>(handed[0]);
   }
 }
@@ -94,8 +100,17 @@ void gae_row(const GAEScan<R>& scan, int64_t begin, int64_t n, R G) {
 template <class R>
 void gae(const GAEScan<R>& scan, int64_t begin, int64_t n, R G) {
   if (scan.mask || scan.dones) {
-    gae_row<true>(scan, begin, n, G);
+    gae_row<true, false>(scan, begin, n, G);
   } else {
-    gae_row<false>(scan, begin, n, G);
+    gae_row<false, false>(scan, begin, n, G);
+  }
+}
+
+template <class R>
+void discounted_sums(const GAEScan<R>& scan, int64_t begin, int64_t n) {
+  if (scan.mask || scan.dones) {
+    gae_row<true, true>(scan, begin, n, R(0));
+  } else {
+    gae_row<false, true>(scan, begin, n, R(0));
   }
 }

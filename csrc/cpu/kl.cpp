@@ -6,16 +6,17 @@ namespace {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& ref_logits,
+                                           const OptionalTensor& mask,
                                            const OptionalTensor& temperatures,
                                            const Tensor& scalars) {
   using R = Real<T>;
   const Rows<T> z(logits), ref(ref_logits);
   auto out_shape = shape(logits);
   out_shape.back() = 2;
-  const Tensor stats = empty<R>(out_shape), ref_stats = empty<R>(out_shape);
+  const Tensor stats = per_token<R>(out_shape, mask), ref_stats = per_token<R>(out_shape, mask);
   out_shape.pop_back();
-  const Tensor result = empty<R>(out_shape);
-  const auto rows = counted_rows(std::nullopt, z.count);
+  const Tensor result = per_token<R>(out_shape, mask);
+  const auto rows = counted_rows(mask, z.count);
   const auto own = as<double>(temperatures);
   check_temperatures(own, rows, out_shape);
   const auto of = temperatures_of<R>(own, scalars);
@@ -34,9 +35,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& r
 }
 
 std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits,
-                                                 OptionalTensor temperatures, Tensor scalars) {
+                                                 OptionalTensor mask, OptionalTensor temperatures,
+                                                 Tensor scalars) {
   return dispatch(logits.scalar_type(), [&](auto t) {
-    return forward<decltype(t)>(logits, ref_logits, temperatures, scalars);
+    return forward<decltype(t)>(logits, ref_logits, mask, temperatures, scalars);
   });
 }
 
@@ -100,9 +102,9 @@ std::tuple<Tensor, Tensor> kl_estimate(Tensor logprobs, Tensor ref_logprobs, int
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
-  m.impl("kl_divergence_backward", TORCH_BOX(&kl_divergence_backward));
-  m.impl("kl_estimate", TORCH_BOX(&kl_estimate));
+  m.impl("kl_divergence", PPO_CHECKED(kKLDivergence, &kl_divergence));
+  m.impl("kl_divergence_backward", PPO_CHECKED(kKLDivergenceBackward, &kl_divergence_backward));
+  m.impl("kl_estimate", PPO_CHECKED(kKLEstimate, &kl_estimate));
 }
 
 }  // namespace ppo::cpu

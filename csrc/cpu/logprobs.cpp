@@ -6,20 +6,21 @@ namespace {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& tokens,
+                                           const OptionalTensor& mask,
                                            const OptionalTensor& temperatures,
                                            const Tensor& scalars) {
   using R = Real<T>;
   const Rows<T> z(logits);
   const Ids ids(tokens);
-  const auto rows = counted_rows(std::nullopt, z.count);
+  const auto rows = counted_rows(mask, z.count);
   auto out_shape = shape(tokens);
   check_ids(ids, rows, z.length, out_shape);
   const auto own = as<double>(temperatures);
   check_temperatures(own, rows, out_shape);
   const auto of = temperatures_of<R>(own, scalars);
-  const Tensor logprobs = empty<R>(out_shape), entropy = empty<R>(out_shape);
+  const Tensor logprobs = per_token<R>(out_shape, mask), entropy = per_token<R>(out_shape, mask);
   out_shape.push_back(2);
-  const Tensor stats = empty<R>(out_shape);
+  const Tensor stats = per_token<R>(out_shape, mask);
   R *logprob_of = data<R>(logprobs), *entropy_of = data<R>(entropy);
   auto* stats_of = data<RowStats<R>>(stats);
   sweep_rows<SoftmaxState<R>>(
@@ -37,10 +38,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   return {logprobs, entropy, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens,
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, OptionalTensor mask,
                                                   OptionalTensor temperatures, Tensor scalars) {
   return dispatch(logits.scalar_type(), [&](auto t) {
-    return forward<decltype(t)>(logits, tokens, temperatures, scalars);
+    return forward<decltype(t)>(logits, tokens, mask, temperatures, scalars);
   });
 }
 
@@ -99,8 +100,8 @@ Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
+  m.impl("token_logprobs", PPO_CHECKED(kTokenLogprobs, &token_logprobs));
+  m.impl("token_logprobs_backward", PPO_CHECKED(kTokenLogprobsBackward, &token_logprobs_backward));
 }
 
 }  // namespace ppo::cpu

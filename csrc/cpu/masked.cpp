@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> masked_mean(Tensor x, OptionalTensor mask, OptionalTe
     using R = Real<decltype(type)>;
     const Tensor input = as<R>(x);
     const R* values = data<R>(input);
-    const auto rows = counted_rows(packed(mask), x.numel());
+    const auto rows = counted_rows(mask, x.numel());
     const double count = denominator_of(denominator, rows.size());
     double sum = 0;
     for (const int64_t i : rows) sum += values[i];
@@ -24,7 +24,7 @@ Tensor masked_whiten(Tensor x, OptionalTensor mask, Tensor scalars) {
     const Tensor input = as<R>(x), result = zeros<R>(shape(x));
     const R* values = data<R>(input);
     R* whitened = data<R>(result);
-    const auto rows = counted_rows(packed(mask), x.numel());
+    const auto rows = counted_rows(mask, x.numel());
     const double count = denominator_of(std::nullopt, rows.size());
     double sum = 0, squares = 0;
     for (const int64_t i : rows) sum += values[i];
@@ -41,8 +41,8 @@ Tensor masked_whiten(Tensor x, OptionalTensor mask, Tensor scalars) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("masked_mean", TORCH_BOX(&masked_mean));
-  m.impl("masked_whiten", TORCH_BOX(&masked_whiten));
+  m.impl("masked_mean", PPO_CHECKED(kMaskedMean, &masked_mean));
+  m.impl("masked_whiten", PPO_CHECKED(kMaskedWhiten, &masked_whiten));
 }
 
 }  // namespace ppo::cpu

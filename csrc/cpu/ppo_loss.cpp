@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, 
     const Tensor result = zeros<R>(shape(values));
     R* grad = data<R>(result);
     const R clip = R(*data<double>(scalars));
-    const auto rows = counted_rows(packed(mask), values.numel());
+    const auto rows = counted_rows(mask, values.numel());
     const double count = denominator_of(denominator, rows.size());
     double loss = 0, clipped = 0;
     for (const int64_t row : rows) {
@@ -253,11 +253,11 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("ppo_loss", TORCH_BOX(&ppo_loss<false>));
-  m.impl("ppo_loss_", TORCH_BOX(&ppo_loss<true>));
-  m.impl("rescale_", TORCH_BOX(&rescale_));
-  m.impl("clipped_policy_loss", TORCH_BOX(&clipped_policy_loss));
-  m.impl("value_loss", TORCH_BOX(&value_loss));
+  m.impl("ppo_loss", PPO_CHECKED(kPPOLoss, &ppo_loss<false>));
+  m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss<true>));
+  m.impl("rescale_", PPO_CHECKED(kRescale, &rescale_));
+  m.impl("clipped_policy_loss", PPO_CHECKED(kClippedPolicyLoss, &clipped_policy_loss));
+  m.impl("value_loss", PPO_CHECKED(kValueLoss, &value_loss));
 }
 
 }  // namespace ppo::cpu

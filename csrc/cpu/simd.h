@@ -13,10 +13,9 @@ constexpr int kBytes = 16;
 #endif
 
 typedef float Floats __attribute__((vector_size(kBytes)));
-typedef int32_t Ints __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 typedef double Doubles __attribute__((vector_size(kBytes)));
-typedef int64_t Longs __attribute__((vector_size(kBytes)));
+typedef uint64_t LongWords __attribute__((vector_size(kBytes)));
 
 template <class T>
 struct VectorOf {
@@ -214,7 +213,7 @@ constexpr float kFloor<Doubles> = -1023.0f;
 // 2^t for kFloor <= t <= kHeadroom, exact at integers. Adding 1.5 * 2^(bits of the mantissa) rounds
 // t to an integer n in the low bits; a polynomial gives 2^f of the rest, |f| <= 1/2, and n is added
 // to its exponent. For a NaN the result is arbitrary.
-template <class Integers, int N, class V, class S, int K>
+template <class Bits, int N, class V, class S, int K>
 PPO_INLINE void exp2(const V (&t)[N], V (&result)[N], S round, int mantissa, S leading,
                      const S (&coefficients)[K]) {
   V rounded[N], f[N], p[N];
@@ -225,7 +224,7 @@ PPO_INLINE void exp2(const V (&t)[N], V (&result)[N], S round, int mantissa, S l
     for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], broadcast<V>(c));
   }
   for (int i = 0; i < N; ++i) {
-    result[i] = (V)((Integers)p[i] + ((Integers)rounded[i] << mantissa));
+    result[i] = (V)((Bits)p[i] + ((Bits)rounded[i] << mantissa));
   }
 }
 
@@ -245,7 +244,7 @@ PPO_INLINE void exp2(const Doubles (&t)[N], Doubles (&result)[N]) {
                                       0.24022650695910069,
                                       0.69314718055994529,
                                       1.0};
-  exp2<Longs>(t, result, 6755399441055744.0, 52, 1.3691488853904124e-12, kCoefficients);
+  exp2<LongWords>(t, result, 6755399441055744.0, 52, 1.3691488853904124e-12, kCoefficients);
 }
 
 #if defined(PPO_AVX512)
@@ -267,8 +266,8 @@ PPO_INLINE void exp2(const Floats (&t)[N], Floats (&result)[N]) {
   for (int i = 0; i < N; ++i) rounded[i] = t[i] + kRound;
   for (int i = 0; i < N; ++i) f[i] = t[i] - (rounded[i] - kRound);
   for (int i = 0; i < N; ++i) {
-    const Ints entry = (Ints)_mm512_permutex2var_epi32(low, (__m512i)rounded[i], high);
-    power[i] = (Floats)(entry + ((Ints)rounded[i] << 18));
+    const Words entry = (Words)_mm512_permutex2var_epi32(low, (__m512i)rounded[i], high);
+    power[i] = (Floats)(entry + ((Words)rounded[i] << 18));
   }
   for (int i = 0; i < N; ++i) {
     const Floats series =
@@ -284,7 +283,7 @@ template <int N>
 PPO_INLINE void exp2(const Floats (&t)[N], Floats (&result)[N]) {
   constexpr float kCoefficients[] = {9.67151299e-3f, 5.55073358e-2f, 2.4022242e-1f, 6.93146989e-1f,
                                      1.0f};
-  exp2<Ints>(t, result, 12582912.0f, 23, 1.32647273e-3f, kCoefficients);
+  exp2<Words>(t, result, 12582912.0f, 23, 1.32647273e-3f, kCoefficients);
 }
 
 #endif

@@ -7,21 +7,22 @@ namespace {
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-Results forward(const Tensor& logits, const Tensor& tokens, const OptionalTensor& temperatures,
-                const Tensor& scalars) {
+Results forward(const Tensor& logits, const Tensor& tokens, const OptionalTensor& mask,
+                const OptionalTensor& temperatures, const Tensor& scalars) {
   using R = Real<T>;
   const Rows<T> z(logits);
   const Ids ids(tokens);
-  const auto rows = counted_rows(std::nullopt, z.count);
+  const auto rows = counted_rows(mask, z.count);
   const auto out_shape = shape(tokens);
   check_ids(ids, rows, z.length, out_shape);
   const auto own = as<double>(temperatures);
   check_temperatures(own, rows, out_shape);
   const auto temperature_of = temperatures_of<R>(own, scalars);
-  const Tensor logprobs = empty<R>(out_shape), entropy = empty<R>(out_shape);
-  const Tensor max_prob = empty<R>(out_shape), sum_sq_probs = empty<R>(out_shape);
+  const auto results = [&] { return per_token<R>(out_shape, mask); };
+  const Tensor logprobs = results(), entropy = results(), max_prob = results();
+  const Tensor sum_sq_probs = results(), varentropy = results();
   const Tensor top1 = torch::stable::empty(out_shape, ScalarType::Bool);
-  const Tensor varentropy = empty<R>(out_shape);
+  if (mask) std::fill_n(data<bool>(top1), top1.numel(), false);
   sweep_rows<Moments<R>>(
       rows, z.length,
       [&](int64_t row, int64_t begin, int64_t n) {
@@ -41,17 +42,17 @@ Results forward(const Tensor& logits, const Tensor& tokens, const OptionalTensor
   return {logprobs, entropy, max_prob, sum_sq_probs, top1, varentropy};
 }
 
-Results token_statistics(Tensor logits, Tensor tokens, OptionalTensor temperatures,
-                         Tensor scalars) {
+Results token_statistics(Tensor logits, Tensor tokens, OptionalTensor mask,
+                         OptionalTensor temperatures, Tensor scalars) {
   return dispatch(logits.scalar_type(), [&](auto t) {
-    return forward<decltype(t)>(logits, tokens, temperatures, scalars);
+    return forward<decltype(t)>(logits, tokens, mask, temperatures, scalars);
   });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("token_statistics", TORCH_BOX(&token_statistics));
+  m.impl("token_statistics", PPO_CHECKED(kTokenLogprobs, &token_statistics));
 }
 
 }  // namespace ppo::cpu

@@ -318,11 +318,22 @@ void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T
 }
 
 #include "gae_sweep.h"
+#include "sampling_sweeps.h"
 
 template <class T>
 constexpr Sweeps<T> sweeps_of() {
-  return {statistics<T>,       moments<T>,     gradient<T>,
-          joint_statistics<T>, kl_gradient<T>, gae<Real<T>>};
+  return {statistics<T>,
+          moments<T>,
+          gradient<T>,
+          joint_statistics<T>,
+          kl_gradient<T>,
+          block_weight<T>,
+          kept_weight<T>,
+          weights_below<false, T>,
+          weights_below<true, T>,
+          scores_and_weights<T>,
+          gae<Real<T>>,
+          discounted_sums<Real<T>>};
 }
 
 constexpr SweepTable sweep_table_of(const char* level) {

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../tensors.h"
+#include "../arguments.h"
 #include "ptx.cuh"
 
 // Of libtorch_cuda. Weak, so that the extension loads where torch is built without CUDA.
@@ -157,6 +157,11 @@ struct Rows {
     return data + outer * outer_stride + (row - outer * inner) * inner_stride;
   }
 };
+
+// Whether a mask, or none, leaves a row out.
+__device__ __forceinline__ bool excluded(const bool* mask, uint32_t row) {
+  return mask && !mask[row];
+}
 
 // `x`, or a copy if two strides do not tell where its rows are.
 inline Tensor readable(const Tensor& x) {

@@ -1,4 +1,4 @@
-// gae and gae_packed; formulas in ppo_kernels/gae.py.
+// gae, gae_packed and discounted_sums; formulas in ppo_kernels/gae.py.
 //
 // Tokens in a row are a map of what comes to them from later ones, and maps compose: see GAEMap. A
 // thread walks kTokens tokens, the lanes of a warp compose their maps in a scan, and a warp applies
@@ -134,7 +134,8 @@ constexpr int kResident = sizeof(R) == 8   ? 1
                           : Where::kOneRow ? 3
                                            : 2;
 
-template <class R, class Where, class Memory>
+// With kSums the scan of `discounted_sums`: the decays stand in `values`, the sums in `advantages`.
+template <class R, class Where, class Memory, bool kSums>
 __global__ void __launch_bounds__(kMostThreads, (kResident<R, Where>))
     scan(Call<R> call, Where where) {
   auto& head = *reinterpret_cast<Head<R>*>(shared_memory());
@@ -152,15 +153,20 @@ __global__ void __launch_bounds__(kMostThreads, (kResident<R, Where>))
 #pragma unroll
     for (int j = kTokens - 1; j >= 0; --j) {
       const bool counted = tokens.counted >> j & 1, done = tokens.done >> j & 1;
-      const R advantage = gae_step(tokens.rewards.x[j], tokens.values.x[j], counted, done,
-                                   call.gamma, call.gamma_lam, G);
-      visit(j, counted, done, advantage);
+      const R reward = tokens.rewards.x[j], value = tokens.values.x[j];
+      if constexpr (kSums) {
+        visit(j, counted, done, sum_step(reward, value, counted, done, G));
+      } else {
+        visit(j, counted, done,
+              gae_step(reward, value, counted, done, call.gamma, call.gamma_lam, G));
+      }
     }
     return G;
   };
   GAEMap<R> map = no_tokens<R>();
-  map.g = walk(R(0), [&](int, bool counted, bool done, R) {
-    map.c = counted ? (done ? R(NAN) : call.gamma_lam * map.c) : map.c;
+  map.g = walk(R(0), [&](int j, bool counted, bool done, R) {
+    const R decay = kSums ? tokens.values.x[j] : call.gamma_lam;
+    map.c = done ? R(NAN) : counted ? decay * map.c : map.c;
   });
 
   const int lanes = where.lanes();
@@ -193,7 +199,7 @@ Tensor rows_of(const Tensor& x) {
 }
 
 // A scan of an op's arguments.
-template <class R>
+template <class R, bool kSums>
 struct Run {
   Device device;
   Tensor rewards, values;
@@ -203,8 +209,10 @@ struct Run {
   template <class Where>
   std::tuple<Tensor, Tensor> operator()(const Where& where, int64_t ctas, int threads) const {
     const Tensor advantages = empty<R>(rewards, shape(rewards));
-    const Tensor returns = empty<R>(rewards, shape(rewards));
-    if (rewards.numel() == 0) return {advantages, returns};
+    OptionalTensor returns;
+    if constexpr (!kSums) returns = empty<R>(rewards, shape(rewards));
+    const auto results = [&] { return std::tuple(advantages, returns.value_or(advantages)); };
+    if (rewards.numel() == 0) return results();
     Call<R> call{{per_token<const R>(rewards), per_token<const R>(values),
                   per_token<const uint8_t>(mask), per_token<const uint8_t>(dones)},
                  data_or_null<R>(bootstrap_values),
@@ -221,77 +229,98 @@ struct Run {
       call.maps.begun = call.maps.there + ctas;
       check(cudaMemsetAsync(call.maps.there, 0, (ctas + 1) * sizeof(uint32_t), device.stream()));
     }
-    auto kernel = scan<R, Where, Elements<R>>;
+    auto kernel = scan<R, Where, Elements<R>, kSums>;
     int64_t shared = sizeof(Elements<R>);
-    if constexpr (Where::kInVectors) {
+    if constexpr (Where::kInVectors && !kSums) {
       const auto& in = call.in;
       const auto& out = call.out;
       if (have_vectors(in.rewards, in.values, in.mask, in.dones, out.advantages, out.returns)) {
-        kernel = scan<R, Where, Vectors<R>>;
+        kernel = scan<R, Where, Vectors<R>, kSums>;
         shared = 0;
       }
     }
     shared = sizeof(Head<R>) + threads / kWarp * shared;
     device.launch(kernel, {ctas, threads, shared}, call, where);
-    return {advantages, returns};
+    return results();
   }
 };
 
 // f(run) in the type of the results.
-template <class F>
+template <bool kSums, class F>
 std::tuple<Tensor, Tensor> with_run(const Tensor& rewards, const Tensor& values,
                                     const OptionalTensor& mask, const OptionalTensor& dones,
-                                    const OptionalTensor& bootstrap_values, const Tensor& scalars,
-                                    const F& f) {
-  const double gamma = data<double>(scalars)[0], lam = data<double>(scalars)[1];
+                                    const OptionalTensor& bootstrap_values,
+                                    const OptionalTensor& scalars, const F& f) {
+  const double gamma = scalars ? data<double>(*scalars)[0] : 0;
+  const double lam = scalars ? data<double>(*scalars)[1] : 0;
   const auto run_in = [&]<class R>(R) {
-    return f(Run<R>{Device(rewards), rows_of<R>(rewards), rows_of<R>(values), rows_of(mask),
-                    rows_of(dones), as<R>(bootstrap_values), R(gamma), R(gamma * lam)});
+    return f(Run<R, kSums>{Device(rewards), rows_of<R>(rewards), rows_of<R>(values), rows_of(mask),
+                           rows_of(dones), as<R>(bootstrap_values), R(gamma), R(gamma * lam)});
   };
   const bool wide =
       rewards.scalar_type() == ScalarType::Double || values.scalar_type() == ScalarType::Double;
   return wide ? run_in(double{}) : run_in(float{});
 }
 
-std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTensor mask,
-                               OptionalTensor dones, OptionalTensor bootstrap_values,
-                               Tensor scalars) {
-  const int64_t batch = rewards.size(0), length = rewards.size(1);
-  return with_run(rewards, values, mask, dones, bootstrap_values, scalars, [&](const auto& run) {
-    constexpr int64_t kOfWarp = kWarp * kTokens;
-    if (length <= kOfWarp) {
-      const int shift = std::bit_width(uint64_t(std::max<int64_t>(length, kTokens)) - 1);
-      return run(SharedWarps{uint32_t(batch), int(length), shift},
-                 ceil_div<int64_t>(batch << shift, kFewThreads * kTokens), kFewThreads);
-    }
-    if (length <= ManyChunks::kChunk) {
-      return run(OneChunk{{}, int(length)}, batch, int(ceil_div(length, kOfWarp)) * kWarp);
-    }
-    const int64_t chunks = ceil_div(length, ManyChunks::kChunk);
-    return run(ManyChunks{{}, length, uint32_t(chunks)}, batch * chunks, kMostThreads);
-  });
-}
+// Of rows (batch, length).
+constexpr auto scan_rows = [](const auto& run) {
+  const int64_t batch = run.rewards.size(0), length = run.rewards.size(1);
+  constexpr int64_t kOfWarp = kWarp * kTokens;
+  if (length <= kOfWarp) {
+    const int shift = std::bit_width(uint64_t(std::max<int64_t>(length, kTokens)) - 1);
+    return run(SharedWarps{uint32_t(batch), int(length), shift},
+               ceil_div<int64_t>(batch << shift, kFewThreads * kTokens), kFewThreads);
+  }
+  if (length <= ManyChunks::kChunk) {
+    return run(OneChunk{{}, int(length)}, batch, int(ceil_div(length, kOfWarp)) * kWarp);
+  }
+  const int64_t chunks = ceil_div(length, ManyChunks::kChunk);
+  return run(ManyChunks{{}, length, uint32_t(chunks)}, batch * chunks, kMostThreads);
+};
 
-std::tuple<Tensor, Tensor> gae_packed(Tensor rewards, Tensor values, Tensor cu_seqlens,
-                                      OptionalTensor mask, OptionalTensor dones,
-                                      OptionalTensor bootstrap_values, Tensor scalars) {
-  const int64_t count = cu_seqlens.numel() - 1, total = rewards.numel();
+// f(scan of trajectories).
+template <class F>
+auto with_trajectories(const Tensor& cu_seqlens, int64_t total, const F& f) {
+  const int64_t count = cu_seqlens.numel() - 1;
   if (count == 0 && total > 0) {
     value_error("cu_seqlens must rise from 0 to ", total,
                 ", the length of rewards, got one boundary");
   }
   const Tensor bounds = packed(cu_seqlens);
-  return with_run(rewards, values, mask, dones, bootstrap_values, scalars, [&](const auto& run) {
+  return f([&](const auto& run) {
     return run(Trajectories{{}, Ids(bounds), uint32_t(count), total},
                total / Trajectories::kChunk + count, kFewThreads);
   });
 }
 
+std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTensor mask,
+                               OptionalTensor dones, OptionalTensor bootstrap_values,
+                               Tensor scalars) {
+  return with_run<false>(rewards, values, mask, dones, bootstrap_values, scalars, scan_rows);
+}
+
+std::tuple<Tensor, Tensor> gae_packed(Tensor rewards, Tensor values, Tensor cu_seqlens,
+                                      OptionalTensor mask, OptionalTensor dones,
+                                      OptionalTensor bootstrap_values, Tensor scalars) {
+  return with_trajectories(cu_seqlens, rewards.numel(), [&](const auto& scan) {
+    return with_run<false>(rewards, values, mask, dones, bootstrap_values, scalars, scan);
+  });
+}
+
+Tensor discounted_sums(Tensor x, Tensor decays, OptionalTensor mask, OptionalTensor dones,
+                       OptionalTensor cu_seqlens) {
+  const auto sums = [&](const auto& scan) {
+    return std::get<0>(with_run<true>(x, decays, mask, dones, std::nullopt, std::nullopt, scan));
+  };
+  return cu_seqlens ? with_trajectories(*cu_seqlens, x.numel(), sums) : sums(scan_rows);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("gae", TORCH_BOX(&gae));
-  m.impl("gae_packed", TORCH_BOX(&gae_packed));
+  m.impl("gae", PPO_CHECKED(kGAE, &gae));
+  m.impl("gae_packed", PPO_CHECKED(kGAEPacked, &gae_packed));
+  m.impl("discounted_sums", PPO_CHECKED(kDiscountedSums, &discounted_sums));
 }
 
 }  // namespace ppo::cuda

@@ -136,7 +136,7 @@ struct Inputs {
 
 template <class R>
 struct Outputs {
-  PerToken<R> advantages, returns;
+  PerToken<R> advantages, returns;  // `returns` may be null
 };
 
 template <class R>
@@ -228,7 +228,7 @@ struct alignas(16) Elements {
       const Token token = where.token(chunk, warp_id() * kWarp * kTokens + side_by_side(j));
       if (!token.inside) continue;
       *out.advantages[token] = x[0][side_by_side(j)];
-      *out.returns[token] = x[1][side_by_side(j)];
+      if (out.returns.data) *out.returns[token] = x[1][side_by_side(j)];
     }
   }
 

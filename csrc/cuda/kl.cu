@@ -10,10 +10,17 @@ constexpr int kPairs = kInFlight<kLayout> / 2;
 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
-    forward(Rows<T> logits, Rows<T> ref_logits, int length, Temperatures<Real<T>> temperatures,
-            Real<T>* result, RowStats<Real<T>>* stats, RowStats<Real<T>>* ref_stats) {
+    forward(Rows<T> logits, Rows<T> ref_logits, const bool* mask, int length,
+            Temperatures<Real<T>> temperatures, Real<T>* result, RowStats<Real<T>>* stats,
+            RowStats<Real<T>>* ref_stats) {
   using State = JointState<Real<T>>;
   const uint32_t row = blockIdx.x;
+  if (excluded(mask, row)) {
+    if (threadIdx.x > 0) return;
+    result[row] = 0;
+    stats[row] = ref_stats[row] = {};
+    return;
+  }
   const T *z = logits[row], *ref = ref_logits[row];
   const Real<T> k = temperatures[row].k;
   State state;
@@ -35,8 +42,10 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
 }
 
 std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits,
-                                                 OptionalTensor temperatures, Tensor scalars) {
+                                                 OptionalTensor mask, OptionalTensor temperatures,
+                                                 Tensor scalars) {
   const Device device(logits);
+  const OptionalTensor counts = packed(mask);
   const auto own = as<double>(temperatures);
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -52,8 +61,9 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logit
     const Grid grid{result.numel(), threads_for<T>(length, length),
                     kMostThreads / kWarp * sizeof(JointState<R>)};
     with_layout(layout_of(length, z, ref), [&](auto layout) {
-      device.launch(forward<T, layout>, grid, z, ref, length, temperatures_of<R>(own, scalars),
-                    data<R>(result), data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats));
+      device.launch(forward<T, layout>, grid, z, ref, data_or_null<bool>(counts), length,
+                    temperatures_of<R>(own, scalars), data<R>(result), data<RowStats<R>>(stats),
+                    data<RowStats<R>>(ref_stats));
     });
     return std::tuple(result, stats, ref_stats);
   });
@@ -163,9 +173,9 @@ std::tuple<Tensor, Tensor> kl_estimate(Tensor logprobs, Tensor ref_logprobs, int
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
-  m.impl("kl_divergence_backward", TORCH_BOX(&kl_divergence_backward));
-  m.impl("kl_estimate", TORCH_BOX(&kl_estimate));
+  m.impl("kl_divergence", PPO_CHECKED(kKLDivergence, &kl_divergence));
+  m.impl("kl_divergence_backward", PPO_CHECKED(kKLDivergenceBackward, &kl_divergence_backward));
+  m.impl("kl_estimate", PPO_CHECKED(kKLEstimate, &kl_estimate));
 }
 
 }  // namespace ppo::cuda

@@ -6,28 +6,35 @@ namespace {
 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
-    forward(Rows<T> logits, Ids tokens, int length, Division division,
+    forward(Rows<T> logits, Ids tokens, const bool* mask, int length, Division division,
             Temperatures<Real<T>> temperatures, Real<T>* logprobs, Real<T>* entropy,
             RowStats<Real<T>>* stats) {
   using R = Real<T>;
   const Part part(division, length);
+  const bool writes = threadIdx.x == 0 && part.index == 0;
+  const auto write = [&](const Scored<R>& scored) {
+    logprobs[part.row] = scored.logprob;
+    entropy[part.row] = scored.entropy;
+    stats[part.row] = scored.stats;
+  };
+  if (excluded(mask, part.row)) {
+    if (writes) write({});
+    return;
+  }
   begin_row(division);
   const R k = temperatures[part.row].k;
   const T* z = logits[part.row];
   auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
-  const bool writes = threadIdx.x == 0 && part.index == 0;
   const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
   state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), division, part);
   if (!writes) return;
-  const auto scored = score(state, logit, k);
-  logprobs[part.row] = scored.logprob;
-  entropy[part.row] = scored.entropy;
-  stats[part.row] = scored.stats;
+  write(score(state, logit, k));
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens,
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, OptionalTensor mask,
                                                   OptionalTensor temperatures, Tensor scalars) {
   const Device device(logits);
+  const OptionalTensor counts = packed(mask);
   const auto own = as<double>(temperatures);
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -42,9 +49,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens,
     with_layout(layout_of(length, z), [&](auto layout) {
       const auto kernel = forward<T, layout>;
       const auto division = division_of<T>(device, length, device.has_sm90(kernel));
-      device.launch(kernel, division.grid(tokens.numel(), sizeof(States<R>)), z, Ids(ids), length,
-                    division, temperatures_of<R>(own, scalars), data<R>(logprobs), data<R>(entropy),
-                    data<RowStats<R>>(stats));
+      device.launch(kernel, division.grid(tokens.numel(), sizeof(States<R>)), z, Ids(ids),
+                    data_or_null<bool>(counts), length, division, temperatures_of<R>(own, scalars),
+                    data<R>(logprobs), data<R>(entropy), data<RowStats<R>>(stats));
     });
     return std::tuple(logprobs, entropy, stats);
   });
@@ -102,8 +109,8 @@ Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
+  m.impl("token_logprobs", PPO_CHECKED(kTokenLogprobs, &token_logprobs));
+  m.impl("token_logprobs_backward", PPO_CHECKED(kTokenLogprobsBackward, &token_logprobs_backward));
 }
 
 }  // namespace ppo::cuda

@@ -131,8 +131,8 @@ Tensor masked_whiten(Tensor x, OptionalTensor mask, Tensor scalars) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("masked_mean", TORCH_BOX(&masked_mean));
-  m.impl("masked_whiten", TORCH_BOX(&masked_whiten));
+  m.impl("masked_mean", PPO_CHECKED(kMaskedMean, &masked_mean));
+  m.impl("masked_whiten", PPO_CHECKED(kMaskedWhiten, &masked_whiten));
 }
 
 }  // namespace ppo::cuda

@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   using R = Real<T>;
   const Part part(call.division, call.length);
   const bool writes = part.index == 0 && threadIdx.x == 0;
-  if (call.mask && !call.mask[part.row]) {
+  if (excluded(call.mask, part.row)) {
     if (writes) write_no_loss(call, part.row);
     return;
   }
@@ -56,6 +56,8 @@ Results ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advan
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) { m.impl("ppo_loss", TORCH_BOX(&ppo_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
+  m.impl("ppo_loss", PPO_CHECKED(kPPOLoss, &ppo_loss));
+}
 
 }  // namespace ppo::cuda

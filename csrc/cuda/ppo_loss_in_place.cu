@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   const Part part(call.division, call.length);
   const bool first = threadIdx.x == 0;
   T *z = call.logits[part.row], *mine = z + part.begin;
-  if (call.mask && !call.mask[part.row]) {
+  if (excluded(call.mask, part.row)) {
     write_row<T, kLayout>(mine, part.length, Zeros<T>{});
     if (first && part.index == 0) write_no_loss(call, part.row);
     return;
@@ -172,8 +172,8 @@ void rescale_(Tensor grad, Tensor scale) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("ppo_loss_", TORCH_BOX(&ppo_loss_));
-  m.impl("rescale_", TORCH_BOX(&rescale_));
+  m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss_));
+  m.impl("rescale_", PPO_CHECKED(kRescale, &rescale_));
 }
 
 }  // namespace ppo::cuda

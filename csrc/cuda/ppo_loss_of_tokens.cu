@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("clipped_policy_loss", TORCH_BOX(&clipped_policy_loss));
-  m.impl("value_loss", TORCH_BOX(&value_loss));
+  m.impl("clipped_policy_loss", PPO_CHECKED(kClippedPolicyLoss, &clipped_policy_loss));
+  m.impl("value_loss", PPO_CHECKED(kValueLoss, &value_loss));
 }
 
 }  // namespace ppo::cuda

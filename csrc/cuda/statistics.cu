@@ -10,36 +10,45 @@ struct Results {
   R *logprobs, *entropy, *max_prob, *sum_sq_probs;
   bool* top1;
   R* varentropy;
+
+  __device__ void write(uint32_t row, const TokenStatistics<R>& of) const {
+    logprobs[row] = of.logprob;
+    entropy[row] = of.entropy;
+    max_prob[row] = of.max_prob;
+    sum_sq_probs[row] = of.sum_sq_probs;
+    top1[row] = of.top1;
+    varentropy[row] = of.varentropy;
+  }
 };
 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
-    forward(Rows<T> logits, Ids tokens, int length, Division division,
+    forward(Rows<T> logits, Ids tokens, const bool* mask, int length, Division division,
             Temperatures<Real<T>> temperatures, Results<Real<T>> results) {
   using R = Real<T>;
   const Part part(division, length);
+  const bool writes = threadIdx.x == 0 && part.index == 0;
+  if (excluded(mask, part.row)) {
+    if (writes) results.write(part.row, {});
+    return;
+  }
   begin_row(division);
   const T* z = logits[part.row];
   const R k = temperatures[part.row].k;
   auto moments =
       thread_statistics<T, kLayout, Moments<R>>(z + part.begin, part.length, k, KeepNothing{});
-  const bool writes = threadIdx.x == 0 && part.index == 0;
   const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
   auto& states = *reinterpret_cast<States<R, Moments>*>(shared_memory());
   moments = merge_row(moments, states, division, part);
   if (!writes) return;
-  const auto of = ppo::token_statistics(moments, logit, k);
-  results.logprobs[part.row] = of.logprob;
-  results.entropy[part.row] = of.entropy;
-  results.max_prob[part.row] = of.max_prob;
-  results.sum_sq_probs[part.row] = of.sum_sq_probs;
-  results.top1[part.row] = of.top1;
-  results.varentropy[part.row] = of.varentropy;
+  results.write(part.row, ppo::token_statistics(moments, logit, k));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(
-    Tensor logits, Tensor tokens, OptionalTensor temperatures, Tensor scalars) {
+    Tensor logits, Tensor tokens, OptionalTensor mask, OptionalTensor temperatures,
+    Tensor scalars) {
   const Device device(logits);
+  const OptionalTensor counts = packed(mask);
   const auto own = as<double>(temperatures);
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -58,7 +67,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(
       const auto kernel = forward<T, layout>;
       const auto division = division_of<T>(device, length, device.has_sm90(kernel));
       device.launch(kernel, division.grid(tokens.numel(), sizeof(States<R, Moments>)), z, Ids(ids),
-                    length, division, temperatures_of<R>(own, scalars), results);
+                    data_or_null<bool>(counts), length, division, temperatures_of<R>(own, scalars),
+                    results);
     });
     return std::tuple(logprobs, entropy, max_prob, sum_sq, top1, varentropy);
   });
@@ -67,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
-  m.impl("token_statistics", TORCH_BOX(&token_statistics));
+  m.impl("token_statistics", PPO_CHECKED(kTokenLogprobs, &token_statistics));
 }
 
 }  // namespace ppo::cuda

@@ -7,7 +7,17 @@ from ppo_kernels._triton import (
     masked,
     ppo_loss,
     ppo_loss_of_tokens,
+    sampling,
     statistics,
 )
 
-__all__ = ["gae", "kl", "logprobs", "masked", "ppo_loss", "ppo_loss_of_tokens", "statistics"]
+__all__ = [
+    "gae",
+    "kl",
+    "logprobs",
+    "masked",
+    "ppo_loss",
+    "ppo_loss_of_tokens",
+    "sampling",
+    "statistics",
+]

@@ -52,6 +52,15 @@ def kernel(*vectors):
     return compile_once
 
 
+@triton.jit
+def row_counts(mask_ptr, row):
+    """Whether a mask, or none, lets a row count."""
+    counts = True
+    if mask_ptr is not None:
+        counts = tl.load(mask_ptr + row) != 0
+    return counts
+
+
 def launch(function, programs, *arguments, **options):
     """Run a kernel on a grid of `programs`; none is no launch."""
     if programs:

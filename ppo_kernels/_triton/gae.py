@@ -1,4 +1,4 @@
-"""gae and gae_packed; formulas in ppo_kernels/gae.py.
+"""gae, gae_packed and discounted_sums; formulas in ppo_kernels/gae.py.
 
 All that a token hands to those before it is one number, G = γ V + γ λ A, so that tokens in a row
 are a map of the G that comes to them, g + c G, and maps compose. A row is cut into chunks of CHUNK
@@ -6,6 +6,7 @@ tokens, counted from its own begin. A lane walks VEC tokens, the lanes of a chun
 in a scan, and the chunks of a longer row leave theirs in memory for the chunks before them.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -147,14 +148,23 @@ def _load(
 
 
 @triton.jit
-def _scan(rewards, values, counted, done, gamma, gamma_lam, ROWS: tl.constexpr):
+def _step(rewards, values, counted, done, j: tl.constexpr, G, gamma, gamma_lam, SUMS: tl.constexpr):
+    """(result, G) at token j; of sums the `values` are the decays."""
+    if SUMS:
+        return math.sum_step(rewards[j], values[j], counted[j], done[j], G)
+    return math.gae_step(rewards[j], values[j], counted[j], done[j], G, gamma, gamma_lam)
+
+
+@triton.jit
+def _scan(rewards, values, counted, done, gamma, gamma_lam, ROWS: tl.constexpr, SUMS: tl.constexpr):
     """(g, c, rest_g, rest_c) (lanes,): the map of the tokens from a lane's first to the chunk's
     last, and of those after the lane's."""
     g = tl.zeros_like(rewards[0])
     c = g + 1.0
     for j in tl.static_range(VEC - 1, -1, -1):
-        _, g = math.gae_step(rewards[j], values[j], counted[j], done[j], g, gamma, gamma_lam)
-        c = tl.where(counted[j], tl.where(done[j], math.CUT, gamma_lam * c), c)
+        _, g = _step(rewards, values, counted, done, j, g, gamma, gamma_lam, SUMS)
+        decay = values[j] if SUMS else gamma_lam
+        c = tl.where(done[j], math.CUT, tl.where(counted[j], decay * c, c))
     LANES: tl.constexpr = g.shape[0]
     g = tl.reshape(g, (ROWS, LANES // ROWS))
     c = tl.reshape(c, (ROWS, LANES // ROWS))
@@ -195,6 +205,7 @@ def _maps(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """The map (slots, 2) of every chunk but the first ones of the rows."""
     R: tl.constexpr = maps_ptr.dtype.element_ty
@@ -218,7 +229,7 @@ def _maps(
             R,
             ALIGNED,
         )
-        g, c, _, _ = _scan(rewards, values, counted, done, gamma, gamma_lam, ROWS)
+        g, c, _, _ = _scan(rewards, values, counted, done, gamma, gamma_lam, ROWS, SUMS)
         tl.store(maps_ptr + 2 * slot, _last(g))
         tl.store(maps_ptr + 2 * slot + 1, _last(c))
 
@@ -264,6 +275,7 @@ def _advantages(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     R: tl.constexpr = advantages_ptr.dtype.element_ty
     gamma, gamma_lam = math.number(gamma, R), math.number(gamma_lam, R)
@@ -292,19 +304,20 @@ def _advantages(
     if maps_ptr is not None:
         carry_g, carry_c = _carry(maps_ptr, slot, tl.cdiv(left, CHUNK) - 1, 64)
         G = math.apply_map(carry_g, carry_c, G)
-    _, _, rest_g, rest_c = _scan(rewards, values, counted, done, gamma, gamma_lam, ROWS)
+    _, _, rest_g, rest_c = _scan(rewards, values, counted, done, gamma, gamma_lam, ROWS, SUMS)
     G = math.apply_map(rest_g, rest_c, G)
-    a3, G = math.gae_step(rewards[3], values[3], counted[3], done[3], G, gamma, gamma_lam)
-    a2, G = math.gae_step(rewards[2], values[2], counted[2], done[2], G, gamma, gamma_lam)
-    a1, G = math.gae_step(rewards[1], values[1], counted[1], done[1], G, gamma, gamma_lam)
-    a0, _ = math.gae_step(rewards[0], values[0], counted[0], done[0], G, gamma, gamma_lam)
+    a3, G = _step(rewards, values, counted, done, 3, G, gamma, gamma_lam, SUMS)
+    a2, G = _step(rewards, values, counted, done, 2, G, gamma, gamma_lam, SUMS)
+    a1, G = _step(rewards, values, counted, done, 1, G, gamma, gamma_lam, SUMS)
+    a0, _ = _step(rewards, values, counted, done, 0, G, gamma, gamma_lam, SUMS)
     r0 = tl.where(counted[0], a0 + values[0], 0.0)
     r1 = tl.where(counted[1], a1 + values[1], 0.0)
     r2 = tl.where(counted[2], a2 + values[2], 0.0)
     r3 = tl.where(counted[3], a3 + values[3], 0.0)
     out = _at(rows, stride, first, t, ALIGNED)
     tl.store(advantages_ptr + out, _from_columns((a0, a1, a2, a3)), mask=inside)
-    tl.store(returns_ptr + out, _from_columns((r0, r1, r2, r3)), mask=inside)
+    if not SUMS:
+        tl.store(returns_ptr + out, _from_columns((r0, r1, r2, r3)), mask=inside)
 
 
 def _unit_stride(x):
@@ -313,11 +326,14 @@ def _unit_stride(x):
 
 def _run(inputs, strides, cu_seqlens, bootstrap_values, scalars, batch, length, slots, **options):
     """Both results, for `inputs` (rewards, values, mask, dones); `strides` those of their rows and
-    of the results'."""
-    gamma, lam = scalars.tolist()
+    of the results'. Without scalars discounted sums with decays for values, and one result."""
+    sums = scalars is None
+    gamma, lam = (0.0, 0.0) if sums else scalars.tolist()
     rewards, values, *_ = inputs
     dtype = result_dtype(rewards, values)
-    advantages, returns = (rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
+    advantages = rewards.new_empty(rewards.shape, dtype=dtype)
+    returns = None if sums else torch.empty_like(advantages)
+    options["SUMS"] = sums
     one_chunk = cu_seqlens is None and length <= options["CHUNK"]
     maps = None if one_chunk else rewards.new_empty((slots, 2), dtype=dtype)
     arguments = (*inputs, per_token(cu_seqlens), maps, *strides[:4])
@@ -329,8 +345,7 @@ def _run(inputs, strides, cu_seqlens, bootstrap_values, scalars, batch, length, 
     return advantages, returns
 
 
-@implement("gae")
-def gae(rewards, values, mask, dones, bootstrap_values, scalars):
+def _scan_rows(rewards, values, mask, dones, bootstrap_values, scalars):
     batch, length = rewards.shape
     inputs = [_unit_stride(x) for x in (rewards, values, mask, dones)]
     strides = [0 if x is None else x.stride(0) for x in inputs] + [length]
@@ -351,8 +366,7 @@ def gae(rewards, values, mask, dones, bootstrap_values, scalars):
     )
 
 
-@implement("gae_packed")
-def gae_packed(rewards, values, cu_seqlens, mask, dones, bootstrap_values, scalars):
+def _scan_packed(rewards, values, cu_seqlens, mask, dones, bootstrap_values, scalars):
     """Looks at no value of `cu_seqlens`, which would wait for the device: where it does not rise
     from 0 to N the results are undefined, but nothing outside them is read or written."""
     batch, length = cu_seqlens.shape[0] - 1, rewards.shape[0]
@@ -374,3 +388,14 @@ def gae_packed(rewards, values, cu_seqlens, mask, dones, bootstrap_values, scala
         ALIGNED=False,
         num_warps=4,
     )
+
+
+implement("gae")(_scan_rows)
+implement("gae_packed")(_scan_packed)
+
+
+@implement("discounted_sums")
+def discounted_sums(x, decays, mask, dones, cu_seqlens):
+    if cu_seqlens is None:
+        return _scan_rows(x, decays, mask, dones, None, None)[0]
+    return _scan_packed(x, decays, cu_seqlens, mask, dones, None, None)[0]

@@ -10,6 +10,7 @@ from ppo_kernels._triton.common import (
     kernel,
     launch,
     per_token,
+    row_counts,
     rows,
 )
 from ppo_kernels._triton.means import BLOCK
@@ -26,6 +27,7 @@ def _forward(
     ref_inner: tl.int32,
     ref_outer_stride: tl.int64,
     ref_inner_stride: tl.int64,
+    mask_ptr,
     kl_ptr,
     stats_ptr,
     ref_stats_ptr,
@@ -40,20 +42,25 @@ def _forward(
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
     ref_start = sweeps.row_start(row, ref_inner, ref_outer_stride, ref_inner_stride)
     R: tl.constexpr = kl_ptr.dtype.element_ty
-    _, k = math.temperature_of(row, temperatures_ptr, temperature, k, R)
-    shift, total, ref_shift, ref_total, cross = sweeps.joint_statistics(
-        logits_ptr, ref_logits_ptr, start, ref_start, V, k, L, LAYOUT
-    )
-    tl.store(kl_ptr + row, math.kl(total, ref_total, cross))
+    zero = tl.zeros((), R)
+    kl, shift, log2_sum, ref_shift, ref_log2_sum = zero, zero, zero, zero, zero
+    if row_counts(mask_ptr, row):
+        _, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
+        shift, total, ref_shift, ref_total, cross = sweeps.joint_statistics(
+            logits_ptr, ref_logits_ptr, start, ref_start, V, scale, L, LAYOUT
+        )
+        kl = math.kl(total, ref_total, cross)
+        log2_sum, ref_log2_sum = tl.log2(total), tl.log2(ref_total)
+    tl.store(kl_ptr + row, kl)
     stats = 2 * row.to(tl.int64)
     tl.store(stats_ptr + stats, shift)
-    tl.store(stats_ptr + stats + 1, tl.log2(total))
+    tl.store(stats_ptr + stats + 1, log2_sum)
     tl.store(ref_stats_ptr + stats, ref_shift)
-    tl.store(ref_stats_ptr + stats + 1, tl.log2(ref_total))
+    tl.store(ref_stats_ptr + stats + 1, ref_log2_sum)
 
 
 @implement("kl_divergence")
-def kl_divergence(logits, ref_logits, temperatures, scalars):
+def kl_divergence(logits, ref_logits, mask, temperatures, scalars):
     (temperature,) = scalars.tolist()
     shape, real = logits.shape[:-1], result_dtype(logits)
     kl = logits.new_empty(shape, dtype=real)
@@ -64,7 +71,7 @@ def kl_divergence(logits, ref_logits, temperatures, scalars):
         kl.numel(),
         *laid,
         *ref_laid,
-        *(kl, stats, ref_stats, per_token(temperatures)),
+        *(per_token(mask), kl, stats, ref_stats, per_token(temperatures)),
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),

@@ -10,6 +10,7 @@ from ppo_kernels._triton.common import (
     kernel,
     launch,
     per_token,
+    row_counts,
     rows,
 )
 from ppo_kernels.schemas import ELSEWHERE as ELSEWHERE_ID
@@ -78,6 +79,7 @@ def _forward(
     outer_stride: tl.int64,
     inner_stride: tl.int64,
     tokens_ptr,
+    mask_ptr,
     logprobs_ptr,
     entropy_ptr,
     stats_ptr,
@@ -91,9 +93,12 @@ def _forward(
     R: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-    _, k = math.temperature_of(row, temperatures_ptr, temperature, k, R)
-    token = tl.load(tokens_ptr + row).to(tl.int64)
-    shift, log2_sum, _, logprob, entropy = score(logits_ptr, start, V, token, k, L, LAYOUT)
+    zero = tl.zeros((), R)
+    shift, log2_sum, logprob, entropy = zero, zero, zero, zero
+    if row_counts(mask_ptr, row):
+        _, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
+        token = tl.load(tokens_ptr + row).to(tl.int64)
+        shift, log2_sum, _, logprob, entropy = score(logits_ptr, start, V, token, scale, L, LAYOUT)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(stats_ptr + 2 * row.to(tl.int64), shift)
@@ -101,7 +106,7 @@ def _forward(
 
 
 @implement("token_logprobs")
-def token_logprobs(logits, tokens, temperatures, scalars):
+def token_logprobs(logits, tokens, mask, temperatures, scalars):
     (temperature,) = scalars.tolist()
     real = result_dtype(logits)
     logprobs, entropy = (logits.new_empty(tokens.shape, dtype=real) for _ in range(2))
@@ -111,7 +116,7 @@ def token_logprobs(logits, tokens, temperatures, scalars):
         _forward,
         tokens.numel(),
         *laid,
-        *(per_token(tokens), logprobs, entropy, stats, per_token(temperatures)),
+        *(per_token(tokens), per_token(mask), logprobs, entropy, stats, per_token(temperatures)),
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),

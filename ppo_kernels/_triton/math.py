@@ -116,11 +116,12 @@ CUT = tl.constexpr(float("nan"))
 
 @triton.jit
 def gae_step(reward, value, counted, done, G, gamma, gamma_lam):
-    """(A, G) at a token, from the G = γ V + γ λ A of the next one; 0 and that G where it does not
-    count."""
-    advantage = reward - value + tl.where(done, 0.0, G)
+    """(A, G) at a token, from the G = γ V + γ λ A of the next one; where it does not count 0 and
+    that G, or past a done none."""
+    later = tl.where(done, 0.0, G)
+    advantage = reward - value + later
     handed = gamma * value + gamma_lam * advantage
-    return tl.where(counted, advantage, 0.0), tl.where(counted, handed, G)
+    return tl.where(counted, advantage, 0.0), tl.where(counted, handed, later)
 
 
 @triton.jit
@@ -133,6 +134,14 @@ def apply_map(g, c, G):
 def compose_maps(later_g, later_c, g, c):
     """The map of some tokens followed by later ones."""
     return apply_map(g, c, later_g), c * later_c
+
+
+@triton.jit
+def sum_step(x, decay, counted, done, S):
+    """(sum, S) of x + c S at a token, from the S of the next one; 0 and that S where it does not
+    count, but a done cuts S wherever it stands."""
+    total = tl.where(done, x, tl.fma(decay, S, x))
+    return tl.where(counted, total, 0.0), tl.where(counted, total, tl.where(done, 0.0, S))
 
 
 @triton.jit

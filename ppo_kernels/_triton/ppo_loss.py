@@ -12,6 +12,7 @@ from ppo_kernels._triton.common import (
     kernel,
     launch,
     per_token,
+    row_counts,
     rows,
     written_in_place,
 )
@@ -57,9 +58,7 @@ def _ppo_loss(
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     start = sweeps.row_start(tl.program_id(0), inner, outer_stride, inner_stride)
-    counts = True
-    if mask_ptr is not None:
-        counts = tl.load(mask_ptr + row) != 0
+    counts = row_counts(mask_ptr, row)
     zero = tl.zeros((), R)
     logprob, entropy, shift, log2_sum, g, h = zero, zero, zero, zero, zero, zero
     loss, policy, kl, approx_kl, clip = zero, zero, zero, zero, zero

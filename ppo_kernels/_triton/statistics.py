@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 
 from ppo_kernels._triton import math, sweeps
-from ppo_kernels._triton.common import implement, kernel, launch, per_token, rows
+from ppo_kernels._triton.common import implement, kernel, launch, per_token, row_counts, rows
 from ppo_kernels._triton.logprobs import load_logit
 from ppo_kernels.schemas import result_dtype
 
@@ -16,6 +16,7 @@ def _forward(
     outer_stride: tl.int64,
     inner_stride: tl.int64,
     tokens_ptr,
+    mask_ptr,
     temperatures_ptr,
     logprobs_ptr,
     entropy_ptr,
@@ -32,23 +33,32 @@ def _forward(
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-    _, k = math.temperature_of(row, temperatures_ptr, temperature, k, R)
-    shift, total, weighted, squares, second, largest = sweeps.moments(
-        logits_ptr, start, V, k, L, LAYOUT
-    )
-    token = tl.load(tokens_ptr + row).to(tl.int64)
-    logit = load_logit(logits_ptr, start, V, token, R)
-    logprob = (tl.fma(logit, k, -shift) - tl.log2(total)) * math.LN_2
+    zero = tl.zeros((), R)
+    logprob, entropy, max_prob, sum_sq_probs, varentropy = zero, zero, zero, zero, zero
+    top1 = zero != 0.0
+    if row_counts(mask_ptr, row):
+        _, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
+        shift, total, weighted, squares, second, largest = sweeps.moments(
+            logits_ptr, start, V, scale, L, LAYOUT
+        )
+        token = tl.load(tokens_ptr + row).to(tl.int64)
+        logit = load_logit(logits_ptr, start, V, token, R)
+        logprob = (tl.fma(logit, scale, -shift) - tl.log2(total)) * math.LN_2
+        entropy = math.entropy(total, weighted)
+        max_prob = tl.exp2(tl.fma(largest, scale, -shift)) / total
+        sum_sq_probs = squares / total / total
+        top1 = (logit == largest) & (logprob == logprob)
+        varentropy = math.varentropy(total, weighted, second)
     tl.store(logprobs_ptr + row, logprob)
-    tl.store(entropy_ptr + row, math.entropy(total, weighted))
-    tl.store(max_prob_ptr + row, tl.exp2(tl.fma(largest, k, -shift)) / total)
-    tl.store(sum_sq_probs_ptr + row, squares / total / total)
-    tl.store(top1_ptr + row, (logit == largest) & (logprob == logprob))
-    tl.store(varentropy_ptr + row, math.varentropy(total, weighted, second))
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(max_prob_ptr + row, max_prob)
+    tl.store(sum_sq_probs_ptr + row, sum_sq_probs)
+    tl.store(top1_ptr + row, top1)
+    tl.store(varentropy_ptr + row, varentropy)
 
 
 @implement("token_statistics")
-def token_statistics(logits, tokens, temperatures, scalars):
+def token_statistics(logits, tokens, mask, temperatures, scalars):
     (temperature,) = scalars.tolist()
     real = result_dtype(logits)
     logprobs, entropy, max_prob, sum_sq_probs, varentropy = (
@@ -60,7 +70,7 @@ def token_statistics(logits, tokens, temperatures, scalars):
     launch(
         _forward,
         tokens.numel(),
-        *(*laid, per_token(tokens), per_token(temperatures), *results),
+        *(*laid, per_token(tokens), per_token(mask), per_token(temperatures), *results),
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),

@@ -5,8 +5,8 @@ step that follows, and two ends: `terminated` cuts the value, `done` cuts the ad
 
     δ_t = r_t + γ ¬terminated_t V'_t - V_t        A_t = δ_t + γ λ ¬done_t A_{t+1}
 
-The second is `ppo_kernels.gae` with δ for rewards and values of zero, whatever V' is. Cuts are made
-by selection, so that nothing non-finite crosses them (in torchrl 0·NaN does).
+The second is a discounted sum of δ, as in `ppo_kernels.gae`, whatever V' is. Cuts are made by
+selection, so that nothing non-finite crosses them (in torchrl 0·NaN does).
 """
 
 import math
@@ -14,31 +14,29 @@ import math
 import torch
 
 from ppo_kernels import checks
-from ppo_kernels.gae import gae
+from ppo_kernels.dispatch import resolve
+from ppo_kernels.gae import discounted_sums
 
 
 class _Advantages(torch.autograd.Function):
-    """(N, T) δ -> A. Its transpose is the same scan forwards, each cut one step later."""
+    """(N, T) δ and γλ -> A. Its transpose is the same scan forwards, each factor a step later."""
 
     @staticmethod
-    def forward(ctx, delta, done, gamma, lam):
-        ctx.save_for_backward(done)
-        ctx.factors = gamma, lam
-        values = torch.zeros_like(delta)
-        return gae(delta, values, dones=done, gamma=gamma, lam=lam).advantages
+    def forward(ctx, delta, decays, done):
+        advantages = discounted_sums(resolve("auto", delta), delta, decays, dones=done)
+        ctx.save_for_backward(decays, done, advantages)
+        return advantages
 
     @staticmethod
     def backward(ctx, grad):
-        (done,) = ctx.saved_tensors
-        cuts = done.roll(1, 1).flip(1)
-        return _Advantages.apply(grad.flip(1), cuts, *ctx.factors).flip(1), None, None, None
-
-
-def _number(name, x):
-    if isinstance(x, torch.Tensor) and (x.numel() != 1 or x.requires_grad):
-        kind = f"shape {tuple(x.shape)}, requires_grad={x.requires_grad}"
-        raise ValueError(f"{name} must be one number without gradient, got a tensor of {kind}")
-    return float(x)
+        decays, done, advantages = ctx.saved_tensors
+        later = (x.roll(1, 1).flip(1) for x in (decays, done))
+        grad_delta = _Advantages.apply(grad.flip(1), *later).flip(1)
+        grad_decays = None
+        if ctx.needs_input_grad[1]:
+            following = torch.nn.functional.pad(advantages[:, 1:], (0, 1))
+            grad_decays = grad_delta * following.masked_fill(done, 0)
+        return grad_delta, grad_decays, None
 
 
 def vec_generalized_advantage_estimate(
@@ -52,11 +50,10 @@ def vec_generalized_advantage_estimate(
     *,
     time_dim=-2,
 ):
-    """Advantages and value targets; see the module for the formula. torchrl's `GAE` calls this one.
+    """Advantages and value targets by the module's formula. torchrl's `GAE` calls this one.
 
     Args:
-        gamma, lmbda: numbers in [0, 1], or tensors of one element (a GPU is waited for then).
-            torchrl takes a gamma > 1, these functions do not.
+        gamma, lmbda: numbers, or tensors that broadcast to (..., T, F), such as one of each step.
         state_value, next_state_value, reward: (..., T, F) floating, each feature a trajectory.
         done, terminated: (..., T, F) bool; terminated is done when None.
         time_dim: where T stands.
@@ -66,10 +63,8 @@ def vec_generalized_advantage_estimate(
         values, rewards and fp32; differentiable, also twice, but not under `torch.func`.
 
     Raises:
-        ValueError: gamma or lmbda of a step each, which torchrl takes in its vectorised form.
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    gamma, lmbda = _number("gamma", gamma), _number("lmbda", lmbda)
     terminated = done if terminated is None else terminated
     for name, x in (("state_value", state_value), ("next_state_value", next_state_value)):
         checks.per_token(name, x, "reward", reward)
@@ -78,10 +73,15 @@ def vec_generalized_advantage_estimate(
     dtype = torch.promote_types(next_state_value.dtype, torch.float32)
     bootstrap = next_state_value.masked_fill(terminated, 0).to(dtype)
     delta = reward + gamma * bootstrap - state_value
-    rows, done = delta.movedim(time_dim, -1), done.movedim(time_dim, -1)
-    batch = math.prod(rows.shape[:-1]), rows.shape[-1]
-    advantage = _Advantages.apply(rows.reshape(batch), done.reshape(batch), gamma, lmbda)
-    advantage = advantage.reshape(rows.shape).movedim(-1, time_dim)
+    decays = gamma * lmbda
+    if not isinstance(decays, torch.Tensor):
+        decays = delta.new_full((), decays)
+    decays = decays.to(delta.dtype)
+    rows = [x.movedim(time_dim, -1) for x in (delta, decays.expand(delta.shape), done)]
+    shape = rows[0].shape
+    batch = math.prod(shape[:-1]), shape[-1]
+    advantage = _Advantages.apply(*(x.reshape(batch) for x in rows))
+    advantage = advantage.reshape(shape).movedim(-1, time_dim)
     return advantage, advantage + state_value
 
 

@@ -11,6 +11,7 @@ call, or "recompiled": a call that differs in numbers only and did compile.
 
 import itertools
 import json
+import math
 import sys
 from typing import NamedTuple
 
@@ -32,8 +33,8 @@ NUMBERS = {"gae": 2, "gae_packed": 2, "ppo_loss": 6, "ppo_loss_": 6, "clipped_po
 class Call(NamedTuple):
     """A call of an op on `rows` rows of V or T = `width`, with these of its optional inputs.
 
-    `strided` logits are `x[:, :-1]`; tensors of numbers per token begin `offset` elements after an
-    allocation does.
+    `sample_tokens` filters where it has a mask. `strided` logits are `x[:, :-1]`; tensors of
+    numbers per token begin `offset` elements after an allocation does.
     """
 
     op: str
@@ -60,7 +61,8 @@ class Call(NamedTuple):
         rows = (self.rows // 2, 2) if self.strided else (self.rows,)
         wide, per_token = (*rows, self.width), rows
         if family(self.op) != "logits":
-            per_token = (self.rows * self.width,) if self.op == "gae_packed" else wide
+            end_to_end = self.op == "gae_packed" or "cu_seqlens" in self.given
+            per_token = (self.rows * self.width,) if end_to_end else wide
         if name == "logits" and self.strided:
             return torch.zeros((rows[0], rows[1] + 1, self.width), dtype=self.dtype)[:, :-1]
         if name in ("logits", "ref_logits", "grad"):
@@ -77,6 +79,9 @@ class Call(NamedTuple):
             return torch.arange(self.rows + 1) * self.width
         if name in ("denominator", "scale"):
             return torch.ones((), dtype=torch.float64)
+        if name == "scalars" and self.op == "sample_tokens":
+            filters = (2, 0.5, self.number) if "mask" in self.given else (math.inf, 1.0, 0.0)
+            return dispatch.scalars(self.number, *filters)
         if name == "scalars":
             return dispatch.scalars(*[self.number] * NUMBERS.get(self.op, 1))
         if name.endswith("estimator"):
@@ -97,7 +102,7 @@ def optional(op):
 def family(op):
     if "logits" in schemas.SCHEMAS[op][0] or op == "rescale_":
         return "logits"
-    return "gae" if op.startswith("gae") else "other"
+    return "gae" if op in ("gae", "gae_packed", "discounted_sums") else "other"
 
 
 def calls(op, every_width):

@@ -185,6 +185,23 @@ def test_torchrl_gae(peer, ours, shape, time_dim):
 
 @pytest.mark.parametrize("peer", [TORCHRL], indirect=True)
 @pytest.mark.parametrize("ours", torchrl.REPLACES[TORCHRL], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("which", ("gamma", "lmbda", "both"))
+def test_torchrl_factors_of_each_step(peer, ours, which):
+    """With their gradients, and a gamma above 1."""
+    done = torch.rand(4, 40, 1) < 0.2
+    gamma = 0.9 + 0.2 * torch.rand(4, 40, 1) if which != "lmbda" else torch.tensor(1.02)
+    lmbda = torch.rand(4, 40, 1) if which != "gamma" else torch.tensor(0.9)
+    arguments = [gamma, lmbda, *(torch.randn(4, 40, 1) for _ in range(3))]
+
+    def run(function):
+        return lambda *x: function(*x, done)
+
+    theirs = getattr(peer, ours.__name__)
+    assert_same_with_gradients(run(ours), run(theirs), arguments, torch.float32)
+
+
+@pytest.mark.parametrize("peer", [TORCHRL], indirect=True)
+@pytest.mark.parametrize("ours", torchrl.REPLACES[TORCHRL], ids=lambda x: x.__name__)
 @pytest.mark.parametrize("value", DTYPES)
 @pytest.mark.parametrize("next_value", DTYPES)
 @pytest.mark.parametrize("reward", DTYPES)
@@ -223,8 +240,10 @@ def test_torchrl_module_runs_on_ours(peer, monkeypatch):
         [4, 30],
     )
     calls = []
-    real = torchrl.gae
-    monkeypatch.setattr(torchrl, "gae", lambda *x, **k: calls.append(1) or real(*x, **k))
+    real = torchrl.discounted_sums
+    monkeypatch.setattr(
+        torchrl, "discounted_sums", lambda *x, **k: calls.append(1) or real(*x, **k)
+    )
     expected = GAE(gamma=0.99, lmbda=0.95, value_network=critic)(data.clone())
     assert not calls
     with integrations.patch("torchrl"):
