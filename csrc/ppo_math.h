@@ -24,6 +24,15 @@ struct RealOf<double> {
 template <class T>
 using Real = typename RealOf<T>::type;
 
+// A log-ratio as it is exponentiated: within ±80, beyond which fp32 soon overflows. NaN unless it
+// is finite.
+template <class T>
+PPO_HD T bounded(T log_ratio) {
+  constexpr T kMost = 80;
+  if (!std::isfinite(log_ratio)) return T(NAN);
+  return log_ratio < -kMost ? -kMost : (log_ratio > kMost ? kMost : log_ratio);
+}
+
 template <class T>
 struct PolicyTerm {
   T loss;
@@ -32,19 +41,18 @@ struct PolicyTerm {
   bool clipped;
 };
 
-// `dual_clip` is +inf when there is none.
+// The ratio is clipped to [low, high]; `dual_clip` is +inf when there is none.
 template <class T>
-PPO_HD PolicyTerm<T> policy_term(T log_ratio, T advantage, T clip_low, T clip_high, T dual_clip) {
-  const T ratio = std::exp(log_ratio);
-  const T low = T(1) - clip_low, high = T(1) + clip_high;
-  const T bounded = ratio < low ? low : (ratio > high ? high : ratio);
+PPO_HD PolicyTerm<T> policy_term(T log_ratio, T advantage, T low, T high, T dual_clip) {
+  const T x = bounded(log_ratio), ratio = std::exp(x);
+  const T within = ratio < low ? low : (ratio > high ? high : ratio);
   const T unclipped_loss = -advantage * ratio;
-  const T clipped_loss = -advantage * bounded;
+  const T clipped_loss = -advantage * within;
   PolicyTerm<T> term;
   term.clipped = clipped_loss > unclipped_loss;
   term.loss = term.clipped ? clipped_loss : unclipped_loss;
-  term.grad = term.clipped ? T(0) : unclipped_loss;
-  term.approx_kl = std::expm1(log_ratio) - log_ratio;
+  term.grad = term.clipped || x != log_ratio ? T(0) : unclipped_loss;
+  term.approx_kl = std::expm1(x) - x;
   if (advantage < T(0) && term.loss > -advantage * dual_clip) {
     term.loss = -advantage * dual_clip;
     term.grad = T(0);
@@ -90,8 +98,8 @@ PPO_HD KLTerm<T> kl_term(KLEstimator estimator, T log_ratio) {
     case KLEstimator::k2:
       return {T(0.5) * log_ratio * log_ratio, log_ratio};
     case KLEstimator::k3: {
-      const T excess = std::expm1(-log_ratio);
-      return {excess + log_ratio, -excess};
+      const T x = bounded(log_ratio), excess = std::expm1(-x);
+      return {excess + x, x == log_ratio ? -excess : T(0)};
     }
     default:
       return {std::fabs(log_ratio), T(log_ratio > T(0)) - T(log_ratio < T(0))};
@@ -100,7 +108,7 @@ PPO_HD KLTerm<T> kl_term(KLEstimator estimator, T log_ratio) {
 
 template <class T>
 struct Objective {
-  T clip_low, clip_high, dual_clip, entropy_coef, kl_coef;
+  T low, high, dual_clip, entropy_coef, kl_coef;
   KLEstimator kl_estimator;
 };
 
@@ -119,11 +127,16 @@ struct TokenTerms {
 template <class T>
 PPO_HD TokenTerms<T> token_terms(const Objective<T>& objective, T logprob, T old_logprob,
                                  T advantage, bool has_ref, T ref_logprob) {
-  TokenTerms<T> terms{policy_term(logprob - old_logprob, advantage, objective.clip_low,
-                                  objective.clip_high, objective.dual_clip),
+  TokenTerms<T> terms{policy_term(logprob - old_logprob, advantage, objective.low, objective.high,
+                                  objective.dual_clip),
                       {}};
   if (has_ref) terms.kl = kl_term(objective.kl_estimator, logprob - ref_logprob);
   return terms;
+}
+
+// What `masked_whiten` multiplies by; 0 where nothing varies.
+PPO_HD double whitening_scale(double variance, double eps) {
+  return variance + eps == 0 ? 0 : 1 / std::sqrt(variance + eps);
 }
 
 // All that a token hands to those before it is one number, G = γ V + γ λ A. Tokens in a row are a

@@ -1,9 +1,8 @@
 // Mergeable state of a softmax over part of a row, and what follows from it. Host and device.
 //
 // Everything is in base 2, the base in which processors exponentiate: with k = log2(e) / τ a logit
-// z stands for the exponent t = k z - shift, where shift is k times the maximum, or near it, so
-// that sums neither overflow nor cancel, however large the logits. `shift` is carried as the very
-// number that was subtracted; it must not be recomputed under floating-point contraction.
+// z stands for the exponent t = k (z - shift), where shift is the maximum, or near it, so that sums
+// neither overflow nor cancel, however large the logits: k z itself may be beyond the range of T.
 #pragma once
 
 #include <cmath>
@@ -58,8 +57,8 @@ PPO_HD T common_shift(T a, T b) {
 // The change of exponents when a part moves from its own shift to a common one; 0 for an empty
 // part, whose sums are 0.
 template <class T>
-PPO_HD T shift_change(T from, T to) {
-  return from == -T(INFINITY) ? T(0) : from - to;
+PPO_HD T shift_change(T from, T to, T k) {
+  return from == -T(INFINITY) ? T(0) : k * (from - to);
 }
 
 // weight * x, and 0 for a weight of 0, though x may have overflowed.
@@ -69,9 +68,9 @@ PPO_HD T weighed(T weight, T x) {
 }
 
 template <class T>
-PPO_HD SoftmaxState<T> merge(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
+PPO_HD SoftmaxState<T> merge(const SoftmaxState<T>& a, const SoftmaxState<T>& b, T k) {
   const T shift = common_shift(a.shift, b.shift);
-  const T da = shift_change(a.shift, shift), db = shift_change(b.shift, shift);
+  const T da = shift_change(a.shift, shift, k), db = shift_change(b.shift, shift, k);
   const T fa = std::exp2(da), fb = std::exp2(db);
   return {shift, fa * a.sum + fb * b.sum,
           weighed(fa, a.weighted + da * a.sum) + weighed(fb, b.weighted + db * b.sum)};
@@ -83,13 +82,23 @@ PPO_HD T log2_sum(const SoftmaxState<T>& s) {
   return std::log2(s.sum);
 }
 
+// The bounds that roundings do not respect; NaN stays.
+template <class T>
+PPO_HD T at_least(T bound, T x) {
+  return x < bound ? bound : x;
+}
+template <class T>
+PPO_HD T at_most(T bound, T x) {
+  return x > bound ? bound : x;
+}
+
 // H = -Σ p log p, in nats.
 template <class T>
 PPO_HD T entropy(const SoftmaxState<T>& s) {
-  return T(kLn2) * (log2_sum(s) - s.weighted / s.sum);
+  return at_least(T(0), T(kLn2) * (log2_sum(s) - s.weighted / s.sum));
 }
 
-// What `softmax_stats` holds of a row: shift and log2 Σ 2^(k z - shift).
+// What `softmax_stats` holds of a row: shift and log2 Σ 2^t, -inf for a row of -inf throughout.
 template <class T>
 struct RowStats {
   T shift, log2_sum;
@@ -104,10 +113,10 @@ struct Scored {
 
 template <class T>
 PPO_HD Scored<T> score(const SoftmaxState<T>& state, T logit, T k) {
-  // Nothing with probability: a row of -inf throughout.
-  if (state.sum == T(0)) return {{state.shift, T(0)}, T(NAN), T(NAN)};
   const T log2 = log2_sum(state);
-  return {{state.shift, log2}, T(kLn2) * (std::fma(k, logit, -state.shift) - log2), entropy(state)};
+  if (state.sum == T(0)) return {{state.shift, log2}, T(NAN), T(NAN)};
+  const T logprob = T(kLn2) * (k * (logit - state.shift) - log2);
+  return {{state.shift, log2}, at_most(T(0), logprob), entropy(state)};
 }
 
 // What `token_statistics` sums up besides.
@@ -126,10 +135,10 @@ PPO_HD T shifted_second(const Moments<T>& m, T change, T factor) {
 }
 
 template <class T>
-PPO_HD Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
+PPO_HD Moments<T> merge(const Moments<T>& a, const Moments<T>& b, T k) {
   const SoftmaxState<T>&first = a, &other = b;
-  const SoftmaxState<T> both = merge(first, other);
-  const T da = shift_change(a.shift, both.shift), db = shift_change(b.shift, both.shift);
+  const SoftmaxState<T> both = merge(first, other, k);
+  const T da = shift_change(a.shift, both.shift, k), db = shift_change(b.shift, both.shift, k);
   const T fa = std::exp2(da), fb = std::exp2(db);
   return {both, fa * fa * a.squares + fb * fb * b.squares,
           shifted_second(a, da, fa) + shifted_second(b, db, fb),
@@ -149,9 +158,9 @@ PPO_HD TokenStatistics<T> token_statistics(const Moments<T>& m, T logit, T k) {
   const T mean = m.weighted / m.sum, variance = m.second / m.sum - mean * mean;
   return {scored.logprob,
           scored.entropy,
-          std::exp2(std::fma(k, m.largest, -m.shift)) / m.sum,
-          m.squares / m.sum / m.sum,
-          T(kLn2 * kLn2) * (variance < T(0) ? T(0) : variance),
+          at_most(T(1), std::exp2(k * (m.largest - m.shift)) / m.sum),
+          at_most(T(1), m.squares / m.sum / m.sum),
+          T(kLn2 * kLn2) * at_least(T(0), variance),
           logit == m.largest && !std::isnan(scored.logprob)};
 }
 
@@ -171,8 +180,8 @@ PPO_HD RowGradient<T> row_gradient(T g, T h, T entropy, const RowStats<T>& stats
   const T weight = -std::exp2(-stats.log2_sum) / temperature.value;
   const T a = weight * (g + h * (entropy - T(kLn2) * stats.log2_sum));
   const T b = weight * h * T(kLn2);
-  const T t = std::fma(temperature.k, token_logit, -stats.shift);
-  const T softmax_part = t == -T(INFINITY) ? T(0) : std::exp2(t) * std::fma(b, t, a);
+  const T t = temperature.k * (token_logit - stats.shift);
+  const T softmax_part = weighed(std::exp2(t), std::fma(b, t, a));
   return {stats.shift, a, b, softmax_part + g / temperature.value};
 }
 
@@ -187,32 +196,32 @@ struct JointState {
 };
 
 template <class T>
-PPO_HD T shifted_cross(const JointState<T>& s, T shift, T ref_shift) {
+PPO_HD T shifted_cross(const JointState<T>& s, T shift, T ref_shift, T k) {
   if (s.sum == T(0)) return T(0);
-  const T change = shift_change(s.shift, shift), weight = std::exp2(change);
+  const T change = shift_change(s.shift, shift, k), weight = std::exp2(change);
   if (std::isinf(s.cross)) return weighed(weight, s.cross);
-  return weighed(weight, s.cross + s.sum * (change - shift_change(s.ref_shift, ref_shift)));
+  return weighed(weight, s.cross + s.sum * (change - shift_change(s.ref_shift, ref_shift, k)));
 }
 
 template <class T>
-PPO_HD JointState<T> merge(const JointState<T>& a, const JointState<T>& b) {
+PPO_HD JointState<T> merge(const JointState<T>& a, const JointState<T>& b, T k) {
   const T shift = common_shift(a.shift, b.shift);
   const T ref_shift = common_shift(a.ref_shift, b.ref_shift);
   JointState<T> s;
   s.shift = shift;
   s.ref_shift = ref_shift;
-  s.sum = std::exp2(shift_change(a.shift, shift)) * a.sum +
-          std::exp2(shift_change(b.shift, shift)) * b.sum;
-  s.ref_sum = std::exp2(shift_change(a.ref_shift, ref_shift)) * a.ref_sum +
-              std::exp2(shift_change(b.ref_shift, ref_shift)) * b.ref_sum;
-  s.cross = shifted_cross(a, shift, ref_shift) + shifted_cross(b, shift, ref_shift);
+  s.sum = std::exp2(shift_change(a.shift, shift, k)) * a.sum +
+          std::exp2(shift_change(b.shift, shift, k)) * b.sum;
+  s.ref_sum = std::exp2(shift_change(a.ref_shift, ref_shift, k)) * a.ref_sum +
+              std::exp2(shift_change(b.ref_shift, ref_shift, k)) * b.ref_sum;
+  s.cross = shifted_cross(a, shift, ref_shift, k) + shifted_cross(b, shift, ref_shift, k);
   return s;
 }
 
 // KL(p || q) in nats.
 template <class T>
 PPO_HD T kl(const JointState<T>& s) {
-  return T(kLn2) * (s.cross / s.sum - std::log2(s.sum) + std::log2(s.ref_sum));
+  return at_least(T(0), T(kLn2) * (s.cross / s.sum - std::log2(s.sum) + std::log2(s.ref_sum)));
 }
 
 }  // namespace ppo

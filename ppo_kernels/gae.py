@@ -12,11 +12,11 @@ import torch
 from ppo_kernels import checks, reference, reference_gae
 from ppo_kernels.dispatch import kernels, resolve, scalars
 from ppo_kernels.logprobs import within
-from ppo_kernels.schemas import result_dtype
+from ppo_kernels.schemas import promoted, result_dtype
 
 
 class AdvantagesAndReturns(NamedTuple):
-    """Both of the shape of `rewards`, fp32 (fp64 for fp64 inputs), without gradient."""
+    """Both of the shape of `rewards`, fp32 (fp64 where an input is), without gradient."""
 
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -112,14 +112,15 @@ def gae(
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γ λ A_{t+1}        return_t = A_t + V_t
 
     A done token starts from V_{t+1} = A_{t+1} = 0, chosen by selection, so that nothing non-finite
-    crosses it. A masked-out position gets 0 and hands V_{t+1} and A_{t+1} on unchanged.
+    crosses it, wherever it stands. Otherwise a masked-out position hands V_{t+1} and A_{t+1} on
+    unchanged. It gets 0.
 
     Args:
         rewards, values: (B, T) floating.
-        mask: (B, T) bool, True = counts; None counts all.
+        mask: (B, T) bool, True = counts; None counts all. Rewards elsewhere are dropped.
         gamma, lam: discount γ and decay λ, in [0, 1]: numbers, or tensors (B,) of one per row or
             (B, T) of one per token, the γ_t and λ_t of the formula.
-        dones: (B, T) bool, True where a trajectory ends with this token.
+        dones: (B, T) bool, True where a trajectory ends with this token, whether or not it counts.
         bootstrap_values: (B,) value after the last counted token of a row; 0 when None.
         backend: "auto", "native", "triton" or "reference".
 
@@ -135,6 +136,7 @@ def gae(
         raise ValueError(f"rewards must have shape (B, T), got {tuple(rewards.shape)}")
     rows = rewards.shape[0]
     gamma, lam = _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rows)
+    rewards = promoted(rewards, bootstrap_values)
     backend = resolve(backend, rewards)
     of_tensors = isinstance(gamma, torch.Tensor) or isinstance(lam, torch.Tensor)
     if of_tensors:
@@ -204,6 +206,7 @@ def gae_packed(
     checks.boundaries("cu_seqlens", cu_seqlens, rewards)
     rows = cu_seqlens.shape[0] - 1
     gamma, lam = _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rows)
+    rewards = promoted(rewards, bootstrap_values)
     backend = resolve(backend, rewards)
     of_tensors = isinstance(gamma, torch.Tensor) or isinstance(lam, torch.Tensor)
     if of_tensors:
@@ -303,8 +306,8 @@ def vtrace(
         log_rhos, rewards, values, gamma, lam, bootstrap_values
     )
     log_rhos = within(mask, log_rhos)
-    reference.refuse_infinite("log_rhos", log_rhos)
-    ratio = log_rhos.clamp(-80.0, 80.0).exp()
+    reference.refuse_infinite(mask, log_rhos=log_rhos)
+    ratio = reference.bounded(log_rhos).exp()
     # Products: `clamp` would compile anew for each number.
     rho, c, pg_rho = (ratio.minimum(ratio.new_ones(()) * x) for x in thresholds)
     c = lam * c

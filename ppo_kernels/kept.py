@@ -50,7 +50,7 @@ class _KeptLogprobs(torch.autograd.Function):
         total, weighted, token, found = sums.unbind(1)
         log_total = total.log()
         logprobs = torch.where(found == 1, token - log_total, torch.nan)
-        entropy = log_total - weighted / total
+        entropy = (log_total - weighted / total).clamp(min=0.0)
         ctx.save_for_backward(
             t - log_total.to(dtype)[rows], is_token, rows, ids, mask, tau, entropy.to(dtype)
         )

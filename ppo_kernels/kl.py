@@ -8,6 +8,8 @@ Estimators of KL(π || π_ref) from tokens sampled from π, with Δ = logprob - 
 (J. Schulman, "Approximating KL Divergence", 2020)::
 
     k1 = Δ      k2 = Δ² / 2      k3 = exp(-Δ) - 1 + Δ      abs = |Δ|
+
+In k3 Δ is bounded at ±80, beyond which the gradient is 0.
 """
 
 import torch
@@ -15,13 +17,15 @@ import torch
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.logprobs import within
+from ppo_kernels.schemas import promoted
 
 
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ref_logits, mask, temperatures, scalars, backend):
         kl, *stats = kernels(backend).kl_divergence(logits, ref_logits, mask, temperatures, scalars)
-        ctx.save_for_backward(mask, logits, ref_logits, kl, *stats, temperatures, scalars)
+        # A clone: results are the caller's to write to.
+        ctx.save_for_backward(mask, logits, ref_logits, kl.clone(), *stats, temperatures, scalars)
         ctx.backend = backend
         return kl
 
@@ -46,8 +50,8 @@ def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0, backend="au
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        (...) fp32 (fp64 for fp64 logits), differentiable in `logits` under any upstream gradient.
-        Where p_j = 0 a term is 0; +inf where the reference excludes a token that p allows.
+        (...) fp32 (fp64 for fp64 logits), at least 0, differentiable in `logits` under any upstream
+        gradient. Where p_j = 0 a term is 0; +inf where the reference excludes what p allows.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value. A tensor of temperatures
@@ -85,7 +89,7 @@ class _KLEstimate(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_kl):
         (derivative,) = ctx.saved_tensors
-        grad, (dtype, ref_dtype) = grad_kl * derivative, ctx.dtypes
+        grad, (dtype, ref_dtype) = reference.chained(grad_kl, derivative), ctx.dtypes
         return grad.to(dtype), (-grad).to(ref_dtype), None, None
 
 
@@ -100,7 +104,7 @@ def kl_estimate(logprobs, ref_logprobs, mask=None, *, estimator, backend="auto")
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        (...) fp32 (fp64 for fp64 input), differentiable in both.
+        (...) fp32 (fp64 where an input is), differentiable in both.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
@@ -110,6 +114,7 @@ def kl_estimate(logprobs, ref_logprobs, mask=None, *, estimator, backend="auto")
     checks.choice("estimator", estimator, reference.ESTIMATORS)
     mask = checks.boolean("mask", mask, "logprobs", logprobs)
     logprobs, ref_logprobs = within(mask, logprobs), within(mask, ref_logprobs)
+    logprobs = promoted(logprobs, ref_logprobs)
     backend = resolve(backend, logprobs)
     if backend == "reference":
         return reference.kl_estimate(logprobs, ref_logprobs, estimator=estimator)

@@ -18,11 +18,11 @@ the temperature and costs nothing.
 
 import torch
 
-from ppo_kernels import checks, reference
+from ppo_kernels import checks, reference, schemas
 from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.linear_chunks import CHUNK_BYTES
 from ppo_kernels.logprobs import LogprobsAndEntropy, within
-from ppo_kernels.ppo_loss import PPOLoss, checked_arguments, for_kernel
+from ppo_kernels.ppo_loss import checked_arguments, for_kernel, promoted_loss
 
 
 def _cast(dtype, *tensors):
@@ -38,9 +38,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             *_cast(dtype, hidden, weight, bias), *rest, *chunking[1:]
         )
         head_scalars, tokens, mask, *others = rest
-        ctx.save_for_backward(
-            *(mask, hidden, weight, bias, head_scalars, tokens, entropy, stats, *others)
-        )
+        # A clone: results are the caller's to write to.
+        known = tokens, entropy.clone(), stats, *others
+        ctx.save_for_backward(mask, hidden, weight, bias, head_scalars, *known)
         ctx.call = backend, dtype, wanted, chunking, len(rest)
         return logprobs, entropy
 
@@ -57,7 +57,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 within(mask, grad_entropy),
                 *(*_cast(dtype, *head), *known, *wanted, *chunking),
             )
-            grads = _given(wanted, head, grads)
+            dtypes = [None if x is None else x.dtype for x in head]
+            grads = _given(wanted, dtypes, grads)
         return None, None, None, None, *grads, *(None,) * rest
 
 
@@ -69,8 +70,11 @@ class _LinearPPOLoss(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(*results[1:])
         grads = grad_hidden, grad_weight, grad_bias
-        ctx.save_for_backward(*_given(wanted, (hidden, weight, bias), grads))
-        ctx.backend, ctx.rest, ctx.spent = backend, len(rest), False
+        # fp16 does not hold gradients that a loss scale is yet to multiply.
+        held = [None if x is None else schemas.unscaled_dtype(x) for x in (hidden, weight, bias)]
+        ctx.save_for_backward(*_given(wanted, held, grads))
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.backend, ctx.wanted, ctx.rest, ctx.spent = backend, wanted, len(rest), False
         return tuple(results)
 
     @staticmethod
@@ -86,13 +90,14 @@ class _LinearPPOLoss(torch.autograd.Function):
         for grad in grads:
             if grad is not None:
                 kernels(ctx.backend).rescale_(grad, grad_loss)
+        grads = _given(ctx.wanted, ctx.dtypes, grads)
         return None, None, None, None, *grads, *(None,) * ctx.rest
 
 
-def _given(wanted, inputs, grads):
-    """The gradients that are wanted, in their inputs' dtypes."""
-    triples = zip(wanted, inputs, grads, strict=True)
-    return tuple(grad.to(x.dtype) if wants else None for wants, x, grad in triples)
+def _given(wanted, dtypes, grads):
+    """The gradients that are wanted, in these dtypes."""
+    triples = zip(wanted, dtypes, grads, strict=True)
+    return tuple(grad.to(dtype) if wants else None for wants, dtype, grad in triples)
 
 
 def _counted(head, mask):
@@ -319,8 +324,8 @@ def linear_ppo_loss(
 
     The gradients are made in the forward, those that are asked for: with a frozen head or frozen
     hidden states a product less, without autograd none. `loss.backward()` hands them on, scaled by
-    the upstream gradient; it can be called once. In fp16 a loss scale comes after they are rounded:
-    take bf16, or `linear_token_logprobs` and `clipped_policy_loss`.
+    the upstream gradient; it can be called once. Of fp16 they are held in fp32 until then, because
+    it may be a loss scale that makes them representable; that takes a sweep more.
 
     Args:
         hidden, weight, bias, softcap, logit_scale, grad_weight_dtype, logits_dtype, backend: as in
@@ -368,6 +373,8 @@ def linear_ppo_loss(
     backend = resolve(backend, hidden)
     if backend == "reference":
         logits = _reference_logits(head, mask, *call, softcap, logit_scale)
-        return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    rest = scalars(logit_scale, softcap), *for_kernel(*arguments)
-    return PPOLoss(*_LinearPPOLoss.apply(backend, *call, *head, *rest))
+        results = reference.ppo_loss(logits, *arguments)
+    else:
+        rest = scalars(logit_scale, softcap), *for_kernel(*arguments)
+        results = _LinearPPOLoss.apply(backend, *call, *head, *rest)
+    return promoted_loss(results, head[0], arguments)

@@ -52,10 +52,10 @@ class _Head:
             temperatures = temperatures.double() / self.logits_per_seen
         return temperatures, scalars * factors
 
-    def want(self, grad_hidden, grad_weight, grad_bias, sum_dtype):
+    def want(self, grad_hidden, grad_weight, grad_bias, sum_dtype, hidden_dtype=None):
         """Make room for gradients; returns whether there are any."""
         if grad_hidden:
-            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
+            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=hidden_dtype)
         if grad_weight:
             self.grad_weight = self.weight.new_zeros(self.weight.shape, dtype=sum_dtype)
         if grad_bias:
@@ -96,15 +96,22 @@ class _Head:
                 product.mul_(self.slope).tanh_()
         return out
 
-    def add(self, chunk, hidden, grad, tanh):
+    def add(self, chunk, hidden, grad, tanh, scale=None):
         """Add what `grad` brings, the gradient in what the kernels saw, which was `tanh` if there
-        is a softcap. It is spent afterwards."""
+        is a softcap; if it was multiplied by `scale`, a tensor, that is undone in fp32. It is spent
+        afterwards."""
+
+        def unscaled(product):
+            return product if scale is None else product.float() / scale
+
         if self.capped:
             torch.ops.aten.tanh_backward.grad_input(grad, tanh, grad_input=grad)
         if self.grad_hidden is not None:
-            self.grad_hidden[chunk] = self.in_hidden(grad).mul_(self.slope).to(self.hidden.dtype)
+            product = unscaled(self.in_hidden(grad)).mul_(self.slope)
+            self.grad_hidden[chunk] = product.to(self.grad_hidden.dtype)
         if self.grad_bias is not None:
-            self.grad_bias.add_(grad.sum(0, dtype=self.grad_bias.dtype), alpha=self.slope)
+            total = unscaled(grad.sum(0, dtype=self.grad_bias.dtype))
+            self.grad_bias.add_(total, alpha=self.slope)
         if self.grad_weight is None:
             return
         if self.grad_weight.dtype == grad.dtype:
@@ -112,7 +119,8 @@ class _Head:
             return
         for begin in range(0, grad.shape[1], BLOCK):
             rows = slice(begin, begin + BLOCK)
-            self.grad_weight[rows].add_(grad[:, rows].t() @ hidden, alpha=self.slope)
+            product = unscaled(grad[:, rows].t() @ hidden)
+            self.grad_weight[rows].add_(product, alpha=self.slope)
 
     def in_hidden(self, grad):
         """The gradient in hidden states, without the slope."""
@@ -201,6 +209,21 @@ def _token_logprobs_backward(
     return head.gradients()
 
 
+def _gradient_in_place(backend, logits, tokens, results, temperatures, scalars):
+    """Write the gradient that `ppo_loss` left to its backward, times a power of two; returns that.
+
+    It takes the largest factor of a row's gradient to between 1/2 and 1, so that fp16 holds it.
+    """
+    *_, entropy, stats, g, h = results
+    largest = torch.maximum(g.abs(), h.abs())
+    largest = (largest / (scalars[0] if temperatures is None else temperatures)).amax()
+    scale = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent).to(g.dtype)
+    kernels(backend).token_logprobs_backward_(
+        g * scale, h * scale, logits, tokens, entropy, stats, temperatures, scalars
+    )
+    return scale
+
+
 def _ppo_loss(
     backend,
     hidden,
@@ -226,8 +249,15 @@ def _ppo_loss(
     head = _Head(backend, hidden, weight, bias, head_scalars, logits_dtype, mask)
     if head.picks:
         head.check(tokens, temperatures)
-    differentiable = head.want(grad_hidden, grad_weight, grad_bias, sum_dtype)
-    op = kernels(backend).ppo_loss_ if differentiable else kernels(backend).ppo_loss
+        reference.refuse_infinite(
+            mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
+        )
+    sum_dtype = torch.promote_types(sum_dtype, schemas.unscaled_dtype(weight))
+    dtypes = sum_dtype, schemas.unscaled_dtype(hidden)
+    differentiable = head.want(grad_hidden, grad_weight, grad_bias, *dtypes)
+    scaled = differentiable and logits_dtype == torch.float16
+    in_place = differentiable and not scaled
+    op = kernels(backend).ppo_loss_ if in_place else kernels(backend).ppo_loss
     if denominator is None:
         counts = torch.ones_like(tokens) if mask is None else mask
         denominator = counts.sum(dtype=torch.float64)
@@ -252,7 +282,10 @@ def _ppo_loss(
             raise
         means += torch.stack(results[:6])
         logprobs.view(-1)[chunk], entropy.view(-1)[chunk] = results[6:8]
-        if differentiable:
+        if scaled:
+            scale = _gradient_in_place(backend, seen, per_token[0], results, *own, scalars)
+            head.add(chunk, part, seen, tanh, scale)
+        elif differentiable:
             head.add(chunk, part, seen, tanh)
     return *(x.clone() for x in means.to(real)), logprobs, entropy, *head.gradients()
 

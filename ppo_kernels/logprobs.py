@@ -35,7 +35,9 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, stats = kernels(backend).token_logprobs(
             logits, tokens, mask, temperatures, scalars
         )
-        ctx.save_for_backward(mask, logits, tokens, entropy, stats, temperatures, scalars)
+        # A clone: results are the caller's to write to.
+        known = tokens, entropy.clone(), stats, temperatures, scalars
+        ctx.save_for_backward(mask, logits, *known)
         ctx.backend = backend
         return logprobs, entropy
 
@@ -74,8 +76,8 @@ def token_logprobs(logits, tokens, mask=None, *, temperature=1.0, backend="auto"
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        (...) log-probabilities in nats, fp32 (fp64 for fp64 logits), differentiable in `logits`.
-        A token whose logit is -inf has log-probability -inf.
+        (...) log-probabilities in nats, at most 0, fp32 (fp64 for fp64 logits), differentiable
+        in `logits`. A token whose logit is -inf has log-probability -inf.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; the message names

@@ -24,7 +24,7 @@ class _MaskedMean(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_mean):
         mask, weight = ctx.saved_tensors
-        grad = (grad_mean * weight).to(ctx.dtype).expand(ctx.shape)
+        grad = reference.chained(grad_mean, weight).to(ctx.dtype).expand(ctx.shape)
         return grad if mask is None else torch.where(mask, grad, 0.0), None, None, None
 
 
@@ -55,6 +55,8 @@ def masked_mean(x, mask=None, denominator=None, *, backend="auto"):
 
 def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):
     """`x` centred and scaled to unit variance over the mask; 0 where masked out. No gradient.
+
+    A constant, as one token is, gives 0, whatever `eps`.
 
     Args:
         x: (...) floating.

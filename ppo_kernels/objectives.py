@@ -29,9 +29,10 @@ A sequence in which nothing counts is none. Every objective takes::
                   finite x also where the mask is False
 
 and gives PolicyLoss, fp32 (fp64 for fp64 input): the loss, the k3 estimate of KL(old || new) per
-token and the share of tokens where clipping acts, all three averaged by `aggregate`. A ratio beyond
-e^80 counts as e^80. Errors are TypeError or ValueError naming argument, rule and value, on the CPU
-also for a counted token whose log-prob is -inf or NaN.
+token and the share of tokens where clipping acts, all three averaged by `aggregate`. Log-ratios are
+bounded at ±80, beyond which their gradient is 0. Errors are TypeError or ValueError naming
+argument, rule and value, on the CPU also for a counted token whose log-prob or advantage is not
+finite.
 """
 
 import math
@@ -41,9 +42,6 @@ import torch
 from ppo_kernels import checks, reference, schemas
 from ppo_kernels.masked import masked_mean
 from ppo_kernels.ppo_loss_of_tokens import PolicyLoss
-
-# exp of it is finite in fp32, so that a clipped token's gradient is 0 and not 0 · inf.
-_MOST_LOG_RATIO = 80.0
 
 
 def token_mean(x, mask=None, *, denominator=None):
@@ -88,12 +86,15 @@ def _checked(logprobs, old_logprobs, advantages, mask, importance_weights):
     checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
     mask = checks.boolean("mask", mask, "logprobs", logprobs)
     advantages = checks.advantages(advantages, importance_weights, mask, "logprobs", logprobs)
+    reference.refuse_infinite(
+        mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
+    )
+    logprobs = schemas.promoted(logprobs, old_logprobs, advantages)
     log_ratio = reference.log_ratio(logprobs, old_logprobs)
     advantages = advantages.to(log_ratio.dtype)
     if mask is not None:
         log_ratio, advantages = (x.masked_fill(~mask, 0.0) for x in (log_ratio, advantages))
-    reference.refuse_infinite("logprobs - old_logprobs", log_ratio.detach())
-    return log_ratio.clamp(max=_MOST_LOG_RATIO), advantages, mask
+    return reference.bounded(log_ratio), advantages, mask
 
 
 def _clipped(log_ratio, advantages, mask, aggregate, clip_low, clip_high, dual_clip=None):
@@ -235,15 +236,17 @@ def tis(
     (Yao et al., 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training";
     the truncation is that of IMPALA, Espeholt et al., 2018, arXiv:1802.01561).
     """
+    checks.floating("logprobs", logprobs)
+    checks.per_token("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
+    cap = checks.number("cap", cap, above=0)
+    logprobs = schemas.promoted(logprobs, rollout_logprobs)
     log_ratio, advantages, mask = _checked(
         logprobs, old_logprobs, advantages, mask, importance_weights
     )
-    checks.per_token("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
-    cap = checks.number("cap", cap, above=0)
-    log_weight = reference.log_ratio(old_logprobs.detach(), rollout_logprobs)
+    reference.refuse_infinite(mask, rollout_logprobs=rollout_logprobs)
+    log_weight = reference.log_ratio(old_logprobs.detach().to(log_ratio.dtype), rollout_logprobs)
     if mask is not None:
         log_weight = log_weight.masked_fill(~mask, 0.0)
-    reference.refuse_infinite("old_logprobs - rollout_logprobs", log_weight)
     weight = log_weight.clamp(max=math.log(cap)).exp()
     return _clipped(log_ratio, advantages * weight, mask, aggregate, clip_low, clip_high)
 

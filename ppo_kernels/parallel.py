@@ -1,10 +1,12 @@
 r"""Log-probs, entropy, KL and the PPO loss of logits whose vocabulary is split over processes.
 
-Each rank sweeps its slice of a row; with k = log2(e) / τ and t_j = k z_j - shift it has the state::
+Each rank sweeps its slice of a row; with k = log2(e) / τ and t_j = k (z_j - shift) it has the
+state::
 
     shift    s = Σ_j 2^t_j    w = Σ_j 2^t_j t_j    t_a, where the token a is in its slice
 
-and from the states of all, with S = max_r shift_r and d_r = shift_r - S, follow those of the row::
+and from the states of all, with S = max_r shift_r and d_r = k (shift_r - S), follow those of the
+row::
 
     s = Σ_r 2^d_r s_r      w = Σ_r 2^d_r (w_r + d_r s_r)      t_a = t_a of its rank + its d
     logprob = ln 2 (t_a - log2 s)      H = ln 2 (log2 s - w / s)
@@ -49,33 +51,28 @@ def _gathered(state, group):
     return torch.stack(states)
 
 
-class _Gather(torch.autograd.Function):
-    """`_gathered`; a rank differentiates in its own state."""
-
-    @staticmethod
-    def forward(ctx, state, group):
-        ctx.rank = dist.get_rank(group)
-        return _gathered(state, group)
-
-    @staticmethod
-    @checks.first_order
-    def backward(ctx, grad):
-        return grad[ctx.rank], None
+def _temperature_of(temperatures, numbers):
+    return numbers[0] if temperatures is None else temperatures
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, here, mask, group, backend, *numbers):
+    def forward(ctx, logits, ids, here, mask, group, backend, temperatures, numbers):
         ctx.set_materialize_grads(False)
+        temperature = _temperature_of(temperatures, numbers)
         if logits.shape[-1] == 0:
             state = softmax_state.of_nothing(logits)
+        elif backend == "reference":
+            state = softmax_state.plain(logits, ids, here, temperature)
         else:
-            scored = kernels(backend).token_logprobs(logits, ids, mask, *numbers)
+            scored = kernels(backend).token_logprobs(logits, ids, mask, temperatures, numbers)
             state = softmax_state.from_kernel(*scored, here)
-        logprobs, entropy, stats, owners = softmax_state.merged(_gathered(state, group))
+        states = _gathered(state, group)
+        logprobs, entropy, stats, owners = softmax_state.merged(states, temperature)
         ctx.mark_non_differentiable(owners)
         ids = torch.where(here, ids, schemas.ELSEWHERE)
-        ctx.save_for_backward(logits, ids, entropy, stats, *numbers)
+        # A clone: results are the caller's to write to.
+        ctx.save_for_backward(logits, ids, entropy.clone(), stats, temperatures, numbers)
         ctx.backend = backend
         return logprobs, entropy, owners
 
@@ -85,6 +82,12 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, *rest = ctx.saved_tensors
         if logits.numel() == 0 or (grad_logprobs is None and grad_entropy is None):
             grad_logits = torch.zeros_like(logits)
+        elif ctx.backend == "reference":
+            *known, temperatures, numbers = rest
+            temperature = _temperature_of(temperatures, numbers)
+            grad_logits = softmax_state.gradient(
+                grad_logprobs, grad_entropy, logits, *known, temperature
+            )
         else:
             grad_logits = kernels(ctx.backend).token_logprobs_backward(
                 grad_logprobs, grad_entropy, logits, *rest
@@ -94,14 +97,20 @@ class _TokenLogprobs(torch.autograd.Function):
 
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ref_logits, group, backend, *numbers):
+    def forward(ctx, logits, ref_logits, group, backend, temperatures, numbers):
+        temperature = _temperature_of(temperatures, numbers)
         if logits.shape[-1] == 0:
             state = softmax_state.joint_of_nothing(logits)
+        elif backend == "reference":
+            state = softmax_state.joint_plain(logits, ref_logits, temperature)
         else:
-            compared = kernels(backend).kl_divergence(logits, ref_logits, None, *numbers)
+            compared = kernels(backend).kl_divergence(
+                logits, ref_logits, None, temperatures, numbers
+            )
             state = softmax_state.joint_from_kernel(*compared)
-        kl, stats, ref_stats = softmax_state.joint_merged(_gathered(state, group))
-        ctx.save_for_backward(logits, ref_logits, kl, stats, ref_stats, *numbers)
+        states = _gathered(state, group)
+        kl, *stats = softmax_state.joint_merged(states, temperature)
+        ctx.save_for_backward(logits, ref_logits, kl.clone(), *stats, temperatures, numbers)
         ctx.backend = backend
         return kl
 
@@ -111,6 +120,10 @@ class _KLDivergence(torch.autograd.Function):
         logits, *rest = ctx.saved_tensors
         if logits.numel() == 0:
             grad_logits = torch.zeros_like(logits)
+        elif ctx.backend == "reference":
+            *known, temperatures, numbers = rest
+            temperature = _temperature_of(temperatures, numbers)
+            grad_logits = softmax_state.joint_gradient(grad_kl, logits, *known, temperature)
         else:
             grad_logits = kernels(ctx.backend).kl_divergence_backward(grad_kl, logits, *rest)
         return grad_logits, *(None,) * (len(rest) - 1)
@@ -132,18 +145,12 @@ def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backe
     ids = tokens - vocab_start
     here = (ids >= 0) & (ids < logits.shape[-1])
     ids = torch.where(here, ids, 0)
-    if backend == "reference":
-        if mask is not None:
-            logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
-        state = softmax_state.plain(logits, ids, here, temperature)
-        logprobs, entropy, _, owners = softmax_state.merged(_Gather.apply(state, group))
-    else:
-        temperatures, number = temperatures_and_number(temperature)
-        logprobs, entropy, owners = _TokenLogprobs.apply(
-            logits, ids, here, mask, group, backend, temperatures, scalars(number)
-        )
+    temperatures, number = temperatures_and_number(temperature)
+    *scored, owners = _TokenLogprobs.apply(
+        logits, ids, here, mask, group, backend, temperatures, scalars(number)
+    )
     reference.refuse_unowned(tokens, owners, mask)
-    return LogprobsAndEntropy(logprobs, entropy)
+    return LogprobsAndEntropy(*scored)
 
 
 def _slice(logits, group):
@@ -255,9 +262,6 @@ def vocab_parallel_kl_divergence(
         temperature, logits.new_empty(logits.shape[:-1]), "logits without its last dimension"
     )
     backend, ref_logits = resolve(backend, logits), checks.constant(ref_logits.detach())
-    if backend == "reference":
-        state = softmax_state.joint_plain(logits, ref_logits, temperature)
-        return softmax_state.joint_merged(_Gather.apply(state, group))[0]
     temperatures, number = temperatures_and_number(temperature)
     numbers = temperatures, scalars(number)
     return _KLDivergence.apply(logits, ref_logits, group, backend, *numbers)
@@ -308,6 +312,9 @@ def vocab_parallel_ppo_loss(
     old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, *coefs = objective
     entropy_coef, kl_coef, ref_logprobs = coefs
     denominator = checks.denominator(denominator, logits.device)
+    reference.refuse_infinite(
+        mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
+    )
     if mask is not None and isinstance(temperature, torch.Tensor):
         temperature = temperature.masked_fill(~mask, 1.0)
     logprobs, token_entropy = _token_logprobs(
@@ -338,4 +345,6 @@ def vocab_parallel_ppo_loss(
     loss = policy.loss - entropy_coef * entropy + kl_coef * kl
     policy_loss, *of_clipping = policy
     rest = (policy_loss, entropy, kl, *of_clipping, logprobs, token_entropy)
-    return PPOLoss(loss, *(x.detach() for x in rest))
+    results = loss, *(x.detach() for x in rest)
+    inputs = logits, old_logprobs, advantages, ref_logprobs
+    return PPOLoss(*(schemas.promoted(x, *inputs) for x in results))

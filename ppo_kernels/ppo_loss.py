@@ -20,7 +20,8 @@ from ppo_kernels.dispatch import (
     temperatures_and_number,
     under_transforms,
 )
-from ppo_kernels.ppo_loss_of_tokens import chained
+from ppo_kernels.reference import chained
+from ppo_kernels.schemas import promoted
 
 
 class PPOLoss(NamedTuple):
@@ -75,7 +76,8 @@ class _PPOLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(
             *(grad_logprobs, grad_token_entropy, logits, tokens),
-            *(results[-1], stats, temperatures, numbers),
+            # A clone: results are the caller's to write to.
+            *(results[-1].clone(), stats, temperatures, numbers),
         )
         ctx.backend, ctx.rest = backend, len(rest)
         return tuple(results)
@@ -90,17 +92,30 @@ class _PPOLoss(torch.autograd.Function):
         return None, grad_logits, None, *(None,) * ctx.rest
 
 
+def _is_written_by_backward(backend, logits):
+    """fp16 does not hold a gradient that a loss scale is yet to multiply."""
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    return backend != "reference" and logits.dtype == torch.float16 and differentiable
+
+
 class _PPOLossInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, logits, *arguments):
+    def forward(ctx, backend, later, logits, *arguments):
+        saved = ()
         if backend == "reference":
-            results = reference.ppo_loss_(logits, *arguments)
+            results, *saved = reference.ppo_loss_(logits, *arguments)
+        elif later:
+            tokens, *_, temperatures, numbers, _ = arguments
+            *results, stats, g, h = kernels(backend).ppo_loss(logits, *arguments)
+            saved = g, h, tokens, results[-1].clone(), stats, temperatures, numbers
+            torch.autograd.graph.increment_version(logits)
         else:
             results = kernels(backend).ppo_loss_(logits, *arguments)
             torch.autograd.graph.increment_version(logits)
         ctx.mark_non_differentiable(*results[1:])
-        ctx.save_for_backward(logits.detach())
-        ctx.backend, ctx.arguments, ctx.spent = backend, len(arguments), False
+        ctx.save_for_backward(logits.detach(), *saved)
+        ctx.backend, ctx.later, ctx.spent = backend, later, False
+        ctx.arguments = len(arguments)
         return tuple(results)
 
     @staticmethod
@@ -112,12 +127,18 @@ class _PPOLossInPlace(torch.autograd.Function):
                 "and the first backward handed it on; use ppo_loss to differentiate again"
             )
         ctx.spent = True
-        (grad_logits,) = ctx.saved_tensors
+        logits, *saved = ctx.saved_tensors
         if ctx.backend == "reference":
-            grad_logits.copy_(chained(grad_loss, grad_logits))
+            (grad,) = saved
+            logits.copy_(chained(grad_loss, grad))
+        elif ctx.later:
+            g, h, *known = saved
+            kernels(ctx.backend).token_logprobs_backward_(
+                chained(grad_loss, g), chained(grad_loss, h), logits, *known
+            )
         else:
-            kernels(ctx.backend).rescale_(grad_logits, grad_loss)
-        return None, grad_logits, *(None,) * ctx.arguments
+            kernels(ctx.backend).rescale_(logits, grad_loss)
+        return None, None, logits, *(None,) * ctx.arguments
 
 
 def check_objective(
@@ -152,6 +173,13 @@ def check_objective(
     return old_logprobs, advantages, mask, *clipping, entropy_coef, kl_coef, ref_logprobs
 
 
+def promoted_loss(results, logits, arguments):
+    """PPOLoss in fp64 where logits, log-probs or advantages are; `arguments` are checked ones."""
+    _, old_logprobs, advantages, *_, ref_logprobs, _, _, _ = arguments
+    inputs = logits, old_logprobs, advantages, ref_logprobs
+    return PPOLoss(*(promoted(x, *inputs) for x in results))
+
+
 def checked_arguments(
     logits,
     tokens,
@@ -182,8 +210,10 @@ def checked_arguments(
 
 def _out_of_place(backend, logits, arguments):
     if backend == "reference":
-        return PPOLoss(*reference.ppo_loss(logits, *arguments))
-    return PPOLoss(*_PPOLoss.apply(backend, logits, *for_kernel(*arguments)))
+        results = reference.ppo_loss(logits, *arguments)
+    else:
+        results = _PPOLoss.apply(backend, logits, *for_kernel(*arguments))
+    return promoted_loss(results, logits, arguments)
 
 
 def _saved_tensors_go_to_hooks():
@@ -225,7 +255,8 @@ def ppo_loss(
                  and, with dual_clip c, at most -A c where A < 0 (Ye et al., 2020, arXiv:1912.09729)
         loss   = policy - entropy_coef H + kl_coef kl(logprob, ref_logprob)
 
-    summed over the mask and divided by `denominator`; kl is `kl_estimate`.
+    summed over the mask and divided by `denominator`; kl is `kl_estimate`. log r is bounded at ±80,
+    beyond which the gradient is 0, and at ties nothing is clipped.
 
     Args:
         logits: (..., V) fp32, bf16, fp16 or fp64; rows may be strided, V must not.
@@ -248,11 +279,13 @@ def ppo_loss(
 
     Returns:
         PPOLoss; `loss` is differentiable in `logits`, with gradient 0 in rows that do not count.
+        All are fp32, or fp64 where logits, log-probs or advantages are; what is summed over the
+        vocabulary is as exact as the dtype of `logits` makes it.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; on the CPU also a
-            counted token whose log-probability is -inf or NaN, or whose temperature is not finite
-            and > 0. The message names it. On a GPU
+            counted token whose log-probability, old or reference log-probability or advantage is
+            not finite, or whose temperature is not finite and > 0. The message names it. On a GPU
             `loss` is NaN then; see `check_logprobs`.
     """
     arguments = checked_arguments(
@@ -299,8 +332,10 @@ def ppo_loss_(
     The logits are gone afterwards, whether or not they require grad (and also when a counted token
     of log-probability -inf raises). Their version counter moves, so a graph that still needs them
     raises. `loss.backward()` hands the stored gradient on, scaled by the upstream gradient; it can
-    be called once. A leaf's `.grad` then shares the leaf's storage. Parts of one tensor share its
-    version: differentiate the loss of one before the call on another.
+    be called once. In fp16 under autograd that gradient is written by the backward, not before,
+    because it may be a loss scale that makes it representable. A leaf's `.grad` then shares the
+    leaf's storage. Parts of one tensor share its version: differentiate the loss of one before the
+    call on another.
 
     Under saved-tensor hooks (`checkpoint(use_reentrant=False)`, `save_on_cpu`) versions are not
     compared, and what else saved the logits would silently take the gradient for them: there this
@@ -340,6 +375,7 @@ def ppo_loss_(
                 "no gradient otherwise: use ppo_loss, on logits that require grad"
             )
         return _out_of_place(backend, logits, arguments)
-    if backend != "reference":
-        arguments = for_kernel(*arguments)
-    return PPOLoss(*_PPOLossInPlace.apply(backend, logits, *arguments))
+    given = arguments if backend == "reference" else for_kernel(*arguments)
+    later = _is_written_by_backward(backend, logits)
+    results = _PPOLossInPlace.apply(backend, later, logits, *given)
+    return promoted_loss(results, logits, arguments)

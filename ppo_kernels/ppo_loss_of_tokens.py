@@ -9,6 +9,7 @@ import torch
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars
+from ppo_kernels.schemas import promoted
 
 
 class PolicyLoss(NamedTuple):
@@ -26,11 +27,6 @@ class ValueLoss(NamedTuple):
     clip_fraction: torch.Tensor
 
 
-def chained(upstream, grad):
-    """upstream · grad, with the zeros of `grad` kept under an upstream that is not finite."""
-    return torch.where(grad == 0, 0.0, upstream * grad)
-
-
 class _ScalarLoss(torch.autograd.Function):
     """A loss whose op gives (loss, …, gradient in the first argument) at once."""
 
@@ -46,7 +42,7 @@ class _ScalarLoss(torch.autograd.Function):
     @checks.first_order
     def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
-        return None, chained(grad_loss, grad).to(ctx.dtype), *(None,) * ctx.rest
+        return None, reference.chained(grad_loss, grad).to(ctx.dtype), *(None,) * ctx.rest
 
 
 def clipped_policy_loss(
@@ -81,6 +77,7 @@ def clipped_policy_loss(
     advantages = checks.advantages(advantages, importance_weights, mask, "logprobs", logprobs)
     clipping = checks.clip_range(clip_low, clip_high, dual_clip)
     tensors = checks.constant(old_logprobs.detach()), advantages, mask
+    logprobs = promoted(logprobs, old_logprobs, advantages)
     denominator = checks.denominator(denominator, logprobs.device)
     backend = resolve(backend, logprobs)
     if backend == "reference":
@@ -120,6 +117,7 @@ def value_loss(
     if clip is not None:
         clip = checks.number("clip", clip, at_least=0)
     tensors = *(checks.constant(x.detach()) for x in (old_values, returns)), mask
+    values = promoted(values, old_values, returns)
     denominator = checks.denominator(denominator, values.device)
     backend = resolve(backend, values)
     if backend == "reference":

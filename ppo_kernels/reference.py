@@ -11,18 +11,142 @@ import torch
 import torch.distributed as dist
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
+# A log-ratio beyond it counts as it, with gradient 0: fp32 soon overflows.
+_MOST_LOG_RATIO = 80.0
 
 
 def accumulate(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def chained(upstream, derivative):
+    """upstream · derivative, and 0 where either is, though the other may not be finite."""
+    return torch.where((upstream == 0) | (derivative == 0), 0.0, upstream * derivative)
+
+
+# Autograd multiplies an upstream gradient of 0 by what a NaN or an inf behind a mask has for a
+# derivative. The functions below do not; they are differentiable twice.
+
+
+class _Chained(torch.autograd.Function):
+    """`value`, whose derivative in x is given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, value, derivative):
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (derivative,) = ctx.saved_tensors
+        return chained(grad, derivative), None, None
+
+
+class _Tanh(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return torch.tanh(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (tanh,) = ctx.saved_tensors
+        return torch.where(grad == 0, 0.0, torch.ops.aten.tanh_backward(grad, tanh))
+
+
+class _LogSoftmax(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return torch.log_softmax(x, -1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (log_p,) = ctx.saved_tensors
+        grad_x = torch.ops.aten._log_softmax_backward_data(grad, log_p, -1, log_p.dtype)
+        return torch.where((grad == 0).all(-1, keepdim=True), 0.0, grad_x)
+
+
+class _Mean(torch.autograd.Function):
+    """Σ_j p_j x_j of each row, without the terms of p_j = 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_p, x):
+        p = log_p.exp()
+        return (p * x.masked_fill(p == 0, 0.0)).sum(-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_p, x = ctx.saved_tensors
+        grad_x = chained(grad.unsqueeze(-1), log_p.exp())
+        return chained(grad_x, x), grad_x
+
+
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        # Autocast may have lowered both.
+        lowered = x.reshape(-1, x.shape[-1]).to(grad.dtype)
+        lowered = torch.where((rows != 0).any(-1, keepdim=True), lowered, 0.0)
+        grad_x = (rows @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
+        grad_bias = None if ctx.bias_dtype is None else rows.sum(0).to(ctx.bias_dtype)
+        return grad_x, (rows.t() @ lowered).to(weight.dtype), grad_bias
+
+
+def _at_least_zero(x):
+    """x, and 0 with its gradient where rounding made it negative."""
+    return torch.where(x < 0, x - x.detach(), x)
+
+
+def bounded(log_ratio):
+    """A log-ratio as it is exponentiated: within ±80, NaN unless it is finite."""
+    x = log_ratio.clamp(-_MOST_LOG_RATIO, _MOST_LOG_RATIO)
+    return torch.where(log_ratio.isfinite(), x, torch.nan)
+
+
 def _log_softmax(logits, temperature):
     logits = accumulate(logits)
+    # Before they are scaled, which may take them beyond their range.
+    top = logits.detach().amax(-1, keepdim=True)
+    logits = logits - torch.where(top == -torch.inf, 0.0, top)
     if isinstance(temperature, torch.Tensor):
         check_temperature(temperature)
         temperature = temperature.detach().to(logits.dtype).unsqueeze(-1)
-    return torch.log_softmax(logits / temperature, dim=-1)
+    return _LogSoftmax.apply(logits / temperature)
 
 
 def value_checks_run(x):
@@ -63,12 +187,19 @@ def refuse_impossible(logprobs, tokens):
         check_logprobs(logprobs, tokens)
 
 
-def refuse_infinite(name, x):
-    if value_checks_run(x):
+def refuse_infinite(mask, **per_token):
+    """Of the named tensors all that counts must be finite; they may be None."""
+    for name, x in per_token.items():
+        if x is None or not value_checks_run(x):
+            continue
         bad = ~x.isfinite()
+        if mask is not None:
+            bad &= mask
         if bad.any():
             where = _first(bad)
-            raise ValueError(f"{name} must be finite, got {x[where]} at {list(where)}")
+            raise ValueError(
+                f"{name} must be finite where they count, got {x[where]} at {list(where)}"
+            )
 
 
 def refuse_outside(name, x, most, mask=None):
@@ -131,9 +262,7 @@ def token_logprobs_and_entropy(logits, tokens, mask=None, *, temperature=1.0):
     refuse_out_of_range(tokens, logits.shape[-1])
     log_p = _log_softmax(logits, temperature)
     logprobs = log_p.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-    # p log p -> 0 as p -> 0; the product itself would be 0 * -inf.
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    return _within(mask, logprobs, entropy)
+    return _within(mask, logprobs, _at_least_zero(_Mean.apply(log_p, -log_p)))
 
 
 def kept_token_logprobs_and_entropy(
@@ -158,7 +287,8 @@ def token_statistics(logits, tokens, mask=None, *, temperature=1.0):
     chosen = logits.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
     top1 = (chosen == logits.amax(-1)) & ~logprobs.isnan()
     varentropy = (p * deviation.square()).sum(-1)
-    return _within(mask, logprobs, entropy, p.amax(-1), p.square().sum(-1), top1, varentropy)
+    sum_sq_probs = p.square().sum(-1).clamp(max=1.0)
+    return _within(mask, logprobs, entropy, p.amax(-1), sum_sq_probs, top1, varentropy)
 
 
 def _refuse_where(bad, x, rule):
@@ -221,8 +351,8 @@ def sample_tokens(
 
 
 def linear_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
-    logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logit_scale * _Linear.apply(hidden, weight, bias)
+    return logits if softcap is None else softcap * _Tanh.apply(logits / softcap)
 
 
 def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0):
@@ -231,8 +361,7 @@ def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0):
         logits, _, temperature = _counted(mask, logits, mask, temperature)
     log_p = _log_softmax(logits, temperature)
     log_q = _log_softmax(ref_logits.detach(), temperature)
-    p = log_p.exp()
-    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
+    return _at_least_zero(_Mean.apply(log_p, log_p - log_q))
 
 
 def kl_estimate(logprobs, ref_logprobs, *, estimator):
@@ -240,10 +369,14 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator):
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
-        return 0.5 * log_ratio.square()
-    if estimator == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
-    return log_ratio.abs()
+        value, derivative = 0.5 * log_ratio.square(), log_ratio
+    elif estimator == "k3":
+        x = bounded(log_ratio)
+        value = torch.expm1(-x) + x
+        derivative = torch.where(x == log_ratio, -torch.expm1(-x), 0.0)
+    else:
+        value, derivative = log_ratio.abs(), log_ratio.sign()
+    return _Chained.apply(log_ratio, value.detach(), derivative)
 
 
 def _masked_sum(x, mask):
@@ -271,6 +404,12 @@ def masked_mean(x, mask=None, denominator=None):
 @torch.no_grad()
 def masked_whiten(x, mask=None, *, eps=1e-8, group=None):
     x = accumulate(x)
+    # From the least on: what is equal has then no variance at all.
+    counted = x if mask is None else torch.where(mask, x, torch.inf)
+    least = counted.amin() if x.numel() > 0 else x.new_full((), torch.inf)
+    if group is not None:
+        least = _all_reduce(least, group, dist.ReduceOp.MIN)
+    x = x - least
     total, count = _masked_sum(x, mask), _masked_sum(torch.ones_like(x), mask)
     if group is not None:
         total, count = _all_reduce(torch.stack([total, count]), group)
@@ -279,12 +418,13 @@ def masked_whiten(x, mask=None, *, eps=1e-8, group=None):
     squares = _masked_sum(centred.square(), mask)
     if group is not None:
         squares = _all_reduce(squares, group)
-    whitened = centred * torch.rsqrt(squares / count + eps)
+    variance = squares / count + eps
+    whitened = centred * torch.where(variance == 0, 0.0, torch.rsqrt(variance))
     return whitened if mask is None else torch.where(mask, whitened, 0.0)
 
 
-def _all_reduce(x, group):
-    dist.all_reduce(x, group=group)
+def _all_reduce(x, group, op=dist.ReduceOp.SUM):
+    dist.all_reduce(x, op, group=group)
     return x
 
 
@@ -299,12 +439,15 @@ def policy_terms(log_ratio, advantages, mask, clip_low, clip_high, dual_clip):
     if mask is not None:
         log_ratio = log_ratio.masked_fill(~mask, 0.0)
         advantages = advantages.masked_fill(~mask, 0.0)
+    log_ratio = bounded(log_ratio)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss = torch.maximum(unclipped, clipped)
+    # Chosen: at a tie `torch.maximum` would give each side half of the gradient.
+    loss = torch.where(clipped > unclipped, clipped, unclipped)
     if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+        bound = -advantages * dual_clip
+        loss = torch.where((advantages < 0) & (loss > bound), bound, loss)
     approx_kl = (torch.expm1(log_ratio) - log_ratio).detach()
     return loss, approx_kl, (clipped > unclipped).to(log_ratio.dtype)
 
@@ -319,6 +462,7 @@ def clipped_policy_loss(
     dual_clip=None,
     denominator=None,
 ):
+    refuse_infinite(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     moved = log_ratio(logprobs, old_logprobs)
     terms = policy_terms(moved, advantages, mask, clip_low, clip_high, dual_clip)
     return tuple(masked_mean(x, mask, denominator) for x in terms)
@@ -335,10 +479,11 @@ def value_loss(values, old_values, returns, mask=None, clip=None, denominator=No
     loss = 0.5 * (values - returns).square()
     clipped = torch.zeros_like(loss)
     if clip is not None:
-        bounded = old_values + (values - old_values).clamp(-clip, clip)
-        bounded_loss = 0.5 * (bounded - returns).square()
-        clipped = (bounded_loss > loss).to(values.dtype)
-        loss = torch.maximum(loss, bounded_loss)
+        move = values - old_values
+        held_loss = 0.5 * (old_values + move.clamp(-clip, clip) - returns).square()
+        acts = (move.abs() > clip) & (held_loss > loss)
+        clipped = acts.to(values.dtype)
+        loss = torch.where(acts, held_loss, loss)
     return masked_mean(loss, mask, denominator), masked_mean(clipped, mask, denominator)
 
 
@@ -359,6 +504,9 @@ def ppo_loss(
     kl_estimator="k3",
 ):
     logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
+    refuse_infinite(
+        mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
+    )
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     refuse_impossible(logprobs, tokens)
     moved = log_ratio(logprobs, old_logprobs)
@@ -368,6 +516,7 @@ def ppo_loss(
     if ref_logprobs is None:
         kl = torch.zeros_like(policy_loss)
     else:
+        ref_logprobs = ref_logprobs.to(logprobs.dtype)
         kl_terms = kl_estimate(logprobs, ref_logprobs, estimator=kl_estimator)
         kl = masked_mean(kl_terms, mask, denominator)
     loss = policy_loss - entropy_coef * entropy + kl_coef * kl
@@ -378,11 +527,12 @@ def ppo_loss(
 
 
 def ppo_loss_(logits, *arguments):
+    """The results, and the gradient before it is rounded to the logits' type."""
     # Inference mode has no autograd, and tensors made in it take none.
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = logits.detach().clone().requires_grad_()
+        leaf = logits.detach().to(accumulate(logits).dtype, copy=True).requires_grad_()
         constants = (x.clone() if isinstance(x, torch.Tensor) else x for x in arguments)
         loss, *rest = ppo_loss(leaf, *constants)
         (grad,) = torch.autograd.grad(loss, leaf)
     logits.detach().copy_(grad)
-    return loss.detach(), *rest
+    return (loss.detach(), *rest), grad

@@ -24,6 +24,17 @@ def result_dtype(*inputs):
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
+def promoted(x, *others):
+    """`x` in fp64 where one of the others, which may be None, is."""
+    wide = any(y is not None and y.dtype == torch.float64 for y in others)
+    return x.double() if wide and x.dtype != torch.float64 else x
+
+
+def unscaled_dtype(x):
+    """The dtype of a gradient in `x` before a loss scale, which fp16 need not hold."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def _row(logits):
     return logits.new_empty(logits.shape[:-1], dtype=result_dtype(logits))
 
@@ -44,6 +55,10 @@ def _token_logprobs_backward(
     grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, temperatures, scalars
 ):
     return logits.new_empty(logits.shape)
+
+
+def _token_logprobs_backward_(*_):
+    return None
 
 
 def _token_statistics(logits, tokens, mask, temperatures, scalars):
@@ -95,8 +110,8 @@ def _linear_token_logprobs(hidden, *_):
     return _row(hidden), _row(hidden), _stats(hidden)
 
 
-def _linear_gradients(hidden, weight, wanted, sum_dtype):
-    dtypes = hidden.dtype, sum_dtype, result_dtype(weight)
+def _linear_gradients(hidden, weight, wanted, sum_dtype, hidden_dtype):
+    dtypes = hidden_dtype, sum_dtype, result_dtype(weight)
     shapes = hidden.shape, weight.shape, weight.shape[:1]
     return tuple(
         hidden.new_empty(shape, dtype=dtype) if wants else hidden.new_empty(0)
@@ -105,11 +120,12 @@ def _linear_gradients(hidden, weight, wanted, sum_dtype):
 
 
 def _linear_token_logprobs_backward(grad_logprobs, grad_entropy, hidden, weight, bias, *rest):
-    return _linear_gradients(hidden, weight, rest[-6:-3], rest[-3])
+    return _linear_gradients(hidden, weight, rest[-6:-3], rest[-3], hidden.dtype)
 
 
 def _linear_ppo_loss(hidden, weight, bias, *rest):
-    return *_ppo_loss_(hidden), *_linear_gradients(hidden, weight, rest[-6:-3], rest[-3])
+    dtypes = torch.promote_types(rest[-3], unscaled_dtype(weight)), unscaled_dtype(hidden)
+    return *_ppo_loss_(hidden), *_linear_gradients(hidden, weight, rest[-6:-3], *dtypes)
 
 
 def _rescale_(grad, scale):
@@ -161,6 +177,11 @@ SCHEMAS = {
         "Tensor entropy, Tensor softmax_stats, Tensor? temperatures, Tensor scalars)"
         " -> Tensor grad_logits",
         _token_logprobs_backward,
+    ),
+    "token_logprobs_backward_": (
+        "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor tokens, "
+        "Tensor entropy, Tensor softmax_stats, Tensor? temperatures, Tensor scalars) -> ()",
+        _token_logprobs_backward_,
     ),
     "token_statistics": (
         "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperatures, Tensor scalars)"

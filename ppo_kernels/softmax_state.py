@@ -11,8 +11,6 @@ import torch
 from ppo_kernels.schemas import result_dtype
 
 LN_2 = 0.6931471805599453
-# Kernels say by a shift of at most this that a slice has nothing with probability.
-_NOTHING = -1e30
 # The exponent of a token on ranks that have it not; exponents are at most 0, or little above.
 _ELSEWHERE = torch.inf
 
@@ -52,13 +50,13 @@ def joint_from_kernel(kl, stats, ref_stats):
 def _of_stats(stats):
     """(nothing, shift, log2 Σ 2^t, Σ 2^t) from a kernel's `softmax_stats`."""
     shift, log2_sum = stats.unbind(-1)
-    nothing = (shift <= _NOTHING) & ~log2_sum.isnan()
+    nothing = log2_sum == -torch.inf
     shift = torch.where(nothing, -torch.inf, shift)
-    return nothing, shift, log2_sum, torch.where(nothing, 0.0, log2_sum.exp2())
+    return nothing, shift, log2_sum, log2_sum.exp2()
 
 
 def plain(logits, ids, here, temperature):
-    """State of a slice by PyTorch alone, differentiable."""
+    """State of a slice by PyTorch alone."""
     t, shift = _exponents(logits, temperature)
     powers = t.exp2()
     weighted = (powers * t.masked_fill(t == -torch.inf, 0.0)).sum(-1)
@@ -77,49 +75,85 @@ def joint_plain(logits, ref_logits, temperature):
 
 
 def _exponents(logits, temperature):
-    """t (..., V + 1) and the shift (...) in fp64, the shift a number of the state's type."""
+    """t (..., V + 1) and the shift (...) in fp64."""
+    # An excluded token more: a slice may have none.
+    z = torch.nn.functional.pad(logits.double(), (0, 1), value=-torch.inf)
+    shift = z.amax(-1)
+    return _relative(z, torch.where(shift == -torch.inf, 0.0, shift), temperature), shift
+
+
+def _relative(logits, shift, temperature):
+    """t of logits (..., V), in fp64."""
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.double().unsqueeze(-1)
-    # An excluded token more: a slice may have none.
-    z = torch.nn.functional.pad(logits.double(), (0, 1), value=-torch.inf) / temperature / LN_2
-    shift = z.detach().amax(-1).to(result_dtype(logits)).double()
-    return z - torch.where(shift == -torch.inf, 0.0, shift).unsqueeze(-1), shift
+    return (logits.double() - shift.double().unsqueeze(-1)) / temperature / LN_2
 
 
-def merged(states):
+def gradient(grad_logprobs, grad_entropy, logits, ids, entropy, stats, temperature):
+    """Of a slice, from the statistics of its rows; ids outside of it are nobody's."""
+    log_p = _log_p(logits, stats, temperature)
+    p, zero = log_p.exp(), entropy.new_zeros((), dtype=torch.float64)
+    g, h = (zero if x is None else x.double().unsqueeze(-1) for x in (grad_logprobs, grad_entropy))
+    of_token = torch.arange(logits.shape[-1], device=logits.device) == ids.unsqueeze(-1)
+    centred = (log_p + entropy.double().unsqueeze(-1)).masked_fill(p == 0, 0.0)
+    grad = g * (of_token.double() - p) - h * p * centred
+    return _over_temperature(torch.where((g == 0) & (h == 0), 0.0, grad), logits, temperature)
+
+
+def joint_gradient(grad_kl, logits, ref_logits, kl, stats, ref_stats, temperature):
+    log_p, log_q = _log_p(logits, stats, temperature), _log_p(ref_logits, ref_stats, temperature)
+    p, g = log_p.exp(), grad_kl.double().unsqueeze(-1)
+    centred = (log_p - log_q - kl.double().unsqueeze(-1)).masked_fill(p == 0, 0.0)
+    return _over_temperature(torch.where(g == 0, 0.0, g * p * centred), logits, temperature)
+
+
+def _log_p(logits, stats, temperature):
+    shift, log2_sum = stats.double().unbind(-1)
+    return LN_2 * (_relative(logits, shift, temperature) - log2_sum.unsqueeze(-1))
+
+
+def _over_temperature(grad, logits, temperature):
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.double().unsqueeze(-1)
+    return torch.where(grad == 0, 0.0, grad / temperature).to(logits.dtype)
+
+
+def merged(states, temperature):
     """(logprobs, entropy, stats, owners) of rows from states (ranks, ..., 4); `owners` counts the
     ranks that have the token, and the log-prob is NaN unless it is one."""
     shift, total, weighted, exponent = states.unbind(-1)
-    top, change = _changes(shift)
+    top, change = _changes(shift, temperature)
     weighted = _in_order(_weighed(change, weighted + change * total))
     total = _in_order(change.exp2() * total)
     here = exponent != _ELSEWHERE
     owners = here.sum(0)
     exponent = _in_order(torch.where(here, exponent + change, 0.0))
     log2_sum = total.log2()
-    logprobs = torch.where(owners == 1, LN_2 * (exponent - log2_sum), torch.nan)
-    entropy = LN_2 * (log2_sum - weighted / total)
+    logprobs = (LN_2 * (exponent - log2_sum)).clamp(max=0.0)
+    logprobs = torch.where(owners == 1, logprobs, torch.nan)
+    entropy = (LN_2 * (log2_sum - weighted / total)).clamp(min=0.0)
     return logprobs, entropy, torch.stack((top, log2_sum), -1), owners
 
 
-def joint_merged(states):
+def joint_merged(states, temperature):
     """(kl, stats, ref_stats) of rows from states (ranks, ..., 5)."""
     shift, total, ref_shift, ref_total, cross = states.unbind(-1)
-    top, change = _changes(shift)
-    ref_top, ref_change = _changes(ref_shift)
+    top, change = _changes(shift, temperature)
+    ref_top, ref_change = _changes(ref_shift, temperature)
     cross = _in_order(_weighed(change, cross + (change - ref_change) * total))
     total = _in_order(change.exp2() * total)
     ref_total = _in_order(ref_change.exp2() * ref_total)
     log2_sum, ref_log2_sum = total.log2(), ref_total.log2()
-    kl = LN_2 * (cross / total - log2_sum + ref_log2_sum)
+    kl = (LN_2 * (cross / total - log2_sum + ref_log2_sum)).clamp(min=0.0)
     return kl, torch.stack((top, log2_sum), -1), torch.stack((ref_top, ref_log2_sum), -1)
 
 
-def _changes(shift):
-    """The largest of shifts (ranks, ...), and the change of each to it; 0 for -inf."""
-    shift = shift.detach()
+def _changes(shift, temperature):
+    """The largest of shifts (ranks, ...), and the change of exponents to it of each; 0 for -inf."""
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.to(shift.dtype)
     top = shift.amax(0)
-    return top, torch.where(shift == -torch.inf, 0.0, shift - top)
+    return top, torch.where(shift == -torch.inf, 0.0, (shift - top) / temperature / LN_2)
 
 
 def _weighed(change, x):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # Before anything imports Triton: without a GPU its kernels run on the CPU, interpreted.
 if not torch.cuda.is_available():
@@ -203,6 +204,14 @@ def one_thread():
 
 
 @pytest.fixture
+def group_of_one(tmp_path):
+    """The process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def set_threads():
     """`torch.set_num_threads`, undone after the test."""
     yield torch.set_num_threads
@@ -292,7 +301,7 @@ def loss_inputs(batch, length, vocabulary, dtype=torch.float32):
     logits = (2 * torch.randn(batch, length, vocabulary)).to(dtype)
     tokens = torch.randint(vocabulary, (batch, length))
     logprobs = torch.log_softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
-    return {
+    drawn = {
         "logits": logits,
         "tokens": tokens,
         "old_logprobs": logprobs + 0.6 * torch.randn(batch, length, dtype=torch.float64),
@@ -300,6 +309,9 @@ def loss_inputs(batch, length, vocabulary, dtype=torch.float32):
         "mask": torch.arange(batch * length).reshape(batch, length) % 5 != 3,
         "ref_logprobs": logprobs + 0.6 * torch.randn(batch, length, dtype=torch.float64),
     }
+    # fp64 beside fp32 would give fp64 results.
+    real = schemas.result_dtype(logits)
+    return {k: x.to(real) if x.dtype == torch.float64 else x for k, x in drawn.items()}
 
 
 def ppo_loss_truth(

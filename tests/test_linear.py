@@ -59,7 +59,8 @@ def inputs_of(dtype=torch.float64, biased=True, head=HEADS["plain"]):
     logits, _ = logits_truth(head_of, head)
     logprobs = softmax_truth(logits, rest["tokens"], 1.0)[0]
     noise = torch.randn(2, 3, 5, dtype=torch.float64)
-    rest["old_logprobs"], rest["ref_logprobs"] = logprobs + 0.4 * noise
+    real = torch.promote_types(dtype, torch.float32)
+    rest["old_logprobs"], rest["ref_logprobs"] = (logprobs + 0.4 * noise).to(real)
     del rest["logits"]
     return head_of, rest
 

@@ -89,9 +89,16 @@ def test_whiten_centres_and_scales(backend, offset, dtype):
     assert (whitened[~mask] == 0).all()
 
 
-def test_whiten_of_a_constant_and_of_one_value_is_zero(backend):
-    assert torch.equal(masked_whiten(torch.full((7,), 3.5), backend=backend), torch.zeros(7))
-    assert torch.equal(masked_whiten(torch.tensor([2.0]), backend=backend), torch.zeros(1))
+@pytest.mark.parametrize("eps", (1e-8, 0.0))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whiten_of_a_constant_and_of_one_value_is_zero(backend, dtype, eps):
+    """Of 0.1, too, whose sums are rounded, and over more than a block."""
+    x = torch.full((9000,), 0.1).to(dtype)
+    x[::7] = math.nan
+    for kept in (~x.isnan(), torch.arange(9000) == 5000, torch.zeros(9000, dtype=torch.bool)):
+        whitened = masked_whiten(x, kept, eps=eps, backend=backend)
+        assert (whitened == 0).all()
+    assert (masked_whiten(torch.tensor([2.0]), eps=eps, backend=backend) == 0).all()
 
 
 def test_whiten_carries_no_gradient_and_takes_views(backend):

@@ -268,7 +268,7 @@ def test_a_counted_logprob_that_is_not_finite_is_named(name, bad):
     own = {"rollout_logprobs": rollout} if name == "tis" else {}
     logprobs = logprobs.detach().clone()
     logprobs[3, 4] = bad
-    with pytest.raises(ValueError, match=rf"logprobs must be finite, got {bad} at \[3, 4\]"):
+    with pytest.raises(ValueError, match=rf"logprobs must be finite.* got {bad} at \[3, 4\]"):
         OBJECTIVES[name](logprobs, old, advantages, mask, **own)
 
 

@@ -499,7 +499,7 @@ def test_a_token_of_no_rank_or_two_is_nan():
     has, has_not = torch.tensor([0.0]), torch.tensor([math.inf])
     for owners in ((has_not, has_not), (has, has_not), (has, has)):
         states = torch.stack([torch.cat(x) for x in zip((two, three), owners, strict=True)])
-        logprob, entropy, *_ = softmax_state.merged(states)
+        logprob, entropy, *_ = softmax_state.merged(states, 1.0)
         expected = -math.log(5) if owners[0] is not owners[1] else math.nan
         assert logprob.item() == pytest.approx(expected, nan_ok=True)
         assert entropy.item() == pytest.approx(math.log(5))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ppo_kernels import PPOLoss, check_logprobs, ppo_loss, value_loss
+from ppo_kernels import PPOLoss, check_logprobs, ppo_loss, schemas, value_loss
 from tests.conftest import (
     DTYPES,
     assert_as_exact_as_eager,
@@ -105,7 +105,7 @@ def test_as_exact_as_eager(backend, function, vocabulary, dtype):
 def test_awkward_rows(backend, function, vocabulary, dtype):
     for row in awkward_rows(vocabulary).to(dtype):
         tokens = likeliest(row[None])
-        logprobs = softmax_truth(row[None], tokens, 1.0)[0]
+        logprobs = softmax_truth(row[None], tokens, 1.0)[0].to(schemas.result_dtype(row))
         inputs = {
             "logits": row[None],
             "tokens": tokens,
@@ -127,7 +127,7 @@ def test_awkward_rows(backend, function, vocabulary, dtype):
 def test_a_constant_added_to_logits_changes_nothing(backend, function):
     inputs = loss_inputs(3, 4, 40000)
     inputs["logits"] = (inputs["logits"] + 1e4) - 1e4
-    inputs["old_logprobs"] = torch.log_softmax(inputs["logits"].double(), -1).gather(
+    inputs["old_logprobs"] = torch.log_softmax(inputs["logits"], -1).gather(
         -1, inputs["tokens"][..., None]
     )[..., 0]
     options = {"entropy_coef": 0.1, "denominator": 1, "backend": backend}

@@ -53,6 +53,10 @@ def _samples(backend):
             (x, None, logits, tokens, entropy, stats, varied, cool),
             (x, y, logits, torch.full_like(tokens, schemas.ELSEWHERE), entropy, stats, None, cool),
         ],
+        "token_logprobs_backward_": [
+            (x, y, logits.clone(), tokens, entropy, stats, None, cool),
+            (x, None, logits.clone(), tokens, entropy, stats, varied, cool),
+        ],
         "token_statistics": [
             (logits, tokens, None, None, cool),
             (strided.bfloat16(), tokens.int(), mask, varied, cool),
@@ -85,6 +89,10 @@ def _samples(backend):
             (
                 *(x.bfloat16() for x in full_head[:3]),
                 *(full_head[3], tokens, *per_token, *full, *all_wanted, fp32, fp32, 100),
+            ),
+            (
+                *(x.half() for x in full_head[:3]),
+                *(full_head[3], tokens, *per_token, *full, *all_wanted, torch.float16, 100),
             ),
         ],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],

@@ -231,11 +231,12 @@ def test_shapes(backend, shape):
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_a_temperature_for_each_token(backend, dtype):
     logits, tokens = 3 * torch.randn(3, 2, 1000), torch.randint(1000, (2, 3)).t()
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
     temperature = torch.tensor([[0.5, 1.0, 2.0], [0.25, 1.5, 4.0]]).to(dtype).t()
     result = token_statistics(
         logits, tokens, temperature=temperature.requires_grad_(), backend=backend
     )
-    plain = eager(logits, tokens, temperature.detach()[..., None].float())
+    plain = eager(logits, tokens, temperature.detach()[..., None].to(logits.dtype))
     assert_exact(result, plain, truth_of(logits, tokens, temperature.detach()))
     assert not any(x.requires_grad for x in result)
     for i in range(3):

@@ -85,8 +85,8 @@ def test_loss_of_tokens_sampled_at_different_temperatures(backend, function, dty
     temperature = SOME.to(torch.get_default_device())
     column = temperature.double()[..., None]
     logprobs = softmax_truth(inputs["logits"], inputs["tokens"], column)[0]
-    inputs["old_logprobs"] = logprobs + 0.3 * torch.randn(2, 3, dtype=torch.float64)
-    inputs["ref_logprobs"] = logprobs - 0.3 * torch.randn(2, 3, dtype=torch.float64)
+    inputs["old_logprobs"] = (logprobs + 0.3 * torch.randn(2, 3, dtype=torch.float64)).to(dtype)
+    inputs["ref_logprobs"] = (logprobs - 0.3 * torch.randn(2, 3, dtype=torch.float64)).to(dtype)
     truth, grad_truth = ppo_loss_truth(**inputs, **OPTIONS, temperature=column[inputs["mask"]])
     options = OPTIONS | {"temperature": temperature}
     result, grad = run_ppo_loss(function, inputs, **options, backend=backend)

@@ -120,6 +120,13 @@ class Rows {
   std::vector<RowDim> dims_;
 };
 
+// Raises where `Rows` would be of a copy, and what is written there lost.
+inline void check_unit_stride(const char* name, const Tensor& x) {
+  if (x.size(-1) > 1 && x.stride(-1) != 1) {
+    value_error(name, " must have stride 1 in its last dimension, got ", x.stride(-1));
+  }
+}
+
 // Below this many elements the start of a thread costs more than it saves.
 constexpr int64_t kSerial = 16384;
 
@@ -144,8 +151,9 @@ void parallel(int64_t n, int64_t cost, const F& f) {
 //                                        read last is still in cache
 // Rows are shared out over threads; the chunks of a row too, when there are few rows. Either way
 // chunks are merged in order, so that a row's result depends on nothing but the row.
-template <class State, class Statistics, class Finish, class Write>
-void sweep_rows(const std::vector<int64_t>& rows, int64_t length, const Statistics& statistics,
+template <class State, class R, class Statistics, class Finish, class Write>
+void sweep_rows(const std::vector<int64_t>& rows, int64_t length,
+                const Temperatures<R>& temperatures, const Statistics& statistics,
                 const Finish& finish, const Write& write) {
   const int64_t chunks = (length + kChunk - 1) / kChunk;
   const int64_t n = rows.size();
@@ -156,7 +164,10 @@ void sweep_rows(const std::vector<int64_t>& rows, int64_t length, const Statisti
   if (!split) {
     parallel(n, length, [&](int64_t i) {
       State state = State::empty();
-      for (int64_t c = 0; c < chunks; ++c) state = merge(state, on_chunk(statistics, rows[i], c));
+      const R k = temperatures[rows[i]].k;
+      for (int64_t c = 0; c < chunks; ++c) {
+        state = merge(state, on_chunk(statistics, rows[i], c), k);
+      }
       finish(rows[i], state);
       for (int64_t c = chunks; c-- > 0;) on_chunk(write, rows[i], c);
     });
@@ -167,7 +178,8 @@ void sweep_rows(const std::vector<int64_t>& rows, int64_t length, const Statisti
            [&](int64_t i) { states[i] = on_chunk(statistics, rows[i / chunks], i % chunks); });
   for (int64_t i = 0; i < n; ++i) {
     State state = State::empty();
-    for (int64_t c = 0; c < chunks; ++c) state = merge(state, states[i * chunks + c]);
+    const R k = temperatures[rows[i]].k;
+    for (int64_t c = 0; c < chunks; ++c) state = merge(state, states[i * chunks + c], k);
     finish(rows[i], state);
   }
   parallel(n * chunks, kChunk, [&](int64_t i) { on_chunk(write, rows[i / chunks], i % chunks); });
@@ -203,6 +215,20 @@ inline void check_ids(const Ids& ids, const std::vector<int64_t>& rows, int64_t 
   for (const int64_t row : rows) {
     if (ids[row] < 0 || ids[row] >= vocabulary) {
       value_error("tokens must be in [0, ", vocabulary, "), got ", ids[row], " at ",
+                  position(shape, row));
+    }
+  }
+}
+
+// Raises for a number of the given rows that is none; there may be no tensor.
+template <class R>
+void check_finite(const char* name, const R* x, const std::vector<int64_t>& rows,
+                  const std::vector<int64_t>& shape) {
+  if (!x) return;
+  for (const int64_t row : rows) {
+    if (!std::isfinite(x[row])) {
+      const char* got = std::isnan(x[row]) ? "nan" : x[row] > 0 ? "inf" : "-inf";
+      value_error(name, " must be finite where they count, got ", got, " at ",
                   position(shape, row));
     }
   }

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& r
   check_temperatures(own, rows, out_shape);
   const auto of = temperatures_of<R>(own, scalars);
   sweep_rows<JointState<R>>(
-      rows, z.length,
+      rows, z.length, of,
       [&](int64_t row, int64_t begin, int64_t n) {
         return sweeps<T>().joint_statistics(z[row] + begin, ref[row] + begin, n, of[row].k);
       },

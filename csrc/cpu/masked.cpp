@@ -26,13 +26,15 @@ Tensor masked_whiten(Tensor x, OptionalTensor mask, Tensor scalars) {
     R* whitened = data<R>(result);
     const auto rows = counted_rows(mask, x.numel());
     const double count = denominator_of(std::nullopt, rows.size());
+    // From one of the values on: what is equal has then no variance at all.
+    const double first = rows.empty() ? 0 : values[rows[0]];
     double sum = 0, squares = 0;
-    for (const int64_t i : rows) sum += values[i];
-    const double mean = sum / count;
+    for (const int64_t i : rows) sum += values[i] - first;
+    const double mean = first + sum / count;
     for (const int64_t i : rows) {
       squares += (values[i] - mean) * (values[i] - mean);
     }
-    const double scale = 1 / std::sqrt(squares / count + eps);
+    const double scale = whitening_scale(squares / count, eps);
     for (const int64_t i : rows) whitened[i] = R((values[i] - mean) * scale);
     return result;
   });

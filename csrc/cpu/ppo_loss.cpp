@@ -22,6 +22,12 @@ struct TokenInputs {
         ref_logprobs(data_or_null<R>(held[2])),
         mask(data_or_null<bool>(held[3])),
         rows(counted_rows(held[3], advantages.numel())) {}
+
+  void check(const std::vector<int64_t>& shape) const {
+    check_finite("old_logprobs", old_logprobs, rows, shape);
+    check_finite("advantages", advantages, rows, shape);
+    check_finite("ref_logprobs", ref_logprobs, rows, shape);
+  }
 };
 
 template <class R>
@@ -83,12 +89,13 @@ struct Loss {
         entropy_of(data<R>(entropy)) {
     check_ids(ids, in.rows, z.length, out_shape);
     check_temperatures(own, in.rows, out_shape);
+    in.check(out_shape);
   }
 
   template <class Finish, class Write>
   Scalars run(const Finish& finish, const Write& write) {
     sweep_rows<SoftmaxState<R>>(
-        in.rows, z.length,
+        in.rows, z.length, temperatures,
         [&](int64_t row, int64_t begin, int64_t n) {
           return sweeps<T>().statistics(z[row] + begin, n, temperatures[row].k);
         },
@@ -168,10 +175,10 @@ std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
     using T = decltype(type);
     using R = Real<T>;
     const double* s = data<double>(scalars);
-    Loss<T> loss(
-        logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
-        Objective<R>{R(s[1]), R(s[2]), R(s[3]), R(s[4]), R(s[5]), KLEstimator(kl_estimator)},
-        denominator, temperatures, scalars);
+    Loss<T> loss(logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
+                 Objective<R>{R(1 - s[1]), R(1 + s[2]), R(s[3]), R(s[4]), R(s[5]),
+                              KLEstimator(kl_estimator)},
+                 denominator, temperatures, scalars);
     if constexpr (kInPlace) {
       return in_place(loss);
     } else {
@@ -180,18 +187,17 @@ std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
   });
 }
 
-// grad *= scale, untouched where scale is 1; zeros stay zeros whatever the scale.
+// grad *= scale, untouched where scale is 1; a zero of either makes a zero, whatever the other is.
 void rescale_(Tensor grad, Tensor scale) {
+  check_unit_stride("grad", grad);
   const double factor = *data<double>(as<double>(scale));
   if (factor == 1.0) return;
   dispatch(grad.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    if (grad.size(-1) > 1 && grad.stride(-1) != 1) {
-      value_error("grad must have stride 1 in its last dimension, got ", grad.stride(-1));
-    }
     const Rows<T> rows(grad);
     write_rows(rows.count, rows.length, [&](int64_t row, int64_t begin, int64_t n) {
       T* x = rows[row] + begin;
+      if (factor == 0.0) std::fill_n(x, n, T(0));
       for (int64_t i = 0; i < n; ++i) {
         const Real<T> value = x[i];
         if (value != Real<T>(0)) x[i] = T(value * Real<T>(factor));
@@ -210,9 +216,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(Tensor logprobs, 
     const TokenInputs<R> in(old_logprobs, advantages, std::nullopt, mask);
     const Tensor input = as<R>(logprobs), result = zeros<R>(shape(logprobs));
     const R* x = data<R>(input);
+    check_finite("logprobs", x, in.rows, shape(logprobs));
+    in.check(shape(logprobs));
     R* grad = data<R>(result);
     const double* s = data<double>(scalars);
-    const Objective<R> objective{R(s[0]), R(s[1]), R(s[2]), R(0), R(0), KLEstimator::k1};
+    const Objective<R> objective{R(1 - s[0]), R(1 + s[1]), R(s[2]), R(0), R(0), KLEstimator::k1};
     const double count = denominator_of(denominator, in.rows.size());
     double loss = 0, approx_kl = 0, clipped = 0;
     for (const int64_t row : in.rows) {

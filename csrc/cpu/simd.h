@@ -70,7 +70,7 @@ PPO_INLINE V fma(V a, V b, V c) {
 #endif
 
 // The fma that gives exponents, rounded once on every processor: products far larger than the sum
-// cancel here, and the sampled token's own exponent is a std::fma.
+// cancel here.
 template <class V>
 PPO_INLINE V exact_fma(V a, V b, V c) {
 #if defined(PPO_AVX2) || defined(PPO_AVX512)

@@ -24,7 +24,7 @@ Results forward(const Tensor& logits, const Tensor& tokens, const OptionalTensor
   const Tensor top1 = torch::stable::empty(out_shape, ScalarType::Bool);
   if (mask) std::fill_n(data<bool>(top1), top1.numel(), false);
   sweep_rows<Moments<R>>(
-      rows, z.length,
+      rows, z.length, temperature_of,
       [&](int64_t row, int64_t begin, int64_t n) {
         return sweeps<T>().moments(z[row] + begin, n, temperature_of[row].k);
       },

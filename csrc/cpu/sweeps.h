@@ -50,7 +50,7 @@ struct KeptWeight {
   int64_t ties;
 };
 
-// With t_j = k z_j - shift and q_j = k ref_j - ref_shift, over n elements:
+// With t_j = k (z_j - shift) and q_j = k (ref_j - ref_shift), over n elements:
 template <class T>
 struct Sweeps {
   using R = Real<T>;

@@ -82,10 +82,36 @@ PPO_INLINE auto maximum(const T* z, int64_t n) {
 constexpr int64_t kSample = 256;
 constexpr float kHeadroom = 10.0f;
 
-// t = max(kFloor, k x + offset), finite so that 2^t t is 0 and not 0 * inf where x is -inf.
+// Where exponents k (x - shift) are counted from. In fp32 one fma makes k x - fl(k shift) of a
+// logit, `rest` more than its exponent, which is put right in the sums, 2^-rest times as large. In
+// fp64, or where k shift is so large that `rest` would be, the difference comes before the product.
+template <class R>
+struct Origin {
+  static constexpr bool kFused = sizeof(R) == sizeof(float);
+  R place, rest, factor;
+
+  Origin(R k, R shift) : place(shift), rest(0), factor(1) {
+    if constexpr (kFused) {
+      place = -(k * shift);
+      rest = std::fma(k, shift, place);
+      factor = std::exp2(-rest);
+    }
+  }
+
+  // Whether shifts of this size are left to fp64.
+  static bool beyond(R k, R shift) { return kFused && !(std::fabs(k * shift) < R(1 << 20)); }
+};
+
+template <class V>
+PPO_INLINE V exponent(V x, V k, V place) {
+  if constexpr (sizeof(x[0]) == sizeof(float)) return exact_fma(x, k, place);
+  return k * (x - place);
+}
+
+// At least kFloor, finite so that 2^t t is 0 and not 0 * inf where x is -inf.
 template <int N, class V>
-PPO_INLINE void exponents(const V (&x)[N], V k, V offset, V (&t)[N]) {
-  for (int u = 0; u < N; ++u) t[u] = exact_fma(x[u], k, offset);
+PPO_INLINE void exponents(const V (&x)[N], V k, V place, V (&t)[N]) {
+  for (int u = 0; u < N; ++u) t[u] = exponent(x[u], k, place);
   for (int u = 0; u < N; ++u) t[u] = max(broadcast<V>(kFloor<V>), t[u]);
 }
 
@@ -125,8 +151,9 @@ struct SoftmaxSums {
     add(weighted, block.weighted);
   }
   template <class R>
-  PPO_INLINE SoftmaxState<R> state(R shift, R) const {
-    return {shift, total(sum), total(weighted)};
+  PPO_INLINE SoftmaxState<R> state(R shift, R, const Origin<R>& origin) const {
+    const R s = total(sum);
+    return {shift, origin.factor * s, origin.factor * (total(weighted) - origin.rest * s)};
   }
 };
 
@@ -150,8 +177,10 @@ struct MomentSums {
     add(second, block.second);
   }
   template <class R>
-  PPO_INLINE Moments<R> state(R shift, R largest) const {
-    return {softmax.state(shift, largest), total(squares), total(second), largest};
+  PPO_INLINE Moments<R> state(R shift, R largest, const Origin<R>& origin) const {
+    const R f = origin.factor, s = total(softmax.sum), w = total(softmax.weighted);
+    return {softmax.state(shift, largest, origin), f * f * total(squares),
+            f * (total(second) + origin.rest * (origin.rest * s - R(2) * w)), largest};
   }
 };
 
@@ -160,8 +189,9 @@ struct MomentSums {
 template <template <class> class Sums, class T>
 PPO_INLINE auto state_about(const T* z, int64_t n, Real<T> k, Real<T>& centre) {
   using V = typename VectorOf<T>::type;
-  const Real<T> shift = k * centre;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
+  const Real<T> shift = centre;
+  const Origin<Real<T>> origin(k, shift);
+  const V scale = broadcast<V>(k), place = broadcast<V>(origin.place);
   Sums<V> sums;
   V largest[kPack];
   for (V& m : largest) m = broadcast<V>(centre);
@@ -171,14 +201,40 @@ PPO_INLINE auto state_about(const T* z, int64_t n, Real<T> k, Real<T>& centre) {
       V x[kPack], t[kPack], e[kPack];
       load<tail.value>(z + begin + i, count, x);
       raise(largest, x);
-      exponents(x, scale, offset, t);
+      exponents(x, scale, place, t);
       exp2(t, e);
       block.absorb(e, t);
     });
     sums.absorb(block);
   });
   centre = maximum(largest);
-  return sums.state(shift, centre);
+  return sums.state(shift, centre, origin);
+}
+
+// A chunk in fp64, and what comes of one.
+template <class T>
+PPO_INLINE void widen(const T* z, int64_t n, double* wide) {
+  for (int64_t i = 0; i < n; ++i) wide[i] = static_cast<float>(z[i]);
+}
+inline SoftmaxState<float> narrow(const SoftmaxState<double>& s) {
+  return {float(s.shift), float(s.sum), float(s.weighted)};
+}
+inline Moments<float> narrow(const Moments<double>& m) {
+  const SoftmaxState<double>& softmax = m;
+  return {narrow(softmax), float(m.squares), float(m.second), float(m.largest)};
+}
+inline JointState<float> narrow(const JointState<double>& s) {
+  return {float(s.shift), float(s.sum), float(s.ref_shift), float(s.ref_sum), float(s.cross)};
+}
+
+template <template <class> class Sums, class T>
+PPO_INLINE auto state_of(const T* z, int64_t n, Real<T> k);
+
+template <template <class> class Sums, class T>
+__attribute__((noinline)) auto state_in_fp64(const T* z, int64_t n, double k) {
+  double wide[kChunk];
+  widen(z, n, wide);
+  return narrow(state_of<Sums>(wide, n, k));
 }
 
 template <template <class> class Sums, class T>
@@ -186,13 +242,20 @@ PPO_INLINE auto state_of(const T* z, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
   R centre = maximum<V>(z, std::min(n, kSample));
-  if (!(k * centre > -R(INFINITY))) centre = maximum<V>(z, n);
-  // Excluded throughout, or so far below what fp32 holds that it might as well be.
-  const bool excluded = k * centre == -R(INFINITY);
+  if (!(centre > -R(INFINITY)) || Origin<R>::beyond(k, centre)) centre = maximum<V>(z, n);
+  const bool excluded = centre == -R(INFINITY);
   if (excluded) centre = R(0);
+  if constexpr (Origin<R>::kFused) {
+    if (Origin<R>::beyond(k, centre)) return state_in_fp64<Sums>(z, n, k);
+  }
   auto state = state_about<Sums>(z, n, k, centre);
   // Before the sums are asked for NaN, which may be what 2^t is beyond its range.
-  if (k * centre - state.shift > R(kHeadroom)) state = state_about<Sums>(z, n, k, centre);
+  if (k * (centre - state.shift) > R(kHeadroom)) {
+    if constexpr (Origin<R>::kFused) {
+      if (Origin<R>::beyond(k, centre)) return state_in_fp64<Sums>(z, n, k);
+    }
+    state = state_about<Sums>(z, n, k, centre);
+  }
   if (!(centre < R(INFINITY)) || std::isnan(state.weighted)) {
     state.shift = state.sum = state.weighted = R(NAN);
     return state;
@@ -211,13 +274,32 @@ Moments<Real<T>> moments(const T* z, int64_t n, Real<T> k) {
 }
 
 template <class T>
+void gradient(const T* z, T* grad, int64_t n, Real<T> k, Real<T> shift, Real<T> a, Real<T> b);
+
+template <class T>
+__attribute__((noinline)) void gradient_in_fp64(const T* z, T* grad, int64_t n, double k,
+                                                double shift, double a, double b) {
+  double wide[kChunk];
+  widen(z, n, wide);
+  gradient(wide, wide, n, k, shift, a, b);
+  for (int64_t i = 0; i < n; ++i) grad[i] = static_cast<T>(float(wide[i]));
+}
+
+template <class T>
 void gradient(const T* z, T* grad, int64_t n, Real<T> k, Real<T> shift, Real<T> a, Real<T> b) {
+  using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
+  if constexpr (Origin<R>::kFused) {
+    if (Origin<R>::beyond(k, shift)) return gradient_in_fp64(z, grad, n, k, shift, a, b);
+  }
+  const Origin<R> origin(k, shift);
+  const V scale = broadcast<V>(k), place = broadcast<V>(origin.place);
+  a = origin.factor * (a - b * origin.rest);
+  b = origin.factor * b;
   for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
     V x[kPack], t[kPack], e[kPack];
     load<tail.value>(z + i, count, x);
-    exponents(x, scale, offset, t);
+    exponents(x, scale, place, t);
     exp2(t, e);
     for (int u = 0; u < kPack; ++u) x[u] = e[u] * fma(broadcast<V>(b), t[u], broadcast<V>(a));
     store<tail.value>(grad + i, count, x);
@@ -238,9 +320,10 @@ PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, 
                                                       Real<T>& ref_centre, bool& defined) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  const R shift = k * centre, ref_shift = k * ref_centre;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
-  const V ref_offset = broadcast<V>(-ref_shift);
+  const R shift = centre, ref_shift = ref_centre;
+  const Origin<R> origin(k, shift), ref_origin(k, ref_shift);
+  const V scale = broadcast<V>(k), place = broadcast<V>(origin.place);
+  const V ref_place = broadcast<V>(ref_origin.place);
   V sum[kPack] = {}, ref_sum[kPack] = {}, cross[kPack] = {}, exponent_sum[kPack] = {};
   V largest[kPack], ref_largest[kPack];
   for (V& m : largest) m = broadcast<V>(centre);
@@ -253,14 +336,14 @@ PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, 
       load<tail.value>(ref + begin + i, count, y);
       raise(largest, x);
       raise(ref_largest, y);
-      exponents(x, scale, offset, t);
+      exponents(x, scale, place, t);
       exp2(t, e);
       add(block_sum, e);
       add(exponent_sum, t);
       for (int u = 0; u < kPack; ++u) {
-        block_cross[u] += weighted_ratio(e[u], t[u], exact_fma(y[u], scale, ref_offset));
+        block_cross[u] += weighted_ratio(e[u], t[u], exponent(y[u], scale, ref_place));
       }
-      exponents(y, scale, ref_offset, t);
+      exponents(y, scale, ref_place, t);
       exp2(t, e);
       add(block_ref_sum, e);
       add(exponent_sum, t);
@@ -272,7 +355,21 @@ PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, 
   centre = maximum(largest);
   ref_centre = maximum(ref_largest);
   defined = !std::isnan(total(exponent_sum)) && centre < R(INFINITY) && ref_centre < R(INFINITY);
-  return {shift, total(sum), ref_shift, total(ref_sum), total(cross)};
+  const R s = total(sum), apart = ref_origin.rest - origin.rest;
+  return {shift, origin.factor * s, ref_shift, ref_origin.factor * total(ref_sum),
+          origin.factor * (total(cross) + apart * s)};
+}
+
+template <class T>
+JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T> k);
+
+template <class T>
+__attribute__((noinline)) JointState<float> joint_statistics_in_fp64(const T* z, const T* ref,
+                                                                     int64_t n, double k) {
+  double wide[kChunk], ref_wide[kChunk];
+  widen(z, n, wide);
+  widen(ref, n, ref_wide);
+  return narrow(joint_statistics(wide, ref_wide, n, k));
 }
 
 template <class T>
@@ -281,15 +378,25 @@ JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T
   using V = typename VectorOf<T>::type;
   const auto centre_of = [&](const T* p, bool& excluded) {
     R centre = maximum<V>(p, std::min(n, kSample));
-    if (!(k * centre > -R(INFINITY))) centre = maximum<V>(p, n);
-    excluded = k * centre == -R(INFINITY);
+    if (!(centre > -R(INFINITY)) || Origin<R>::beyond(k, centre)) centre = maximum<V>(p, n);
+    excluded = centre == -R(INFINITY);
     return excluded ? R(0) : centre;
   };
   bool excluded, ref_excluded, defined;
   R centre = centre_of(z, excluded), ref_centre = centre_of(ref, ref_excluded);
+  const auto beyond = [&] {
+    return Origin<R>::beyond(k, centre) || Origin<R>::beyond(k, ref_centre);
+  };
+  if constexpr (Origin<R>::kFused) {
+    if (beyond()) return joint_statistics_in_fp64(z, ref, n, k);
+  }
   JointState<R> state = joint_statistics_about(z, ref, n, k, centre, ref_centre, defined);
   if (!defined) return {R(NAN), R(NAN), R(NAN), R(NAN), R(NAN)};
-  if (k * centre - state.shift > R(kHeadroom) || k * ref_centre - state.ref_shift > R(kHeadroom)) {
+  if (k * (centre - state.shift) > R(kHeadroom) ||
+      k * (ref_centre - state.ref_shift) > R(kHeadroom)) {
+    if constexpr (Origin<R>::kFused) {
+      if (beyond()) return joint_statistics_in_fp64(z, ref, n, k);
+    }
     state = joint_statistics_about(z, ref, n, k, centre, ref_centre, defined);
   }
   if (excluded) state.shift = -R(INFINITY);
@@ -299,18 +406,42 @@ JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T
 
 template <class T>
 void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T> shift,
+                 Real<T> ref_shift, Real<T> a, Real<T> b);
+
+template <class T>
+__attribute__((noinline)) void kl_gradient_in_fp64(const T* z, const T* ref, T* grad, int64_t n,
+                                                   double k, double shift, double ref_shift,
+                                                   double a, double b) {
+  double wide[kChunk], ref_wide[kChunk];
+  widen(z, n, wide);
+  widen(ref, n, ref_wide);
+  kl_gradient(wide, ref_wide, wide, n, k, shift, ref_shift, a, b);
+  for (int64_t i = 0; i < n; ++i) grad[i] = static_cast<T>(float(wide[i]));
+}
+
+template <class T>
+void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T> shift,
                  Real<T> ref_shift, Real<T> a, Real<T> b) {
+  using R = Real<T>;
   using V = typename VectorOf<T>::type;
-  const V scale = broadcast<V>(k), offset = broadcast<V>(-shift);
-  const V ref_offset = broadcast<V>(-ref_shift);
+  if constexpr (Origin<R>::kFused) {
+    if (Origin<R>::beyond(k, shift) || Origin<R>::beyond(k, ref_shift)) {
+      return kl_gradient_in_fp64(z, ref, grad, n, k, shift, ref_shift, a, b);
+    }
+  }
+  const Origin<R> origin(k, shift), ref_origin(k, ref_shift);
+  const V scale = broadcast<V>(k), place = broadcast<V>(origin.place);
+  const V ref_place = broadcast<V>(ref_origin.place);
+  a = origin.factor * (a + b * (ref_origin.rest - origin.rest));
+  b = origin.factor * b;
   for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
     V x[kPack], y[kPack], t[kPack], e[kPack];
     load<tail.value>(z + i, count, x);
     load<tail.value>(ref + i, count, y);
-    exponents(x, scale, offset, t);
+    exponents(x, scale, place, t);
     exp2(t, e);
     for (int u = 0; u < kPack; ++u) {
-      const V ratio = weighted_ratio(e[u], t[u], exact_fma(y[u], scale, ref_offset));
+      const V ratio = weighted_ratio(e[u], t[u], exponent(y[u], scale, ref_place));
       x[u] = fma(e[u], broadcast<V>(a), broadcast<V>(b) * ratio);
     }
     store<tail.value>(grad + i, count, x);

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
     for (int j = 0; j < n; ++j) y[j] = load<T, kLayout, whole>(ref, length, i + j);
     absorb<T, n>(state, x, y, k);
   });
-  state = merge_threads(state, reinterpret_cast<State*>(shared_memory()));
+  state = merge_threads(state, reinterpret_cast<State*>(shared_memory()), k);
   if (threadIdx.x > 0) return;
   result[row] = kl(state);
   stats[row] = {state.shift, std::log2(state.sum)};
@@ -89,7 +89,7 @@ struct JointGradient {
     unpack_vector<T>(loaded.ref_logits, y);
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
-      const R t = exponent(x[j], k, shift), u = std::fma(y[j], k, -ref_shift);
+      const R t = exponent(x[j], k, shift), u = k * (y[j] - ref_shift);
       x[j] = weighed(fast_exp2(t), std::fma(b, t - u, a));
     }
   }

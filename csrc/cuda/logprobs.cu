@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   const T* z = logits[part.row];
   auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
   const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
-  state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), division, part);
+  state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), division, part, k);
   if (!writes) return;
   write(score(state, logit, k));
 }
@@ -61,12 +61,12 @@ template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_logprobs, const Real<T>* grad_entropy, Rows<T> logits, Ids tokens,
              const Real<T>* entropy, const RowStats<Real<T>>* stats, int length,
-             Temperatures<Real<T>> temperatures, T* grad_logits) {
+             Temperatures<Real<T>> temperatures, Rows<T> grad_logits) {
   using R = Real<T>;
   const uint32_t row = blockIdx.x;
   const R g = grad_logprobs ? grad_logprobs[row] : R(0);
   const R h = grad_entropy ? grad_entropy[row] : R(0);
-  T* out = grad_logits + int64_t(row) * length;
+  T* out = grad_logits[row];
   // A row without upstream gradient may be one that a mask excluded, whose token is anything.
   if (g == R(0) && h == R(0)) {
     write_row<T, kLayout>(out, length, Zeros<T>{});
@@ -79,30 +79,49 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   // NaN, as the log-probability of a token outside of the row.
   const auto gradient =
       row_gradient(std::isnan(logit) ? logit : g, h, entropy[row], stats[row], temperature, logit);
+  // All have read the token's logit, where the gradient may come.
+  __syncthreads();
   write_gradient<T, kLayout>(gradient, InGlobal<T, kLayout>{z, length}, out, length, token,
                              temperature.k);
+}
+
+// From `readable` logits to a `readable` tensor, which may be the same.
+void write_backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
+                    const Tensor& logits, const Tensor& tokens, const Tensor& entropy,
+                    const Tensor& softmax_stats, const OptionalTensor& temperatures,
+                    const Tensor& scalars, const Tensor& grad_logits) {
+  const Device device(logits);
+  const auto own = as<double>(temperatures);
+  dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using R = Real<T>;
+    const auto g = as<R>(grad_logprobs), h = as<R>(grad_entropy);
+    const Tensor ids = packed(tokens), entropies = packed(entropy), stats = packed(softmax_stats);
+    const auto z = rows<T>(logits), out = rows<T>(grad_logits);
+    const int64_t length = logits.size(-1);
+    with_layout(layout_of(length, z, out), [&](auto layout) {
+      device.launch(backward<T, layout>, Grid{tokens.numel(), threads_for<T>(length, length)},
+                    data_or_null<R>(g), data_or_null<R>(h), z, Ids(ids), data<R>(entropies),
+                    data<RowStats<R>>(stats), length, temperatures_of<R>(own, scalars), out);
+    });
+  });
 }
 
 Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
                                Tensor logits, Tensor tokens, Tensor entropy, Tensor softmax_stats,
                                OptionalTensor temperatures, Tensor scalars) {
-  const Device device(logits);
-  const auto own = as<double>(temperatures);
-  return dispatch(logits.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    using R = Real<T>;
-    const auto g = as<R>(grad_logprobs), h = as<R>(grad_entropy);
-    const Tensor held = readable(logits), ids = packed(tokens), entropies = packed(entropy);
-    const Tensor stats = packed(softmax_stats), grad_logits = empty_logits(logits);
-    const auto z = rows<T>(held);
-    const int64_t length = logits.size(-1);
-    with_layout(layout_of(length, z, rows<T>(grad_logits)), [&](auto layout) {
-      device.launch(backward<T, layout>, Grid{tokens.numel(), threads_for<T>(length, length)},
-                    data_or_null<R>(g), data_or_null<R>(h), z, Ids(ids), data<R>(entropies),
-                    data<RowStats<R>>(stats), length, temperatures_of<R>(own, scalars),
-                    data<T>(grad_logits));
-    });
-    return grad_logits;
+  const Tensor grad_logits = empty_logits(logits);
+  write_backward(grad_logprobs, grad_entropy, readable(logits), tokens, entropy, softmax_stats,
+                 temperatures, scalars, grad_logits);
+  return grad_logits;
+}
+
+void token_logprobs_backward_(OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
+                              Tensor logits, Tensor tokens, Tensor entropy, Tensor softmax_stats,
+                              OptionalTensor temperatures, Tensor scalars) {
+  written_in_place(logits, [&](const Tensor& target) {
+    write_backward(grad_logprobs, grad_entropy, target, tokens, entropy, softmax_stats,
+                   temperatures, scalars, target);
   });
 }
 
@@ -111,6 +130,8 @@ Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
   m.impl("token_logprobs", PPO_CHECKED(kTokenLogprobs, &token_logprobs));
   m.impl("token_logprobs_backward", PPO_CHECKED(kTokenLogprobsBackward, &token_logprobs_backward));
+  m.impl("token_logprobs_backward_",
+         PPO_CHECKED(kTokenLogprobsBackward, &token_logprobs_backward_));
 }
 
 }  // namespace ppo::cuda

@@ -74,8 +74,8 @@ __device__ __forceinline__ void begin_row(const Division& division) {
 // of those that fence.
 template <class R, template <class> class State>
 __device__ State<R> merge_row(State<R> state, States<R, State>& states, const Division& division,
-                              const Part& part) {
-  state = merge_threads(state, states.warps);
+                              const Part& part, R k) {
+  state = merge_threads(state, states.warps, k);
   if (division.parts == 1) return state;
   cluster_wait();  // All have begun and can be written to.
   if (int(threadIdx.x) < division.parts) {
@@ -84,7 +84,7 @@ __device__ State<R> merge_row(State<R> state, States<R, State>& states, const Di
   }
   cluster_arrive();
   cluster_wait();
-  return warp_id() == 0 ? merge_first(states.parts, division.parts) : state;
+  return warp_id() == 0 ? merge_first(states.parts, division.parts, k) : state;
 }
 
 // NaN for a token outside of the row.

@@ -48,35 +48,39 @@ struct Moments {
   double count, mean, squares;
 };
 
-// By all threads of a CTA, from what each has: `count` and `sum`, and then `squares(mean)`.
-template <class Squares>
-__device__ Moments cta_moments(double count, double sum, const Squares& squares) {
+// By all threads of a CTA: `visit(f)` calls f(x, squares, n) for what each has, n tokens of mean x
+// and such squares about it. Sums run from the least x on: what is equal has no variance at all.
+template <class Visit>
+__device__ Moments cta_moments(const Visit& visit) {
   auto* scratch = reinterpret_cast<double*>(shared_memory());
   constexpr int kStep = kTokenThreads / kWarp;
+  double least = INFINITY, count = 0, sum = 0, squares = 0;
+  visit([&](double x, double, double) { least = std::fmin(least, x); });
+  least = cta_min(least, scratch);
+  visit([&](double x, double, double n) {
+    count += n;
+    sum += n * (x - least);
+  });
   Moments all;
-  all.count = cta_sum(count, scratch);
-  all.mean = cta_sum(sum, scratch + kStep) / (all.count > 1 ? all.count : 1);
-  all.squares = cta_sum(squares(all.mean), scratch + 2 * kStep);
+  all.count = cta_sum(count, scratch + kStep);
+  const double mean = cta_sum(sum, scratch + 2 * kStep) / (all.count > 1 ? all.count : 1);
+  visit([&](double x, double own, double n) {
+    const double off = (x - least) - mean;
+    squares += own + n * off * off;
+  });
+  all.mean = least + mean;
+  all.squares = cta_sum(squares, scratch + 3 * kStep);
   return all;
 }
-constexpr int64_t kMomentsScratch = 3 * kSumScratch;
+constexpr int64_t kMomentsScratch = 4 * kSumScratch;
 
 template <class R>
 __global__ void __launch_bounds__(kTokenThreads)
     moments_of_block(Tokens<R> tokens, Moments* parts) {
-  double count = 0, sum = 0;
-  for_tokens_of_block(tokens.count, [&](int64_t i) {
-    if (!tokens.counts(i)) return;
-    count += 1;
-    sum += double(tokens.x[i]);
-  });
-  const Moments moments = cta_moments(count, sum, [&](double mean) {
-    double squares = 0;
+  const Moments moments = cta_moments([&](const auto& f) {
     for_tokens_of_block(tokens.count, [&](int64_t i) {
-      const double centred = double(tokens.x[i]) - mean;
-      if (tokens.counts(i)) squares += centred * centred;
+      if (tokens.counts(i)) f(double(tokens.x[i]), 0.0, 1.0);
     });
-    return squares;
   });
   if (threadIdx.x == 0) parts[blockIdx.x] = moments;
 }
@@ -84,18 +88,10 @@ __global__ void __launch_bounds__(kTokenThreads)
 // Those of `blocks` blocks as one.
 __global__ void __launch_bounds__(kTokenThreads)
     merge_moments(const Moments* parts, int64_t blocks, Moments* all) {
-  double count = 0, sum = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += kTokenThreads) {
-    count += parts[i].count;
-    sum += parts[i].count * parts[i].mean;
-  }
-  const Moments moments = cta_moments(count, sum, [&](double mean) {
-    double squares = 0;
+  const Moments moments = cta_moments([&](const auto& f) {
     for (int64_t i = threadIdx.x; i < blocks; i += kTokenThreads) {
-      const double off = parts[i].mean - mean;
-      squares += parts[i].squares + parts[i].count * off * off;
+      if (parts[i].count > 0) f(parts[i].mean, parts[i].squares, parts[i].count);
     }
-    return squares;
   });
   if (threadIdx.x == 0) *all = moments;
 }
@@ -104,7 +100,7 @@ template <class R>
 __global__ void __launch_bounds__(kTokenThreads)
     whiten(Tokens<R> tokens, const Moments* moments, double eps, R* whitened) {
   const double count = moments->count > 1 ? moments->count : 1;
-  const double scale = 1 / std::sqrt(moments->squares / count + eps), mean = moments->mean;
+  const double scale = whitening_scale(moments->squares / count, eps), mean = moments->mean;
   for_tokens_of_block(tokens.count, [&](int64_t i) {
     whitened[i] = tokens.counts(i) ? R((double(tokens.x[i]) - mean) * scale) : R(0);
   });

@@ -57,6 +57,20 @@ __device__ inline double cta_sum(double x, double* scratch) {
   return warp_sum(lane_id() < kTokenThreads / kWarp ? scratch[lane_id()] : 0.0);
 }
 
+// The least over a CTA of such threads, for each of them; NaN does not count.
+__device__ inline double cta_min(double x, double* scratch) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    x = std::fmin(x, __shfl_xor_sync(kAllLanes, x, distance));
+  }
+  if (lane_id() == 0) scratch[warp_id()] = x;
+  __syncthreads();
+  x = scratch[lane_id() % (kTokenThreads / kWarp)];
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    x = std::fmin(x, __shfl_xor_sync(kAllLanes, x, distance));
+  }
+  return x;
+}
+
 template <class R, int kMeans>
 struct Scalars {
   R* at[kMeans];

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
   TokenInput<R> token{};
   if (writes) token = token_input(call, part.row, z);
-  state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), call.division, part);
+  state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), call.division, part, k);
   if (!writes) return;
   token_loss(call, part.row, token, score(state, token.logit, k), true);
 }

@@ -67,8 +67,8 @@ __device__ TokenInput<Real<T>> token_input(const Call<T>& call, uint32_t row, co
           ref_logprob, R(call.denominator())};
 }
 
-// By one thread of a row; the results are written by one that `writes`. The loss is NaN where the
-// log-probability is not finite.
+// By one thread of a row; the results are written by one that `writes`. The loss is NaN where a
+// log-probability or the advantage is not finite.
 template <class T>
 __device__ Upstream<Real<T>> token_loss(const Call<T>& call, uint32_t row,
                                         const TokenInput<Real<T>>& token,
@@ -82,12 +82,10 @@ __device__ Upstream<Real<T>> token_loss(const Call<T>& call, uint32_t row,
   if (writes) {
     const R loss =
         of.policy.loss - objective.entropy_coef * scored.entropy + objective.kl_coef * of.kl.value;
-    const R terms[] = {std::isfinite(scored.logprob) ? loss : R(NAN),
-                       of.policy.loss,
-                       scored.entropy,
-                       of.kl.value,
-                       of.policy.approx_kl,
-                       R(of.policy.clipped)};
+    const bool finite = std::isfinite(scored.logprob) && std::isfinite(token.old_logprob) &&
+                        std::isfinite(token.advantage) && std::isfinite(token.ref_logprob);
+    const R terms[] = {finite ? loss : R(NAN), of.policy.loss,      scored.entropy, of.kl.value,
+                       of.policy.approx_kl,    R(of.policy.clipped)};
     write_results(call, row, scored, terms, upstream);
   }
   return upstream;
@@ -131,7 +129,7 @@ class Loss {
             data_or_null<R>(held_[3]),
             data_or_null<bool>(held_[4]),
             {data_or_null<double>(held_[5]), count},
-            {R(s[1]), R(s[2]), R(s[3]), R(s[4]), R(s[5]), KLEstimator(kl_estimator)},
+            {R(1 - s[1]), R(1 + s[2]), R(s[3]), R(s[4]), R(s[5]), KLEstimator(kl_estimator)},
             count,
             data<R>(logprobs_),
             data<R>(entropy_),

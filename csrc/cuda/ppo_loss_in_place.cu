@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
                                           });
     if (first) head.token = token_input(call, part.row, z);
   }
-  state = merge_row(state, head.states, call.division, part);
+  state = merge_row(state, head.states, call.division, part, temperature.k);
   if (first) {
     const auto scored = score(state, head.token.logit, temperature.k);
     const auto upstream = token_loss(call, part.row, head.token, scored, part.index == 0);
@@ -126,7 +126,7 @@ LossResults ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor 
   });
 }
 
-// The elements of a row times a number; zeros stay zeros whatever it is.
+// The elements of a row times a number; a zero of either makes a zero, whatever the other is.
 template <class T, Layout kLayout>
 struct Scaled {
   using Loaded = uint4;
@@ -140,7 +140,9 @@ struct Scaled {
   __device__ __forceinline__ void compute(const uint4& loaded, Real<T> (&x)[kVector<T>]) const {
     unpack_vector<T>(loaded, x);
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j) x[j] = x[j] == Real<T>(0) ? x[j] : x[j] * factor;
+    for (int j = 0; j < kVector<T>; ++j) {
+      x[j] = x[j] == Real<T>(0) || factor == Real<T>(0) ? Real<T>(0) : x[j] * factor;
+    }
   }
 };
 

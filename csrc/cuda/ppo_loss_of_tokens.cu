@@ -39,9 +39,9 @@ __device__ __forceinline__ void sum_block(const Tokens<R>& tokens, const Loss& l
 
 template <class R>
 __global__ void __launch_bounds__(kTokenThreads)
-    policy_loss(Tokens<R> tokens, R clip_low, R clip_high, R dual_clip) {
+    policy_loss(Tokens<R> tokens, R low, R high, R dual_clip) {
   sum_block<3>(tokens, [&](R logprob, R old_logprob, R advantage, double (&sums)[3]) {
-    const auto term = policy_term(logprob - old_logprob, advantage, clip_low, clip_high, dual_clip);
+    const auto term = policy_term(logprob - old_logprob, advantage, low, high, dual_clip);
     sums[0] += term.loss;
     sums[1] += term.approx_kl;
     sums[2] += term.clipped;
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(Tensor logprobs, 
   return dispatch(logprobs.scalar_type(), [&](auto type) {
     using R = Real<decltype(type)>;
     return loss_of<3>(policy_loss<R>, logprobs, old_logprobs, advantages, mask, denominator,
-                      R(s[0]), R(s[1]), R(s[2]));
+                      R(1 - s[0]), R(1 + s[1]), R(s[2]));
   });
 }
 

@@ -2,6 +2,8 @@
 // did.
 #pragma once
 
+#include <limits>
+
 #include "../softmax_state.h"
 #include "means.cuh"
 
@@ -10,10 +12,10 @@ namespace ppo::cuda {
 // Elements in 16 bytes.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
-// The shift of a state that has seen nothing with probability; finite, so that no difference of
-// shifts is NaN. Logits are to lie above it.
+// The shift of a state that has seen nothing with probability, the lowest number: no difference of
+// shifts is NaN.
 template <class R>
-constexpr R kNothing = sizeof(R) == 8 ? R(-1e300) : R(-1e30f);
+constexpr R kNothing = std::numeric_limits<R>::lowest();
 // Exponents below this are raised to it: their power is 0 all the same, and 0 times it too.
 constexpr float kUnderflow = -1200.0f;
 
@@ -70,10 +72,10 @@ __device__ __forceinline__ Real<T> largest(const uint4* vectors) {
   }
 }
 
-// k x - shift in one rounding, NaN where x is.
+// k (x - shift), NaN where x is.
 template <class R>
 __device__ __forceinline__ R exponent(R x, R k, R shift) {
-  return max_or_nan(std::fma(x, k, -shift), R(kUnderflow));
+  return max_or_nan(k * (x - shift), R(kUnderflow));
 }
 
 template <class R>
@@ -83,8 +85,8 @@ __device__ __forceinline__ void nothing_seen(SoftmaxState<R>& state) {
 
 // The state with its exponents relative to a shift that is not smaller.
 template <class R>
-__device__ __forceinline__ SoftmaxState<R> shifted(const SoftmaxState<R>& state, R shift) {
-  const R change = state.shift - shift, factor = fast_exp2(change);
+__device__ __forceinline__ SoftmaxState<R> shifted(const SoftmaxState<R>& state, R shift, R k) {
+  const R change = k * (state.shift - shift), factor = fast_exp2(change);
   return {shift, factor * state.sum, weighed(factor, std::fma(change, state.sum, state.weighted))};
 }
 
@@ -93,7 +95,7 @@ template <class T, int kCount>
 __device__ __forceinline__ void absorb(SoftmaxState<Real<T>>& state, const uint4* vectors,
                                        Real<T> k) {
   using R = Real<T>;
-  state = shifted(state, R(std::fmax(state.shift, k * largest<T, kCount>(vectors))));
+  state = shifted(state, R(std::fmax(state.shift, largest<T, kCount>(vectors))), k);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     R x[kVector<T>];
@@ -114,11 +116,11 @@ __device__ __forceinline__ void nothing_seen(Moments<R>& m) {
 }
 
 template <class R>
-__device__ __forceinline__ Moments<R> shifted(const Moments<R>& m, R shift) {
+__device__ __forceinline__ Moments<R> shifted(const Moments<R>& m, R shift, R k) {
   const SoftmaxState<R>& softmax = m;
-  const R change = m.shift - shift, factor = fast_exp2(change);
-  return {shifted(softmax, shift), factor * factor * m.squares, shifted_second(m, change, factor),
-          m.largest};
+  const R change = k * (m.shift - shift), factor = fast_exp2(change);
+  return {shifted(softmax, shift, k), factor * factor * m.squares,
+          shifted_second(m, change, factor), m.largest};
 }
 
 // The state of softmax has the bits that it has alone.
@@ -126,7 +128,7 @@ template <class T, int kCount>
 __device__ __forceinline__ void absorb(Moments<Real<T>>& m, const uint4* vectors, Real<T> k) {
   using R = Real<T>;
   const R found = largest<T, kCount>(vectors);
-  m = shifted(m, R(std::fmax(m.shift, k * found)));
+  m = shifted(m, R(std::fmax(m.shift, found)), k);
   m.largest = std::fmax(m.largest, found);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -154,14 +156,14 @@ __device__ __forceinline__ R warp_max(R x) {
 
 // The states of a warp's lanes as one, in every lane.
 template <class R>
-__device__ SoftmaxState<R> merge_lanes(SoftmaxState<R> state) {
-  state = shifted(state, warp_max(state.shift));
+__device__ SoftmaxState<R> merge_lanes(SoftmaxState<R> state, R k) {
+  state = shifted(state, warp_max(state.shift), k);
   return {state.shift, warp_sum(state.sum), warp_sum(state.weighted)};
 }
 
 template <class R>
-__device__ Moments<R> merge_lanes(Moments<R> m) {
-  m = shifted(m, warp_max(m.shift));
+__device__ Moments<R> merge_lanes(Moments<R> m, R k) {
+  m = shifted(m, warp_max(m.shift), k);
   return {{m.shift, warp_sum(m.sum), warp_sum(m.weighted)},
           warp_sum(m.squares),
           warp_sum(m.second),
@@ -170,16 +172,17 @@ __device__ Moments<R> merge_lanes(Moments<R> m) {
 
 // The state with its exponents relative to shifts that are not smaller; a cross of inf stays inf.
 template <class R>
-__device__ __forceinline__ JointState<R> shifted(const JointState<R>& s, R shift, R ref_shift) {
-  const R change = s.shift - shift, ref_change = s.ref_shift - ref_shift;
+__device__ __forceinline__ JointState<R> shifted(const JointState<R>& s, R shift, R ref_shift,
+                                                 R k) {
+  const R change = k * (s.shift - shift), ref_change = k * (s.ref_shift - ref_shift);
   const R factor = fast_exp2(change);
   return {shift, factor * s.sum, ref_shift, fast_exp2(ref_change) * s.ref_sum,
           weighed(factor, std::fma(s.sum, change - ref_change, s.cross))};
 }
 
 template <class R>
-__device__ JointState<R> merge_lanes(JointState<R> s) {
-  s = shifted(s, warp_max(s.shift), warp_max(s.ref_shift));
+__device__ JointState<R> merge_lanes(JointState<R> s, R k) {
+  s = shifted(s, warp_max(s.shift), warp_max(s.ref_shift), k);
   return {s.shift, warp_sum(s.sum), s.ref_shift, warp_sum(s.ref_sum), warp_sum(s.cross)};
 }
 
@@ -192,8 +195,8 @@ template <class T, int kCount>
 __device__ __forceinline__ void absorb(JointState<Real<T>>& s, const uint4* logits,
                                        const uint4* ref_logits, Real<T> k) {
   using R = Real<T>;
-  s = shifted(s, R(std::fmax(s.shift, k * largest<T, kCount>(logits))),
-              R(std::fmax(s.ref_shift, k * largest<T, kCount>(ref_logits))));
+  s = shifted(s, R(std::fmax(s.shift, largest<T, kCount>(logits))),
+              R(std::fmax(s.ref_shift, largest<T, kCount>(ref_logits))), k);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     R x[kVector<T>], y[kVector<T>];
@@ -201,7 +204,7 @@ __device__ __forceinline__ void absorb(JointState<Real<T>>& s, const uint4* logi
     unpack_vector<T>(ref_logits[i], y);
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
-      const R t = exponent(x[j], k, s.shift), u = std::fma(y[j], k, -s.ref_shift);
+      const R t = exponent(x[j], k, s.shift), u = k * (y[j] - s.ref_shift);
       const R e = fast_exp2(t);
       s.sum += e;
       s.ref_sum += fast_exp2(u);
@@ -211,22 +214,22 @@ __device__ __forceinline__ void absorb(JointState<Real<T>>& s, const uint4* logi
 }
 
 // The first `count` states in memory as one, in every lane.
-template <class State>
-__device__ State merge_first(const State* states, int count) {
+template <class State, class R>
+__device__ State merge_first(const State* states, int count, R k) {
   State state;
   nothing_seen(state);
   if (lane_id() < count) state = states[lane_id()];
-  return merge_lanes(state);
+  return merge_lanes(state, k);
 }
 
 // The states of all threads of the CTA as one, in the first warp; `scratch` in shared memory has
 // room for one of each warp.
-template <class State>
-__device__ State merge_threads(State state, State* scratch) {
-  state = merge_lanes(state);
+template <class State, class R>
+__device__ State merge_threads(State state, State* scratch, R k) {
+  state = merge_lanes(state, k);
   if (lane_id() == 0) scratch[warp_id()] = state;
   __syncthreads();
-  return warp_id() == 0 ? merge_first(scratch, int(blockDim.x) / kWarp) : state;
+  return warp_id() == 0 ? merge_first(scratch, int(blockDim.x) / kWarp, k) : state;
 }
 
 }  // namespace ppo::cuda

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
       thread_statistics<T, kLayout, Moments<R>>(z + part.begin, part.length, k, KeepNothing{});
   const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
   auto& states = *reinterpret_cast<States<R, Moments>*>(shared_memory());
-  moments = merge_row(moments, states, division, part);
+  moments = merge_row(moments, states, division, part, k);
   if (!writes) return;
   results.write(part.row, ppo::token_statistics(moments, logit, k));
 }

@@ -12,6 +12,7 @@ from ppo_kernels._triton.common import (
     per_token,
     row_counts,
     rows,
+    written_in_place,
 )
 from ppo_kernels.schemas import ELSEWHERE as ELSEWHERE_ID
 from ppo_kernels.schemas import result_dtype
@@ -33,7 +34,7 @@ def score(x_ptr, start, V, token, k, L: tl.constexpr, LAYOUT: tl.constexpr):
     logit = load_logit(x_ptr, start, V, token, k.dtype)
     shift, total, weighted = sweeps.statistics(x_ptr, start, V, k, L, LAYOUT)
     log2_sum = tl.log2(total)
-    logprob = (tl.fma(logit, k, -shift) - log2_sum) * math.LN_2
+    logprob = math.logprob(logit, shift, log2_sum, k)
     return shift, log2_sum, logit, logprob, math.entropy(total, weighted)
 
 
@@ -139,16 +140,20 @@ def _backward(
     stats_ptr,
     temperatures_ptr,
     grad_ptr,
+    grad_inner: tl.int32,
+    grad_outer_stride: tl.int64,
+    grad_inner_stride: tl.int64,
     V: tl.int32,
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
+    """`grad_ptr` may be `logits_ptr`."""
     R: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-    out_start = row.to(tl.int64) * V
+    out_start = sweeps.row_start(row, grad_inner, grad_outer_stride, grad_inner_stride)
     g = tl.zeros((), R)
     h = tl.zeros((), R)
     if grad_logprobs_ptr is not None:
@@ -160,6 +165,8 @@ def _backward(
         stats = stats_ptr + 2 * row.to(tl.int64)
         token = tl.load(tokens_ptr + row).to(tl.int64)
         logit = load_logit(logits_ptr, start, V, token, R)
+        # Before another thread writes a gradient there.
+        tl.debug_barrier()
         # NaN, as the log-probability of a token outside of the row.
         g = tl.where((logit == logit) | (token == ELSEWHERE), g, logit)
         tau, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
@@ -185,24 +192,42 @@ def _backward(
         sweeps.fill_zero(grad_ptr, out_start, V, L, LAYOUT)
 
 
-@implement("token_logprobs_backward")
-def token_logprobs_backward(
-    grad_logprobs, grad_entropy, logits, tokens, entropy, softmax_stats, temperatures, scalars
+def _write_backward(
+    grad_logits,
+    grad_logprobs,
+    grad_entropy,
+    logits,
+    tokens,
+    entropy,
+    softmax_stats,
+    temperatures,
+    scalars,
 ):
     (temperature, *_) = scalars.tolist()
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    laid = rows(logits)
+    laid, out = rows(logits), rows(grad_logits)
     launch(
         _backward,
         tokens.numel(),
         *(per_token(grad_logprobs), per_token(grad_entropy)),
         *laid,
         *map(per_token, (tokens, entropy, softmax_stats, temperatures)),
-        grad_logits,
+        *out,
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),
-        LAYOUT=sweeps.layout(laid, rows(grad_logits)),
+        LAYOUT=sweeps.layout(laid, out),
         **sweeps.lanes(logits),
     )
+
+
+@implement("token_logprobs_backward")
+def token_logprobs_backward(grad_logprobs, grad_entropy, logits, *rest):
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _write_backward(grad_logits, grad_logprobs, grad_entropy, logits, *rest)
     return grad_logits
+
+
+@implement("token_logprobs_backward_")
+def token_logprobs_backward_(grad_logprobs, grad_entropy, logits, *rest):
+    with written_in_place(logits) as target:
+        _write_backward(target, grad_logprobs, grad_entropy, target, *rest)

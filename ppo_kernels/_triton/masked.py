@@ -18,14 +18,19 @@ _MERGED = 1024
 
 @kernel()
 def _sums(x_ptr, mask_ptr, parts_ptr, n: tl.int64, BLOCK: tl.constexpr):
-    """Of each block: count, sum, and sum of squares about the block's own mean."""
+    """Of each block: count, sum, sum of squares about the block's own mean, and that mean."""
     block, counts, i = means.which_count(mask_ptr, n, BLOCK)
     x = tl.load(x_ptr + i, mask=counts, other=0.0).to(tl.float64)
     count = tl.sum(counts.to(tl.float64), axis=0)
-    centred = tl.where(counts, x - tl.sum(x, axis=0) / tl.maximum(count, 1.0), 0.0)
+    # From the least on: what is equal has no variance at all.
+    least = tl.min(tl.where(counts, x, float("inf")), axis=0)
+    above = tl.where(counts, x - least, 0.0)
+    mean = tl.sum(above, axis=0) / tl.maximum(count, 1.0)
+    centred = tl.where(counts, above - mean, 0.0)
     means.store_part(parts_ptr, block, 0, counts)
     means.store_part(parts_ptr, block, 1, x)
     means.store_part(parts_ptr, block, 2, centred * centred)
+    tl.store(parts_ptr + 3 * tl.num_programs(0) + block, tl.where(count > 0.0, least + mean, 0.0))
 
 
 @triton.jit
@@ -55,18 +60,32 @@ def _mean(parts_ptr, parts: tl.int32, denominator_ptr, mean_ptr, weight_ptr, BLO
 
 @kernel()
 def _moments(parts_ptr, parts: tl.int32, moments_ptr, eps: tl.float64, BLOCK: tl.constexpr):
-    """(mean, 1 / sqrt(variance + eps)); the blocks' squares are moved to the mean of all."""
-    count, total = _count_and_sum(parts_ptr, parts, BLOCK)
-    count = tl.maximum(count, 1.0)
-    mean = total / count
+    """(mean, 1 / sqrt(variance + eps), 0 for 1 / 0); the blocks' squares are moved to the mean of
+    all."""
+    lowest = tl.full((BLOCK,), float("inf"), tl.float64)
+    for first in range(0, parts, BLOCK):
+        counts = _part(parts_ptr, parts, 0, first, BLOCK)
+        means_of = _part(parts_ptr, parts, 3, first, BLOCK)
+        lowest = tl.minimum(lowest, tl.where(counts > 0.0, means_of, float("inf")))
+    least = tl.min(lowest, axis=0)
+    total = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, parts, BLOCK):
+        counts = _part(parts_ptr, parts, 0, first, BLOCK)
+        above = _part(parts_ptr, parts, 3, first, BLOCK) - least
+        count += counts
+        total += tl.where(counts > 0.0, counts * above, 0.0)
+    all_counts = tl.maximum(tl.sum(count, axis=0), 1.0)
+    mean = tl.sum(total, axis=0) / all_counts
     squares = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, parts, BLOCK):
         counts = _part(parts_ptr, parts, 0, first, BLOCK)
-        shift = _part(parts_ptr, parts, 1, first, BLOCK) / tl.maximum(counts, 1.0) - mean
-        squares += _part(parts_ptr, parts, 2, first, BLOCK) + counts * shift * shift
-    variance = tl.sum(squares, axis=0) / count
-    tl.store(moments_ptr, mean)
-    tl.store(moments_ptr + 1, 1.0 / tl.sqrt(variance + eps))
+        shift = _part(parts_ptr, parts, 3, first, BLOCK) - least - mean
+        moved = _part(parts_ptr, parts, 2, first, BLOCK) + counts * shift * shift
+        squares += tl.where(counts > 0.0, moved, 0.0)
+    variance = tl.sum(squares, axis=0) / all_counts + eps
+    tl.store(moments_ptr, least + mean)
+    tl.store(moments_ptr + 1, tl.where(variance == 0.0, 0.0, 1.0 / tl.sqrt(variance)))
 
 
 @kernel()
@@ -79,7 +98,7 @@ def _whiten(x_ptr, mask_ptr, moments_ptr, whitened_ptr, n: tl.int64, BLOCK: tl.c
 
 
 def _parts(x, mask):
-    parts = x.new_empty((3, triton.cdiv(x.numel(), _BLOCK)), dtype=torch.float64)
+    parts = x.new_empty((4, triton.cdiv(x.numel(), _BLOCK)), dtype=torch.float64)
     launch(_sums, parts.shape[1], x, mask, parts, x.numel(), BLOCK=_BLOCK, num_warps=8)
     return parts
 

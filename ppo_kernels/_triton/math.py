@@ -1,8 +1,8 @@
 """Per-token arithmetic and softmax states: the twin of csrc/ppo_math.h and csrc/softmax_state.h,
 under the same names where a function is the same.
 
-Base 2 as there: with k = log2(e) / τ a logit z stands for the exponent t = k z - shift, where shift
-is k times the maximum of what was seen, carried as the very number that was subtracted.
+Base 2 as there: with k = log2(e) / τ a logit z stands for the exponent t = k (z - shift), where
+shift is the maximum of what was seen.
 """
 
 import triton
@@ -11,11 +11,13 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# The shift of a state that has seen nothing with probability; finite, so that no difference of
+# The lowest numbers, the shift of a state that has seen nothing with probability: no difference of
 # shifts is NaN.
-NOTHING = tl.constexpr(-1e30)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+_LOWEST_FP64 = tl.constexpr(-1.7976931348623157e308)
 # Exponents below this are raised to it: their power is 0 all the same, and 0 times it too.
 UNDERFLOW = tl.constexpr(-1200.0)
+MOST_LOG_RATIO = tl.constexpr(80.0)
 
 K1 = tl.constexpr(0)
 K2 = tl.constexpr(1)
@@ -59,28 +61,36 @@ def expm1(x):
 
 
 @triton.jit
-def k3(log_ratio):
-    """exp(x) - 1 - x without cancellation."""
-    beyond = tl.exp(log_ratio) - 1.0 - log_ratio
-    return tl.where(tl.abs(log_ratio) < 1.0, _quadratic_part(log_ratio), beyond)
+def bounded(log_ratio):
+    """A log-ratio as it is exponentiated: within ±80, NaN unless it is finite."""
+    x = tl.where(log_ratio > MOST_LOG_RATIO, MOST_LOG_RATIO, log_ratio)
+    x = tl.where(x < -MOST_LOG_RATIO, -MOST_LOG_RATIO, x)
+    return tl.where(tl.abs(log_ratio) < float("inf"), x, float("nan"))
 
 
 @triton.jit
-def policy_term(log_ratio, advantage, clip_low, clip_high, dual_clip):
+def k3(x):
+    """exp(x) - 1 - x without cancellation."""
+    return tl.where(tl.abs(x) < 1.0, _quadratic_part(x), tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def policy_term(log_ratio, advantage, low, high, dual_clip):
     """(loss, ∂loss/∂logprob, k3 estimate of KL(old || new), clipped); dual_clip inf for none."""
-    ratio = tl.exp(log_ratio)
-    bounded = tl.where(ratio < 1.0 - clip_low, 1.0 - clip_low, ratio)
-    bounded = tl.where(ratio > 1.0 + clip_high, 1.0 + clip_high, bounded)
+    x = bounded(log_ratio)
+    ratio = tl.exp(x)
+    within = tl.where(ratio < low, low, ratio)
+    within = tl.where(ratio > high, high, within)
     unclipped_loss = -advantage * ratio
-    clipped_loss = -advantage * bounded
+    clipped_loss = -advantage * within
     clipped = clipped_loss > unclipped_loss
     loss = tl.where(clipped, clipped_loss, unclipped_loss)
-    grad = tl.where(clipped, 0.0, unclipped_loss)
+    grad = tl.where(clipped | (x != log_ratio), 0.0, unclipped_loss)
     bound = -advantage * dual_clip
     beyond = (advantage < 0.0) & (loss > bound)
     loss = tl.where(beyond, bound, loss)
     grad = tl.where(beyond, 0.0, grad)
-    return loss, grad, k3(log_ratio), clipped
+    return loss, grad, k3(x), clipped
 
 
 @triton.jit
@@ -105,8 +115,9 @@ def kl_term(estimator, log_ratio):
     grad = tl.where(estimator == K1, 1.0, grad)
     value = tl.where(estimator == K2, 0.5 * log_ratio * log_ratio, value)
     grad = tl.where(estimator == K2, log_ratio, grad)
-    value = tl.where(estimator == K3, k3(-log_ratio), value)
-    grad = tl.where(estimator == K3, -expm1(-log_ratio), grad)
+    x = bounded(log_ratio)
+    value = tl.where(estimator == K3, k3(-x), value)
+    grad = tl.where(estimator == K3, tl.where(x == log_ratio, -expm1(-x), 0.0), grad)
     return value, grad
 
 
@@ -145,9 +156,15 @@ def sum_step(x, decay, counted, done, S):
 
 
 @triton.jit
+def scaled(x, k, shift):
+    """k (x - shift). Rounded: the compiler would contract a product with what it is added to."""
+    return tl.fma(x - shift, k, 0.0)
+
+
+@triton.jit
 def exponents(x, k, shift):
-    """k x - shift in one rounding, NaN where x is."""
-    t = tl.fma(x, k, -shift)
+    """k (x - shift) above what underflows, NaN where x is."""
+    t = scaled(x, k, shift)
     return tl.maximum(t, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -155,6 +172,13 @@ def exponents(x, k, shift):
 def weighed(weight, x):
     """weight * x, and 0 for a weight of 0, though x may have overflowed."""
     return tl.where(weight == 0.0, 0.0, weight * x)
+
+
+@triton.jit
+def nothing_seen(L: tl.constexpr, R: tl.constexpr):
+    """Shifts (L,) of lanes that have seen nothing with probability."""
+    lowest: tl.constexpr = _LOWEST_FP64 if R.primitive_bitwidth == 64 else _LOWEST
+    return tl.full((L,), lowest, R)
 
 
 @triton.jit
@@ -171,20 +195,20 @@ def absorb(shift, total, weighted, x, k):
     The block's maximum comes first, so that it costs one exponential an element and one a lane.
     """
     x = x.to(shift.dtype)
-    top = tl.maximum(shift, k * tl.max(x, axis=1))
+    top = tl.maximum(shift, tl.max(x, axis=1))
     t = exponents(x, k, top[:, None])
     e = tl.exp2(t)
-    total, weighted = _shifted(total, weighted, shift - top)
+    total, weighted = _shifted(total, weighted, scaled(shift, k, top))
     total += tl.sum(e, axis=1)
     weighted += tl.sum(e * t, axis=1)
     return top, total, weighted
 
 
 @triton.jit
-def merge(shift, total, weighted):
+def merge(shift, total, weighted, k):
     """Lane states -> the state of the row."""
     top = tl.max(shift, axis=0)
-    total, weighted = _shifted(total, weighted, shift - top)
+    total, weighted = _shifted(total, weighted, scaled(shift, k, top))
     return top, tl.sum(total, axis=0), tl.sum(weighted, axis=0)
 
 
@@ -202,11 +226,11 @@ def moments_absorb(shift, total, weighted, squares, second, largest, x, k):
     """`absorb` with the sums of second order and the largest logit."""
     x = x.to(shift.dtype)
     found = tl.max(x, axis=1)
-    top = tl.maximum(shift, k * found)
+    top = tl.maximum(shift, found)
     t = exponents(x, k, top[:, None])
     e = tl.exp2(t)
     total, weighted, squares, second = _shifted_moments(
-        total, weighted, squares, second, shift - top
+        total, weighted, squares, second, scaled(shift, k, top)
     )
     total += tl.sum(e, axis=1)
     weighted += tl.sum(e * t, axis=1)
@@ -216,11 +240,11 @@ def moments_absorb(shift, total, weighted, squares, second, largest, x, k):
 
 
 @triton.jit
-def moments_merge(shift, total, weighted, squares, second, largest):
+def moments_merge(shift, total, weighted, squares, second, largest, k):
     """Lane states -> the state of the row."""
     top = tl.max(shift, axis=0)
     total, weighted, squares, second = _shifted_moments(
-        total, weighted, squares, second, shift - top
+        total, weighted, squares, second, scaled(shift, k, top)
     )
     total, weighted = tl.sum(total, axis=0), tl.sum(weighted, axis=0)
     squares, second = tl.sum(squares, axis=0), tl.sum(second, axis=0)
@@ -236,9 +260,21 @@ def varentropy(total, weighted, second):
 
 
 @triton.jit
+def logprob(logit, shift, log2_sum, k):
+    log_p = (scaled(logit, k, shift) - log2_sum) * LN_2
+    return tl.where(log_p > 0.0, 0.0, log_p)
+
+
+@triton.jit
 def entropy(total, weighted):
     """H = -Σ p log p in nats."""
-    return (tl.log2(total) - weighted / total) * LN_2
+    h = (tl.log2(total) - weighted / total) * LN_2
+    return tl.where(h < 0.0, 0.0, h)
+
+
+@triton.jit
+def at_most_one(p):
+    return tl.where(p > 1.0, 1.0, p)
 
 
 @triton.jit
@@ -255,12 +291,12 @@ def joint_absorb(shift, total, ref_shift, ref_total, cross, x, y, k):
     `cross` is Σ 2^t (t - t_ref), +inf where the reference excludes what the first one allows.
     """
     x, y = x.to(shift.dtype), y.to(shift.dtype)
-    top = tl.maximum(shift, k * tl.max(x, axis=1))
-    ref_top = tl.maximum(ref_shift, k * tl.max(y, axis=1))
+    top = tl.maximum(shift, tl.max(x, axis=1))
+    ref_top = tl.maximum(ref_shift, tl.max(y, axis=1))
     t = exponents(x, k, top[:, None])
-    u = tl.fma(y, k, -ref_top[:, None])
+    u = scaled(y, k, ref_top[:, None])
     e = tl.exp2(t)
-    change, ref_change = shift - top, ref_shift - ref_top
+    change, ref_change = scaled(shift, k, top), scaled(ref_shift, k, ref_top)
     cross = _shifted_cross(cross, total, change, ref_change)
     cross += tl.sum(weighed(e, t - u), axis=1)
     total = tl.exp2(change) * total + tl.sum(e, axis=1)
@@ -269,10 +305,10 @@ def joint_absorb(shift, total, ref_shift, ref_total, cross, x, y, k):
 
 
 @triton.jit
-def joint_merge(shift, total, ref_shift, ref_total, cross):
+def joint_merge(shift, total, ref_shift, ref_total, cross, k):
     """Lane states of two softmaxes -> the state of the row."""
     top, ref_top = tl.max(shift, axis=0), tl.max(ref_shift, axis=0)
-    change, ref_change = shift - top, ref_shift - ref_top
+    change, ref_change = scaled(shift, k, top), scaled(ref_shift, k, ref_top)
     cross = tl.sum(_shifted_cross(cross, total, change, ref_change), axis=0)
     total = tl.sum(tl.exp2(change) * total, axis=0)
     return top, total, ref_top, tl.sum(tl.exp2(ref_change) * ref_total, axis=0), cross
@@ -281,4 +317,5 @@ def joint_merge(shift, total, ref_shift, ref_total, cross):
 @triton.jit
 def kl(total, ref_total, cross):
     """KL(p || q) in nats."""
-    return (cross / total - tl.log2(total) + tl.log2(ref_total)) * LN_2
+    divergence = (cross / total - tl.log2(total) + tl.log2(ref_total)) * LN_2
+    return tl.where(divergence < 0.0, 0.0, divergence)

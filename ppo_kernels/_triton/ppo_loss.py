@@ -1,9 +1,10 @@
 """ppo_loss and ppo_loss_; formulas in ppo_kernels/ppo_loss.py.
 
 Nothing waits for the device, so nothing raises for what a tensor holds: `loss` is NaN where a
-counted token has no finite log-probability.
+counted token has a log-probability or an advantage that is not finite.
 """
 
+import triton
 import triton.language as tl
 
 from ppo_kernels._triton import math, sweeps
@@ -19,6 +20,11 @@ from ppo_kernels._triton.common import (
 from ppo_kernels._triton.logprobs import score, write_gradient
 from ppo_kernels._triton.means import counted, load_denominator, means
 from ppo_kernels.schemas import result_dtype
+
+
+@triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")
 
 
 @kernel("logits_ptr")
@@ -68,21 +74,25 @@ def _ppo_loss(
         shift, log2_sum, logit, logprob, entropy = score(
             logits_ptr, start, V, token, scale, L, LAYOUT
         )
+        old_logprob = tl.load(old_logprobs_ptr + row).to(R)
+        advantage = tl.load(advantages_ptr + row).to(R)
         policy, g, approx_kl, clipped = math.policy_term(
-            logprob - tl.load(old_logprobs_ptr + row).to(R),
-            tl.load(advantages_ptr + row).to(R),
-            math.number(clip_low, R),
-            math.number(clip_high, R),
+            logprob - old_logprob,
+            advantage,
+            math.number(1.0 - clip_low, R),
+            math.number(1.0 + clip_high, R),
             math.number(dual_clip, R),
         )
         clip = clipped.to(R)
+        finite = _finite(logprob) & _finite(old_logprob) & _finite(advantage)
         if ref_logprobs_ptr is not None:
             ref_logprob = tl.load(ref_logprobs_ptr + row).to(R)
+            finite = finite & _finite(ref_logprob)
             kl, kl_grad = math.kl_term(kl_estimator, logprob - ref_logprob)
             g += math.number(kl_coef, R) * kl_grad
         h = -math.number(entropy_coef, R)
         loss = policy + h * entropy + math.number(kl_coef, R) * kl
-        loss = tl.where(tl.abs(logprob) < float("inf"), loss, float("nan"))
+        loss = tl.where(finite, loss, float("nan"))
         denominator = load_denominator(denominator_ptr, n).to(R)
         g /= denominator
         h /= denominator

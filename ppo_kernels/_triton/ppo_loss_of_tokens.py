@@ -56,8 +56,8 @@ def _clipped_policy_loss(
     loss, grad, approx_kl, clipped = math.policy_term(
         logprob - old_logprob,
         advantage,
-        math.number(clip_low, R),
-        math.number(clip_high, R),
+        math.number(1.0 - clip_low, R),
+        math.number(1.0 + clip_high, R),
         math.number(dual_clip, R),
     )
     denominator = load_denominator(denominator_ptr, n).to(R)

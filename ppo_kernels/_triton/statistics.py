@@ -43,10 +43,10 @@ def _forward(
         )
         token = tl.load(tokens_ptr + row).to(tl.int64)
         logit = load_logit(logits_ptr, start, V, token, R)
-        logprob = (tl.fma(logit, scale, -shift) - tl.log2(total)) * math.LN_2
+        logprob = math.logprob(logit, shift, tl.log2(total), scale)
         entropy = math.entropy(total, weighted)
-        max_prob = tl.exp2(tl.fma(largest, scale, -shift)) / total
-        sum_sq_probs = squares / total / total
+        max_prob = math.at_most_one(tl.exp2(math.scaled(largest, scale, shift)) / total)
+        sum_sq_probs = math.at_most_one(squares / total / total)
         top1 = (logit == largest) & (logprob == logprob)
         varentropy = math.varentropy(total, weighted, second)
     tl.store(logprobs_ptr + row, logprob)

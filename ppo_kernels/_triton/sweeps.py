@@ -99,7 +99,7 @@ def statistics(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
     p = _pointer(x_ptr, start, VEC, LAYOUT)
     n, full = _lengths(V, 2 * STEP, VEC, LAYOUT)
     block = _block(L, VEC, LAYOUT)
-    shift = tl.full((L,), math.NOTHING, k.dtype)
+    shift = math.nothing_seen(L, k.dtype)
     total = tl.zeros((L,), k.dtype)
     weighted = total
     for i in range(0, full, 2 * STEP):
@@ -110,7 +110,7 @@ def statistics(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
         x, y = _load_below(p, full + block, n), _load_below(p, full + STEP + block, n)
         shift, total, weighted = math.absorb(shift, total, weighted, x, k)
         shift, total, weighted = math.absorb(shift, total, weighted, y, k)
-    return math.merge(shift, total, weighted)
+    return math.merge(shift, total, weighted, k)
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def moments(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
     p = _pointer(x_ptr, start, VEC, LAYOUT)
     n, full = _lengths(V, STEP, VEC, LAYOUT)
     block = _block(L, VEC, LAYOUT)
-    shift = tl.full((L,), math.NOTHING, k.dtype)
+    shift = math.nothing_seen(L, k.dtype)
     total = tl.zeros((L,), k.dtype)
     weighted, squares, second = total, total, total
     largest = tl.full((L,), -float("inf"), k.dtype)
@@ -136,7 +136,7 @@ def moments(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
         shift, total, weighted, squares, second, largest = math.moments_absorb(
             shift, total, weighted, squares, second, largest, x, k
         )
-    return math.moments_merge(shift, total, weighted, squares, second, largest)
+    return math.moments_merge(shift, total, weighted, squares, second, largest, k)
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def fill_zero(out_ptr, start, V, L: tl.constexpr, LAYOUT: tl.constexpr):
 
 @triton.jit
 def scale(x_ptr, start, V, factor, L: tl.constexpr, LAYOUT: tl.constexpr):
-    """Multiply a row by `factor` in place; zeros stay zeros."""
+    """Multiply a row by `factor` in place; a zero of either makes a zero."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     p = _pointer(x_ptr, start, VEC, LAYOUT)
     n, _ = _lengths(V, VEC, VEC, LAYOUT)
@@ -205,6 +205,7 @@ def scale(x_ptr, start, V, factor, L: tl.constexpr, LAYOUT: tl.constexpr):
     for i in range(0, n, L * VEC):
         x = tl.load(p + i + block, mask=i + block < n)
         scaled = tl.where(x == 0.0, 0.0, x.to(factor.dtype) * factor)
+        scaled = tl.where(factor == 0.0, 0.0, scaled)
         tl.store(p + i + block, scaled.to(x.dtype), mask=i + block < n)
 
 
@@ -217,7 +218,7 @@ def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, LAYOUT
     q = _pointer(y_ptr, y_start, VEC, LAYOUT)
     n, full = _lengths(V, STEP, VEC, LAYOUT)
     block = _block(L, VEC, LAYOUT)
-    shift = tl.full((L,), math.NOTHING, k.dtype)
+    shift = math.nothing_seen(L, k.dtype)
     total = tl.zeros((L,), k.dtype)
     ref_shift, ref_total, cross = shift, total, total
     for i in range(0, full, STEP):
@@ -230,14 +231,14 @@ def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, LAYOUT
         shift, total, ref_shift, ref_total, cross = math.joint_absorb(
             shift, total, ref_shift, ref_total, cross, x, y, k
         )
-    return math.joint_merge(shift, total, ref_shift, ref_total, cross)
+    return math.joint_merge(shift, total, ref_shift, ref_total, cross, k)
 
 
 @triton.jit
 def _kl_slope(x, y, k, shift, ref_shift, a, b):
     """2^t (a + b (t - t_ref)), 0 where 2^t is."""
     t = math.exponents(x.to(k.dtype), k, shift)
-    u = tl.fma(y.to(k.dtype), k, -ref_shift)
+    u = math.scaled(y.to(k.dtype), k, ref_shift)
     return math.weighed(tl.exp2(t), tl.fma(t - u, b, a))
 
 
