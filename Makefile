@@ -7,7 +7,7 @@ PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed-with-$(subst =,-,$(TORCH))
 
-.PHONY: install demo test bench gpu lint clean
+.PHONY: install demo test sanitize bench gpu lint clean
 
 install: $(INSTALLED)
 
@@ -30,6 +30,11 @@ test: install
 	$(VENV)/bin/python -m pytest tests/rlhf > build/tests-rlhf.log 2>&1 & trainer=$$!; \
 	$(VENV)/bin/python -m pytest --ignore=tests/rlhf; kernels=$$?; \
 	wait $$trainer; trainer=$$?; cat build/tests-rlhf.log; exit $$((kernels ? kernels : trainer))
+
+# The C++ kernels under AddressSanitizer and UBSan: the tests of the ops and CALLS random calls.
+CALLS ?= 10000
+sanitize: install
+	$(VENV)/bin/python -m tests.sanitize --calls $(CALLS)
 
 # JSON is the file of the figures, beside which a page and its plots are written; PEERS a folder from
 # which trl, torchrl and pufferlib may be imported where they are not installed.

@@ -34,16 +34,16 @@ class Call(NamedTuple):
         return [x.detach() for x in results], [x.grad for x in leaves.values()]
 
 
-def calls():
+def calls(batch=2, length=3, vocabulary=11):
     """Name -> Call."""
     torch.manual_seed(0)
-    loss = {
-        name: x.float() if x.is_floating_point() else x for name, x in loss_inputs(2, 3, 11).items()
-    }
+    inputs = loss_inputs(batch, length, vocabulary)
+    loss = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
     logits, mask = loss["logits"], loss["mask"]
-    tokens, temperature = loss["tokens"], 0.5 + torch.rand(2, 3)
-    x, y, z = torch.randn(3, 2, 3)
-    head = {"hidden": torch.randn(2, 3, 5), "weight": torch.randn(11, 5), "bias": torch.randn(11)}
+    tokens, temperature = loss["tokens"], 0.5 + torch.rand(batch, length)
+    x, y, z = torch.randn(3, batch, length)
+    head = {"weight": torch.randn(vocabulary, 5), "bias": torch.randn(vocabulary)}
+    head = {"hidden": torch.randn(batch, length, 5), **head}
     scored = {"tokens": tokens, "temperature": temperature}
     logprobs = {"logprobs": loss["old_logprobs"] + 0.1}
     old = {name: loss[name] for name in ("old_logprobs", "advantages", "mask")}
@@ -51,8 +51,10 @@ def calls():
     coefs = {"entropy_coef": 0.1, "kl_coef": 0.2, "denominator": 5}
     estimator, decay = {"estimator": "k3"}, {"gamma": 0.9, "lam": 0.8}
     rows = {"rewards": x, "values": y, "mask": mask, "dones": ~mask, "bootstrap_values": z[:, 0]}
-    packed = {k: x.flatten() for k, x in rows.items()} | {"cu_seqlens": torch.tensor([0, 2, 6])}
-    kept = {"kept_ids": tokens.flatten(), "kept_offsets": torch.arange(7)}
+    ends = torch.arange(batch + 1) * length
+    ends[1:-1] -= 1
+    packed = {k: x.flatten() for k, x in rows.items()} | {"cu_seqlens": ends}
+    kept = {"kept_ids": tokens.flatten(), "kept_offsets": torch.arange(batch * length + 1)}
     returns = {"old_values": y, "returns": z, "mask": mask}
     op = ppo_kernels
     table = {

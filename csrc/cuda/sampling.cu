@@ -102,20 +102,18 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, 1)
 
   R cut = scale.greedy ? largest : -R(INFINITY);
   double below = 0, all = 0;
-  if (filters.top_k < double(length) && !scale.greedy) {
-    const WeightsBelow<T, kLayout, true> counts{z, length, scale, largest, cut, scratch};
-    const auto allowed = [&](double number, double total) {
-      return number <= total - filters.top_k;
-    };
-    cut = search<kPivots>(cut, largest, counts, allowed, below, all);
-  }
+  const bool has_top_k = filters.top_k < double(length) && !scale.greedy;
   const bool has_top_p = filters.top_p < 1 && !scale.greedy;
-  if (has_top_p) {
-    const WeightsBelow<T, kLayout, false> weights{z, length, scale, largest, cut, scratch};
-    const auto allowed = [&](double weight, double total) {
-      return removed_by_top_p<R>(weight / total, filters.top_p);
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool counts = pass == 0;
+    if (counts ? !has_top_k : !has_top_p) continue;
+    const WeightsBelow<T, kLayout> sums{z, length, scale, largest, cut, counts, scratch};
+    const auto allowed = [&](double part, double total) {
+      return counts ? part <= total - filters.top_k
+                    : removed_by_top_p<R>(part / total, filters.top_p);
     };
-    cut = search<kPivots>(cut, largest, weights, allowed, below, all);
+    cut = search<kPivots<R>>(cut, largest, sums, allowed, below, all);
   }
   Kept<R> kept{cut, R(filters.min_p > 0 ? std::log2(filters.min_p) : -INFINITY), R(0), 0};
   __syncthreads();

@@ -11,7 +11,8 @@ namespace ppo::cuda {
 constexpr int kWarps = kMostThreads / kWarp;
 constexpr int kSegments = kWarp;
 // Scores that a sweep compares all others with: for more there are no registers.
-constexpr int kPivots = 7;
+template <class R>
+constexpr int kPivots = sizeof(R) == 8 ? 3 : 7;
 
 // The least finite number: no larger than any logit that has a weight, and no NaN when it is
 // subtracted.
@@ -44,7 +45,7 @@ struct Scratch {
   R tops[kSegments][kWarps];
   R sums[kSegments][kWarps];
   int ties[kSegments][kWarps];
-  double below[kWarps][kPivots + 1];
+  double below[kWarps][kPivots<R> + 1];
   double weight_of[kWarps];
   int ties_of[kWarps], passed[kWarps], last[kWarps];
 };
@@ -255,37 +256,40 @@ __device__ __forceinline__ int token_at(const T* row, int length, int begin, int
 }
 
 // For `search`: the weights, or the numbers, of scores from `low` on that are below pivots.
-template <class T, Layout kLayout, bool kCount>
+template <class T, Layout kLayout>
 struct WeightsBelow {
   using R = Real<T>;
   const T* row;
   int length;
   Scale<R> scale;
   R largest, low;
+  bool counts;
   Scratch<R>& scratch;
 
-  __device__ __forceinline__ void operator()(const R (&pivots)[kPivots],
-                                             double (&sums)[kPivots + 1]) const {
-    R below[kPivots + 1] = {};
+  static constexpr int kSums = kPivots<R> + 1;
+
+  __device__ __forceinline__ void operator()(const R (&pivots)[kPivots<R>],
+                                             double (&sums)[kSums]) const {
+    R below[kSums] = {};
     for_loaded<T, kLayout>(row, length, [&](const auto& x) {
       for_elements<T>(x, [&](R z) {
         const R s = z / scale.temperature;
-        R weight = kCount ? R(s > -R(INFINITY)) : fast_exp2((s - largest) * scale.k);
+        R weight = counts ? R(s > -R(INFINITY)) : fast_exp2((s - largest) * scale.k);
         if (!(s >= low)) weight = R(0);
 #pragma unroll
-        for (int i = 0; i < kPivots; ++i) below[i] += s < pivots[i] ? weight : R(0);
-        below[kPivots] += weight;
+        for (int i = 0; i < kPivots<R>; ++i) below[i] += s < pivots[i] ? weight : R(0);
+        below[kPivots<R>] += weight;
       });
     });
     __syncthreads();  // All have read the sums of the last sweep.
 #pragma unroll
-    for (int i = 0; i <= kPivots; ++i) {
+    for (int i = 0; i < kSums; ++i) {
       const double sum = warp_sum(double(below[i]));
       if (lane_id() == 0) scratch.below[warp_id()][i] = sum;
     }
     __syncthreads();
-    // A lane adds up a fourth of the warps for one of the sums.
-    constexpr int kSums = kPivots + 1, kShares = kWarp / kSums;
+    // A lane adds up its share of the warps for one of the sums.
+    constexpr int kShares = kWarp / kSums;
     double sum = 0;
 #pragma unroll
     for (int j = 0; j < kWarps / kShares; ++j) {
