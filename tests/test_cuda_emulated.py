@@ -46,13 +46,14 @@ def losses(vocabulary, dtype):
     mask, advantages = torch.ones(len(logits), dtype=torch.bool), torch.randn(len(logits))
     mask[3], advantages[5] = False, 0
     logprobs = softmax_truth(logits, tokens, 0.7)[0]
+    real = schemas.result_dtype(logits)  # fp64 beside fp32 would give fp64 results.
     return {
         "logits": logits,
         "tokens": tokens,
-        "old_logprobs": logprobs + 0.2,
+        "old_logprobs": (logprobs + 0.2).to(real),
         "advantages": advantages,
         "mask": mask,
-        "ref_logprobs": logprobs - 0.1,
+        "ref_logprobs": (logprobs - 0.1).to(real),
         "entropy_coef": 0.1,
         "kl_coef": 0.2,
         "temperature": 0.7,
