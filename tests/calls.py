@@ -42,6 +42,7 @@ def calls(batch=2, length=3, vocabulary=11):
     logits, mask = loss["logits"], loss["mask"]
     tokens, temperature = loss["tokens"], 0.5 + torch.rand(batch, length)
     x, y, z = torch.randn(3, batch, length)
+    uniforms = torch.rand(batch, length)
     head = {"weight": torch.randn(vocabulary, 5), "bias": torch.randn(vocabulary)}
     head = {"hidden": torch.randn(batch, length, 5), **head}
     scored = {"tokens": tokens, "temperature": temperature}
@@ -83,6 +84,13 @@ def calls(batch=2, length=3, vocabulary=11):
         "masked_whiten": (op.masked_whiten, {}, {"x": x, "mask": mask}, {}),
         "gae": (op.gae, {}, rows, decay),
         "gae_packed": (op.gae_packed, {}, packed, decay),
+        "vtrace": (op.vtrace, {}, {"log_rhos": z, **rows}, decay),
+        "sample_tokens": (
+            op.sample_tokens,
+            {},
+            {"logits": logits, "uniforms": uniforms, "mask": mask},
+            {"top_k": 3, "top_p": 0.9, "min_p": 0.05},
+        ),
         "kept_token_logprobs_and_entropy": (
             *(op.kept_token_logprobs_and_entropy, {"logits": logits}, scored | kept, {}, False),
         ),

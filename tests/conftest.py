@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ppo_kernels import PPOLoss, dispatch, ppo_loss, ppo_loss_, schemas
-from tests import emulator
+from tests import emulator, interpreter
 from tests.compiled import Compilation, cuda, table
 
 COMPILATION, CUDA_COMPILATION = pytest.StashKey(), pytest.StashKey()
@@ -90,27 +90,10 @@ def pytest_terminal_summary(terminalreporter, config):
             lines.write_line(line)
 
 
-@pytest.fixture(scope="session", autouse=True, name="interpreter_rounds_as_gpus_do")
-def _interpreter_rounds_as_gpus_do():
-    interpreter_rounds_as_gpus_do()
-
-
-def interpreter_rounds_as_gpus_do():
-    """Triton's interpreter cuts fp32 off to bf16; GPUs round to the nearest."""
-    if not dispatch.INTERPRETED or dispatch.why_not("triton", "cpu") is not None:
-        return
-    from triton import language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cut = InterpreterBuilder.cast_impl
-
-    def cast(builder, x, to):
-        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-            return cut(builder, x, to)
-        rounded = torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy()
-        return TensorHandle(rounded, tl.bfloat16)
-
-    InterpreterBuilder.cast_impl = cast
+@pytest.fixture(scope="session", autouse=True)
+def interpreted():
+    """Triton's interpreter, where it runs, rounds as GPUs do and is quick."""
+    interpreter.prepare()
 
 
 @pytest.fixture

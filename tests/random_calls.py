@@ -14,7 +14,7 @@ from collections import Counter
 
 import torch
 
-from ppo_kernels import dispatch, sample_tokens
+from ppo_kernels import dispatch
 from tests.calls import Call, calls
 from tests.test_registered_ops import _samples
 
@@ -62,7 +62,12 @@ def with_strides(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
 def with_shape(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
     changes = [lambda: x[None], lambda: x.flatten(), lambda: x.reshape(-1)[:0], lambda: x.sum()]
     if x.dim() > 0:
-        changes += [lambda: x[..., :-1], lambda: torch.cat([x, x], -1), lambda: x[:0], lambda: x[0:1]]
+        changes += [
+            lambda: x[..., :-1],
+            lambda: torch.cat([x, x], -1),
+            lambda: x[:0],
+            lambda: x[0:1],
+        ]
     return rng.choice(changes)()
 
 
@@ -92,12 +97,7 @@ def public_call(rng: random.Random) -> None:
     shape = rng.choice(LENGTHS), rng.choice(LENGTHS), rng.choice(VOCABULARIES)
     table = calls(*shape)
     torch.manual_seed(rng.getrandbits(32))
-    if rng.random() < 0.1:
-        table["sample_tokens"] = draws(*shape)
-        name = "sample_tokens"
-    else:
-        name = rng.choice(list(table))
-    call = table[name]
+    call = table[rng.choice(list(table))]
     parts = call.differentiable, call.constants, call.numbers
     changed = some([key for part in parts for key in part], rng)
     parts = [
@@ -109,12 +109,6 @@ def public_call(rng: random.Random) -> None:
         call("native")
     else:
         call.results_and_gradients("native")
-
-
-def draws(batch: int, length: int, vocabulary: int) -> Call:
-    given = {"logits": 3 * torch.randn(batch, length, vocabulary)}
-    given["uniforms"] = torch.rand(batch, length)
-    return Call(sample_tokens, {}, given, {"top_k": 3, "top_p": 0.9, "min_p": 0.05})
 
 
 def raw_call(rng: random.Random, samples: dict[str, list]) -> None:

@@ -13,12 +13,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import ppo_kernels
 from ppo_kernels import dispatch, schemas, softmax_state
-from tests import ROOT, emulator
+from tests import ROOT, emulator, interpreter
 from tests.conftest import (
     DTYPES,
     EMULATED,
     assert_as_exact_as_eager,
-    interpreter_rounds_as_gpus_do,
     log_softmax_truth,
     loss_inputs,
     ppo_loss_truth,
@@ -275,7 +274,7 @@ def run(folder, rank):
 
 def main(folder):
     """Forked, so that PyTorch and kernels are loaded once."""
-    interpreter_rounds_as_gpus_do()
+    interpreter.prepare()
     for _ in backends():
         pass
     children = []
