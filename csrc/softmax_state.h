@@ -5,6 +5,7 @@
 // neither overflow nor cancel, however large the logits: k z itself may be beyond the range of T.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -21,7 +22,9 @@ struct Temperature {
   T value, k;
 
   PPO_HD static Temperature of(double value) {
-    return {T(value), value > 0 && value < INFINITY ? T(kLog2E / value) : T(NAN)};
+    constexpr double kMost = sizeof(T) == sizeof(float) ? FLT_MAX : DBL_MAX;
+    const double k = kLog2E / value;
+    return {T(value), value > 0 && value < INFINITY ? T(k < kMost ? k : kMost) : T(NAN)};
   }
 };
 
@@ -115,7 +118,8 @@ template <class T>
 PPO_HD Scored<T> score(const SoftmaxState<T>& state, T logit, T k) {
   const T log2 = log2_sum(state);
   if (state.sum == T(0)) return {{state.shift, log2}, T(NAN), T(NAN)};
-  const T logprob = T(kLn2) * (k * (logit - state.shift) - log2);
+  // The exponent of a logit may be beyond the range of T where the log-prob is not.
+  const T logprob = std::fma(T(kLn2) * k, logit - state.shift, -(T(kLn2) * log2));
   return {{state.shift, log2}, at_most(T(0), logprob), entropy(state)};
 }
 

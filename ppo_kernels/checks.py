@@ -152,27 +152,29 @@ def temperature(x, tokens, like_name="tokens", **bounds):
     """A number within bounds, those of `number`, or else above 0, or a floating tensor like
     `tokens`, into which no gradient flows; the backend looks at its values where that waits for no
     device."""
-    if not isinstance(x, torch.Tensor):
+    one = getattr(x, "ndim", None) == 0
+    if not isinstance(x, torch.Tensor) or (one and x.is_cpu and not tokens.is_cpu):
         return number("temperature", x, **(bounds or {"above": 0}))
-    if x.ndim == 0:
-        x = x.expand(tokens.shape)
+    if one:
+        x = (x if x.is_floating_point() else x.float()).expand(tokens.shape)
     per_token("temperature", x, like_name, tokens)
     return constant(x.detach())
 
 
 def clip_range(clip_low, clip_high, dual_clip):
-    """(clip_low, clip_high, dual_clip); clip_high may be inf, for no upper clip."""
+    """(clip_low, clip_high, dual_clip); clip_high and dual_clip may be inf, for no such clip."""
     clip_low = number("clip_low", clip_low, at_least=0, at_most=1)
     clip_high = number("clip_high", clip_high, at_least=0, finite=False)
     if dual_clip is not None:
-        dual_clip = number("dual_clip", dual_clip, above=1)
+        dual_clip = number("dual_clip", dual_clip, above=1, finite=False)
     return clip_low, clip_high, dual_clip
 
 
-def decay(name, x, like, rows):
+def decay(name, x, like, rows, mask):
     """gamma or lam: a number in [0, 1], or a tensor of them, one per row or of the shape of `like`.
 
-    No gradient flows into a tensor; its values are looked at where that waits for no device.
+    No gradient flows into a tensor; its values are looked at where they count and where that waits
+    for no device.
     """
     if not isinstance(x, torch.Tensor) or (x.ndim == 0 and reference.value_checks_run(x)):
         return number(name, x, at_least=0, at_most=1)
@@ -184,7 +186,7 @@ def decay(name, x, like, rows):
         )
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like rewards, got {x.device}")
-    reference.refuse_outside(name, x, 1)
+    reference.refuse_outside(name, x, 1, mask if x.shape == like.shape else None)
     return x.detach()
 
 

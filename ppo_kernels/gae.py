@@ -30,7 +30,9 @@ def _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rows):
     if bootstrap_values is not None:
         checks.floating("bootstrap_values", bootstrap_values)
         checks.same("bootstrap_values", bootstrap_values, "the rows", (rows,), rewards.device)
-    return checks.decay("gamma", gamma, rewards, rows), checks.decay("lam", lam, rewards, rows)
+    return tuple(
+        checks.decay(name, x, rewards, rows, mask) for name, x in (("gamma", gamma), ("lam", lam))
+    )
 
 
 def _of_tokens(x, shape, trajectory=None):

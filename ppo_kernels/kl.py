@@ -51,7 +51,8 @@ def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0, backend="au
 
     Returns:
         (...) fp32 (fp64 for fp64 logits), at least 0, differentiable in `logits` under any upstream
-        gradient. Where p_j = 0 a term is 0; +inf where the reference excludes what p allows.
+        gradient. Where p_j = 0 a term is 0; +inf where the reference excludes what p allows,
+        by -inf or by a logit farther below its largest than the dtype's range (finfo.min).
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value. A tensor of temperatures

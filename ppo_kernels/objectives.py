@@ -247,7 +247,7 @@ def tis(
     log_weight = reference.log_ratio(old_logprobs.detach().to(log_ratio.dtype), rollout_logprobs)
     if mask is not None:
         log_weight = log_weight.masked_fill(~mask, 0.0)
-    weight = log_weight.clamp(max=math.log(cap)).exp()
+    weight = reference.bounded(log_weight).clamp(max=math.log(cap)).exp()
     return _clipped(log_ratio, advantages * weight, mask, aggregate, clip_low, clip_high)
 
 

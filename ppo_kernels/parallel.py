@@ -184,10 +184,7 @@ def _slice_with_start(logits, tokens, group, vocab_start):
         rule = "given with plain logits" if start is None else "left out with DTensor logits"
         raise ValueError(f"vocab_start must be {rule}, got {vocab_start}")
     if start is None:
-        if not isinstance(vocab_start, int):
-            raise TypeError(f"vocab_start must be an int, got {type(vocab_start).__name__}")
-        checks.number("vocab_start", vocab_start, at_least=0)
-        start = vocab_start
+        start = checks.whole_number("vocab_start", vocab_start, at_least=0)
     _check_slice(logits)
     tokens = checks.integer("tokens", tokens)
     shape = logits.shape[:-1]

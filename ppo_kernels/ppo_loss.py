@@ -104,6 +104,8 @@ class _PPOLossInPlace(torch.autograd.Function):
         saved = ()
         if backend == "reference":
             results, *saved = reference.ppo_loss_(logits, *arguments)
+            if not ctx.needs_input_grad[2]:
+                reference.refuse_underflow(*saved, logits.dtype)
         elif later:
             tokens, *_, temperatures, numbers, _ = arguments
             *results, stats, g, h = kernels(backend).ppo_loss(logits, *arguments)
@@ -266,8 +268,9 @@ def ppo_loss(
         mask: (...) bool, True = counts; None counts all. Other rows are not read.
         importance_weights: (...) or one per sequence, at least 0: factors of the policy term alone,
             as for tokens that another engine sampled. A weight of 0 leaves the count as it is.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; may be inf.
-        dual_clip: bound c > 1 on the loss where the advantage is negative; None for no bound.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; clip_high may be
+            inf.
+        dual_clip: bound c > 1 on the loss where the advantage is negative; None or inf for none.
         entropy_coef, kl_coef: at least 0.
         ref_logprobs: (...) log-probs of the reference; needed when kl_coef > 0.
         kl_estimator: "k1", "k2", "k3" or "abs", as in `kl_estimate`.
@@ -333,9 +336,10 @@ def ppo_loss_(
     of log-probability -inf raises). Their version counter moves, so a graph that still needs them
     raises. `loss.backward()` hands the stored gradient on, scaled by the upstream gradient; it can
     be called once. In fp16 under autograd that gradient is written by the backward, not before,
-    because it may be a loss scale that makes it representable. A leaf's `.grad` then shares the
-    leaf's storage. Parts of one tensor share its version: differentiate the loss of one before the
-    call on another.
+    because it may be a loss scale that makes it representable; without autograd a gradient that
+    fp16 has no digits for, as under a large denominator, raises ValueError on the CPU. A leaf's
+    `.grad` then shares the leaf's storage. Parts of one tensor share its version: differentiate the
+    loss of one before the call on another.
 
     Under saved-tensor hooks (`checkpoint(use_reentrant=False)`, `save_on_cpu`) versions are not
     compared, and what else saved the logits would silently take the gradient for them: there this

@@ -304,7 +304,7 @@ def _kept_scores(scores, top_k, top_p, min_p):
         scores = scores.masked_fill(scores < least, -torch.inf)
     if top_p is not None and top_p < 1.0:
         ascending, order = scores.sort(stable=True)
-        cumulative = ascending.softmax(-1).cumsum(-1, dtype=torch.float64).to(scores.dtype)
+        cumulative = ascending.softmax(-1).cumsum(-1)
         removed = cumulative <= 1.0 - top_p
         removed[..., -1] = False
         scores = scores.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
@@ -322,12 +322,12 @@ def sample_tokens(
     z = accumulate(logits)
     counted = torch.ones_like(uniforms, dtype=torch.bool) if mask is None else mask
     # A product: `torch.full` would compile anew for each number.
-    temperature = torch.ones_like(uniforms, dtype=torch.float64) * temperature
-    bad = counted & ~((temperature >= 0) & (temperature < torch.inf))
-    _refuse_where(bad, temperature, "temperature must be finite and >= 0")
+    tau = torch.ones_like(uniforms, dtype=z.dtype) * temperature
+    bad = counted & ~((tau >= 0) & (tau < torch.inf))
+    _refuse_where(bad, tau, "temperature must be finite and >= 0")
     in_range = (uniforms >= 0) & (uniforms < 1)
     _refuse_where(counted & ~in_range, uniforms, "uniforms must be in [0, 1)")
-    tau = temperature.to(z.dtype)
+    tau = tau.to(z.dtype)
     greedy = tau == 0
     scores = z / tau.masked_fill(greedy | ~counted, 1.0).unsqueeze(-1)
     scores = torch.where(counted.unsqueeze(-1), scores, 0.0)
@@ -338,9 +338,12 @@ def sample_tokens(
         "logits / temperature must have a finite maximum and no NaN where a token is drawn",
     )
     kept = _kept_scores(scores, top_k, top_p, min_p)
-    cumulative = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
-    threshold = uniforms.double().contiguous().unsqueeze(-1) * cumulative[..., -1:]
-    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    cumulative = kept.softmax(-1).cumsum(-1)
+    total = cumulative[..., -1:].contiguous()
+    threshold = uniforms.to(z.dtype).unsqueeze(-1) * total
+    drawn = torch.searchsorted(cumulative, threshold, right=True)
+    # A number next to 1 may round to it.
+    drawn = torch.minimum(drawn, torch.searchsorted(cumulative, total)).squeeze(-1)
     tokens = torch.where(greedy, scores.argmax(-1), drawn)
     logprobs = kept.log_softmax(-1).gather(-1, tokens.clamp(max=z.shape[-1] - 1).unsqueeze(-1))
     logprobs = torch.where(greedy, 0.0, logprobs.squeeze(-1))
@@ -536,3 +539,14 @@ def ppo_loss_(logits, *arguments):
         (grad,) = torch.autograd.grad(loss, leaf)
     logits.detach().copy_(grad)
     return (loss.detach(), *rest), grad
+
+
+def refuse_underflow(grad, dtype):
+    """A gradient of which fp16 holds no digits must not be left in it."""
+    if dtype == torch.float16 and value_checks_run(grad):
+        largest = grad.abs().max() if grad.numel() else grad.new_zeros(())
+        if 0 < largest < torch.finfo(dtype).tiny:
+            raise ValueError(
+                f"logits must be wider than float16 to hold a gradient of at most {largest}, "
+                "below its normal numbers: under autograd a loss scale makes it larger"
+            )

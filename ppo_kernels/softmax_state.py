@@ -1,9 +1,9 @@
 """Mergeable states of softmaxes over slices of a row, in PyTorch: the dialect of
 csrc/softmax_state.h for slices on several ranks; formulas in ppo_kernels/parallel.py.
 
-A state is a tensor (..., 4) of shift, Σ 2^t, Σ 2^t t and the exponent t of the token; that of two
-softmaxes (..., 5) of shift, Σ 2^t, shift_ref, Σ 2^t_ref and Σ 2^t (t - t_ref). The shift of a slice
-with nothing of probability is -inf.
+A state is a tensor (..., 4) of shift, Σ 2^t, Σ 2^t t and t ln 2 of the token, which may have a t
+beyond the dtype's range; that of two softmaxes (..., 5) of shift, Σ 2^t, shift_ref, Σ 2^t_ref and
+Σ 2^t (t - t_ref). The shift of a slice with nothing of probability is -inf.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from ppo_kernels.schemas import result_dtype
 
 LN_2 = 0.6931471805599453
-# The exponent of a token on ranks that have it not; exponents are at most 0, or little above.
+# Of a token on ranks that have it not; others are at most 0, or little above.
 _ELSEWHERE = torch.inf
 
 
@@ -33,8 +33,8 @@ def from_kernel(logprobs, entropy, stats, here):
     """State from what a kernel gives of a slice; `here` (...): the token is in it."""
     nothing, shift, log2_sum, total = _of_stats(stats)
     weighted = torch.where(nothing, 0.0, total * (log2_sum - entropy / LN_2))
-    exponent = torch.where(nothing, -torch.inf, logprobs / LN_2 + log2_sum)
-    return torch.stack((shift, total, weighted, torch.where(here, exponent, _ELSEWHERE)), -1)
+    of_token = torch.where(nothing, -torch.inf, logprobs + LN_2 * log2_sum)
+    return torch.stack((shift, total, weighted, torch.where(here, of_token, _ELSEWHERE)), -1)
 
 
 def joint_from_kernel(kl, stats, ref_stats):
@@ -60,9 +60,9 @@ def plain(logits, ids, here, temperature):
     t, shift = _exponents(logits, temperature)
     powers = t.exp2()
     weighted = (powers * t.masked_fill(t == -torch.inf, 0.0)).sum(-1)
-    exponent = t.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
-    exponent = torch.where(here, exponent, _ELSEWHERE)
-    return torch.stack((shift, powers.sum(-1), weighted, exponent), -1).to(result_dtype(logits))
+    of_token = LN_2 * t.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
+    of_token = torch.where(here, of_token, _ELSEWHERE)
+    return torch.stack((shift, powers.sum(-1), weighted, of_token), -1).to(result_dtype(logits))
 
 
 def joint_plain(logits, ref_logits, temperature):
@@ -121,15 +121,16 @@ def _over_temperature(grad, logits, temperature):
 def merged(states, temperature):
     """(logprobs, entropy, stats, owners) of rows from states (ranks, ..., 4); `owners` counts the
     ranks that have the token, and the log-prob is NaN unless it is one."""
-    shift, total, weighted, exponent = states.unbind(-1)
-    top, change = _changes(shift, temperature)
+    shift, total, weighted, of_token = states.unbind(-1)
+    top, log_change = _log_changes(shift, temperature)
+    change = log_change / LN_2
     weighted = _in_order(_weighed(change, weighted + change * total))
     total = _in_order(change.exp2() * total)
-    here = exponent != _ELSEWHERE
+    here = of_token != _ELSEWHERE
     owners = here.sum(0)
-    exponent = _in_order(torch.where(here, exponent + change, 0.0))
+    of_token = _in_order(torch.where(here, of_token + log_change, 0.0))
     log2_sum = total.log2()
-    logprobs = (LN_2 * (exponent - log2_sum)).clamp(max=0.0)
+    logprobs = (of_token - LN_2 * log2_sum).clamp(max=0.0)
     logprobs = torch.where(owners == 1, logprobs, torch.nan)
     entropy = (LN_2 * (log2_sum - weighted / total)).clamp(min=0.0)
     return logprobs, entropy, torch.stack((top, log2_sum), -1), owners
@@ -138,8 +139,9 @@ def merged(states, temperature):
 def joint_merged(states, temperature):
     """(kl, stats, ref_stats) of rows from states (ranks, ..., 5)."""
     shift, total, ref_shift, ref_total, cross = states.unbind(-1)
-    top, change = _changes(shift, temperature)
-    ref_top, ref_change = _changes(ref_shift, temperature)
+    top, change = _log_changes(shift, temperature)
+    ref_top, ref_change = _log_changes(ref_shift, temperature)
+    change, ref_change = change / LN_2, ref_change / LN_2
     cross = _in_order(_weighed(change, cross + (change - ref_change) * total))
     total = _in_order(change.exp2() * total)
     ref_total = _in_order(ref_change.exp2() * ref_total)
@@ -148,12 +150,12 @@ def joint_merged(states, temperature):
     return kl, torch.stack((top, log2_sum), -1), torch.stack((ref_top, ref_log2_sum), -1)
 
 
-def _changes(shift, temperature):
-    """The largest of shifts (ranks, ...), and the change of exponents to it of each; 0 for -inf."""
+def _log_changes(shift, temperature):
+    """The largest of shifts (ranks, ...), and (shift - largest) / τ of each; 0 for -inf."""
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.to(shift.dtype)
     top = shift.amax(0)
-    return top, torch.where(shift == -torch.inf, 0.0, (shift - top) / temperature / LN_2)
+    return top, torch.where(shift == -torch.inf, 0.0, (shift - top) / temperature)
 
 
 def _weighed(change, x):

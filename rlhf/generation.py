@@ -135,6 +135,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     try:
         return ppo_kernels.sample_tokens(logits, uniforms).tokens
     except ValueError as error:
+        if logits.amax(-1).isfinite().all():
+            raise
         raise UserError(NOT_FINITE) from error
 
 

@@ -1,11 +1,13 @@
 """What every op takes for a number, a mask, advantages and weights, and what it refuses."""
 
+import inspect
 import math
 
 import numpy
 import pytest
 import torch
 
+import ppo_kernels
 from ppo_kernels import clipped_policy_loss, masked_mean, objectives, ppo_loss, token_logprobs
 from tests.calls import NAMES, calls
 from tests.conftest import loss_inputs, waits_for_nothing
@@ -232,3 +234,33 @@ def test_dtensors_are_told_what_to_take(name):
 def test_parameters_are_plain_tensors(backend):
     x = torch.nn.Parameter(torch.randn(3))
     assert masked_mean(x, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_dual_clip_may_be_inf(name):
+    call = calls()[name]
+    if "dual_clip" not in inspect.signature(call.function).parameters:
+        pytest.skip("no dual clip")
+    same(
+        call.results_and_gradients("auto", dual_clip=math.inf),
+        call.results_and_gradients("auto", dual_clip=None),
+    )
+
+
+def test_a_temperature_of_the_cpu_is_a_number_elsewhere():
+    logits, tokens = torch.empty(2, 5, device="meta"), torch.zeros(2, dtype=int, device="meta")
+    for one in (torch.tensor(0.7), torch.tensor(2)):
+        assert token_logprobs(logits, tokens, temperature=one).shape == (2,)
+    logits, tokens = torch.randn(2, 5), torch.zeros(2, dtype=int)
+    torch.testing.assert_close(
+        token_logprobs(logits, tokens, temperature=torch.tensor(2)),
+        token_logprobs(logits, tokens, temperature=2),
+    )
+
+
+def test_vocab_start_may_be_of_numpy(group_of_one):
+    logits, tokens = torch.randn(2, 5), torch.zeros(2, dtype=int)
+    for start in (numpy.int64(0), torch.tensor(0)):
+        ppo_kernels.vocab_parallel_token_logprobs_and_entropy(
+            logits, tokens, group=group_of_one, vocab_start=start
+        )

@@ -1,5 +1,7 @@
 """Results stay within their bounds, and logits may be as large as their type holds."""
 
+import math
+
 import pytest
 import torch
 
@@ -115,3 +117,32 @@ def test_divergence_from_a_reference_that_a_mask_left_uniform(backend, vocabular
         assert leaf.grad.isfinite().all()
     itself = ppo_kernels.kl_divergence(rows, rows, backend=backend)
     assert (itself == 0).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_logprobs_of_tokens_at_the_lower_end_of_the_range_are_finite(backend, dtype, group_of_one):
+    """As in eager PyTorch: it is their exponents in base 2 that are beyond it."""
+    low = torch.finfo(dtype).min
+    logits, tokens = torch.tensor([[0.0, low, 0.0]], dtype=dtype), torch.tensor([1])
+    options = {"backend": backend}
+    place = options | {"group": group_of_one, "vocab_start": 0}
+    old, advantage = torch.tensor([-1.0], dtype=dtype), torch.ones(1, dtype=dtype)
+    loss = ppo_kernels.ppo_loss(logits, tokens, old, advantage, **options)
+    for logprob in (
+        ppo_kernels.token_logprobs(logits, tokens, **options),
+        ppo_kernels.token_statistics(logits, tokens, **options).logprobs,
+        ppo_kernels.vocab_parallel_token_logprobs_and_entropy(logits, tokens, **place).logprobs,
+        loss.logprobs,
+    ):
+        assert logprob.item() == pytest.approx(low, rel=1e-6)
+    assert loss.loss.item() == pytest.approx(0.0, abs=1e-30)
+
+
+def test_a_temperature_as_small_as_its_type_holds(backend):
+    """Equal logits stay equally likely, and the largest takes all from another."""
+    for temperature in (1e-40, torch.full((2,), 1e-40, dtype=torch.float64)):
+        logits, tokens = torch.tensor([[1.0, 1.0], [1.0, 2.0]]), torch.tensor([0, 1])
+        logprobs = ppo_kernels.token_logprobs(
+            logits, tokens, temperature=temperature, backend=backend
+        )
+        torch.testing.assert_close(logprobs, torch.tensor([-math.log(2.0), 0.0]))

@@ -267,3 +267,16 @@ def test_vtrace_names_bad_arguments(backend):
     inputs["mask"][1, 2] = True
     with pytest.raises(ValueError, match=r"log_rhos must be finite.*got nan at \[1, 2\]"):
         vtrace(**good, backend=backend)
+
+
+@pytest.mark.parametrize("name", ("gamma", "lam"))
+def test_factors_that_do_not_count_are_not_looked_at(backend, name):
+    rewards, values = torch.randn(2, 1, 3, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False]])
+    factors = {"gamma": 0.9, "lam": 0.8}
+    expected = gae(rewards, values, mask, **factors, backend=backend)
+    for bad in (math.nan, 7.0):
+        own = torch.tensor([[factors[name]] * 2 + [bad]], dtype=torch.float64)
+        got = gae(rewards, values, mask, **factors | {name: own}, backend=backend)
+        for x, y in zip(got, expected, strict=True):
+            torch.testing.assert_close(x, y)

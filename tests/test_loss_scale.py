@@ -1,11 +1,13 @@
 """fp16 with a loss scale: the gradient has the digits that `ppo_loss` gives it."""
 
+import math
+
 import pytest
 import torch
 
 import ppo_kernels
 from ppo_kernels import ppo_loss, ppo_loss_
-from tests.conftest import emulates_a_gpu, loss_inputs, ppo_loss_truth
+from tests.conftest import emulates_a_gpu, loss_inputs, ppo_loss_truth, waits_for_nothing
 
 SCALE = 65536.0
 
@@ -128,3 +130,65 @@ def test_a_ratio_that_only_the_denominator_makes_small(fused):
         leaf = logits.clone().requires_grad_()
         (grad,) = torch.autograd.grad(function(leaf).loss, leaf)
         torch.testing.assert_close(grad.float(), truth, atol=0, rtol=2e-3)
+
+
+def one_token_of_a_head(log_ratio, backend, denominator, advantage=1.0):
+    hidden, weight = torch.ones(1, 4).half(), torch.eye(4).half()
+    old = torch.tensor([-math.log(4.0) - log_ratio])
+    leaf = hidden.clone().requires_grad_()
+    result = ppo_kernels.linear_ppo_loss(
+        *(leaf, weight, torch.tensor([1]), old, torch.tensor([advantage])),
+        **{"denominator": denominator, "backend": backend},
+    )
+    return torch.autograd.grad(result.loss, leaf)[0]
+
+
+def test_factors_too_small_for_fp32_give_no_gradient(backend):
+    grad = one_token_of_a_head(-79.0, backend, SCALE)
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("bad", (0.0, float("nan"), 1e30))
+def test_a_temperature_that_does_not_count_plays_no_part(backend, bad):
+    """It used to take the scale of its chunk, and the digits of all others with it."""
+    inputs, weight, _, _ = head_of(50, 3)
+    inputs["mask"][:] = torch.tensor([True, False, True])
+    rest = {k: x for k, x in inputs.items() if k != "hidden"}
+    grads = []
+    for temperature in (1.0, bad):
+        temperature = torch.tensor([[1.0, temperature, 1.0]])
+        leaf = inputs["hidden"].clone().requires_grad_()
+        loss = ppo_kernels.linear_ppo_loss(
+            *(leaf, weight), **rest, temperature=temperature, denominator=SCALE, backend=backend
+        ).loss
+        grads.append(torch.autograd.grad(loss * SCALE, leaf)[0])
+    assert torch.equal(*grads)
+    assert grads[0].any()
+
+
+def test_one_large_row_leaves_the_others_their_digits(backend):
+    rows, vocabulary = (6, 100) if emulates_a_gpu(backend) else (32, 500)
+    inputs, weight, _, _ = head_of(vocabulary, rows)
+    inputs["mask"][:] = True
+    inputs["advantages"][0, 0] = -1.0
+    inputs["old_logprobs"][0, 0] -= 9.0
+    rest = {k: x for k, x in inputs.items() if k != "hidden"}
+    grads = []
+    for dtype, own in ((torch.float64, "reference"), (torch.float16, backend)):
+        leaf = inputs["hidden"].to(dtype).requires_grad_()
+        loss = ppo_kernels.linear_ppo_loss(
+            leaf, weight.to(dtype), **rest, denominator=SCALE, backend=own
+        ).loss
+        grads.append(torch.autograd.grad(loss * 256.0, leaf)[0][0, 1:])
+    assert relative_error(grads[1], grads[0]) < 1e-3
+
+
+def test_without_autograd_a_gradient_that_fp16_does_not_hold_is_refused(backend):
+    """A zero one is held, and a GPU is not waited for."""
+    inputs = loss_inputs(2, 3, 50, torch.float16)
+    held = inputs | {"advantages": 0 * inputs["advantages"]}
+    ppo_loss_(**held | {"logits": inputs["logits"].clone()}, backend=backend)
+    if waits_for_nothing(backend):
+        pytest.skip("a GPU is not waited for")
+    with pytest.raises(ValueError, match="logits must be wider than float16 to hold a gradient"):
+        ppo_loss_(**inputs, denominator=2.0**22, backend=backend)

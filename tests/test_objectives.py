@@ -324,3 +324,13 @@ def test_bad_arguments_of_aggregations_are_named(name, arguments, error, message
     good = {"length": 3} if name == "fixed_length_mean" else {}
     with pytest.raises(error, match=message):
         AGGREGATIONS[name](**{"x": torch.zeros(2, 3)} | good | arguments)
+
+
+def test_weights_of_tis_are_bounded():
+    """Without a cap to speak of, a token without advantage has no loss all the same."""
+    logprobs = torch.zeros(1, 2, requires_grad=True)
+    old, rollout = torch.zeros(1, 2), torch.tensor([[-200.0, -200.0]])
+    result = tis(logprobs, old, torch.zeros(1, 2), rollout_logprobs=rollout, cap=1e300)
+    result.loss.backward()
+    assert result.loss == 0
+    assert (logprobs.grad == 0).all()

@@ -435,7 +435,7 @@ def test_errors_come_to_all_ranks(run, found):
         ({"tokens": torch.zeros(3)}, TypeError, "tokens must be an int64 or int32.*float32"),
         ({"tokens": torch.zeros(2).long()}, ValueError, r"tokens must have shape \(3,\)"),
         ({"vocab_start": None}, ValueError, "vocab_start must be given with plain logits.*None"),
-        ({"vocab_start": 0.0}, TypeError, "vocab_start must be an int, got float"),
+        ({"vocab_start": 0.0}, TypeError, "vocab_start must be a whole number, got 0.0"),
         ({"vocab_start": -1}, ValueError, "vocab_start must be >= 0, got -1"),
         ({"temperature": 0}, ValueError, "temperature must be > 0, got 0"),
         ({"backend": "fast"}, ValueError, "backend must be one of auto"),

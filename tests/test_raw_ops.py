@@ -11,12 +11,16 @@ from tests.test_registered_ops import _samples
 OPS = [name for name in schemas.SCHEMAS if name not in linear_chunks.OPS]
 
 
-@pytest.fixture(params=(pytest.param("native", marks=needs_native), EMULATED))
-def native(request):
-    """The C++ launchers, of the CPU and of GPUs."""
+@pytest.fixture(params=(pytest.param("native", marks=needs_native), EMULATED, "triton"))
+def launchers(request):
+    """The backend whose launchers are called: C++, of the CPU and of GPUs, or Triton."""
     if request.param == EMULATED:
         request.getfixturevalue("emulated")
-    return "native"
+        return "native"
+    reason = dispatch.why_not(request.param, "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 def _wrong(name, x):
@@ -48,11 +52,11 @@ def _wrong(name, x):
         yield x.new_zeros(1)
 
 
-def _calls(name):
+def _calls(name, backend):
     """(argument, call with a wrong one) for each wrong value of each tensor of each sample."""
-    op = getattr(dispatch.kernels("native"), name)
+    op = getattr(dispatch.kernels(backend), name)
     names = [x.name for x in op.default._schema.arguments]
-    for arguments in _samples("native")[name]:
+    for arguments in _samples(backend)[name]:
         for i, x in enumerate(arguments):
             if isinstance(x, torch.Tensor):
                 for wrong in _wrong(names[i], x):
@@ -60,9 +64,9 @@ def _calls(name):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_wrong_tensors_raise(native, name):
+def test_wrong_tensors_raise(launchers, name):
     tried = 0
-    for argument, op, arguments in _calls(name):
+    for argument, op, arguments in _calls(name, launchers):
         with pytest.raises(ValueError, match=rf"^{argument} must"):
             op(*arguments)
         tried += 1
@@ -70,16 +74,33 @@ def test_wrong_tensors_raise(native, name):
 
 
 @pytest.mark.parametrize("name", ("token_logprobs", "token_statistics", "sample_tokens"))
-def test_logits_without_a_vocabulary_raise(native, name):
-    op = getattr(dispatch.kernels("native"), name)
+def test_logits_without_a_vocabulary_raise(launchers, name):
+    op = getattr(dispatch.kernels(launchers), name)
     for logits in (torch.ones(()), torch.ones(2, 0)):
-        arguments = list(_samples("native")[name][0])
+        arguments = list(_samples(launchers)[name][0])
         arguments[0] = logits
         with pytest.raises(ValueError, match=r"logits must have shape \(\.\.\., V\) with V >= 1"):
             op(*arguments)
 
 
-def test_rewards_of_gae_are_rows(native):
+def test_rewards_of_gae_are_rows(launchers):
     with pytest.raises(ValueError, match=r"rewards must have two dimensions, got \(3,\)"):
         x = torch.ones(3)
-        dispatch.kernels("native").gae(x, x, None, None, None, dispatch.scalars(0.9, 0.9))
+        dispatch.kernels(launchers).gae(x, x, None, None, None, dispatch.scalars(0.9, 0.9))
+
+
+def test_what_is_written_in_place_has_unit_stride(launchers):
+    """A copy would be written instead, and nothing be said; others write back."""
+    for name in ("ppo_loss_", "rescale_", "token_logprobs_backward_"):
+        arguments = list(_samples(launchers)[name][0])
+        schema = getattr(dispatch.kernels(launchers), name).default._schema.arguments
+        at = next(i for i, x in enumerate(schema) if x.name in ("logits", "grad"))
+        plain, strided = arguments[at].clone(), arguments[at].mT.contiguous().mT
+        op = getattr(dispatch.kernels(launchers), name)
+        op(*arguments[:at], plain, *arguments[at + 1 :])
+        try:
+            op(*arguments[:at], strided, *arguments[at + 1 :])
+        except ValueError as error:
+            assert "must have stride 1" in str(error)
+        else:
+            assert strided.equal(plain)

@@ -1,4 +1,4 @@
-// gae and gae_packed; formulas in ppo_kernels/gae.py.
+// gae, gae_packed and discounted_sums; formulas in ppo_kernels/gae.py.
 #include "common.h"
 
 namespace ppo::cpu {

@@ -123,21 +123,34 @@ struct Loss {
 using InPlaceResult = decltype(std::tuple_cat(Scalars{}, std::tuple<Tensor, Tensor>{}));
 using SavedResult = decltype(std::tuple_cat(InPlaceResult{}, std::tuple<Tensor, Tensor, Tensor>{}));
 
+// Raises where fp16 has digits for no element of a gradient, given as a bound on each row's.
+template <class R>
+void check_holds(const std::vector<R>& bounds) {
+  const R least = R(1) / 16384, largest = *std::max_element(bounds.begin(), bounds.end());
+  if (largest > 0 && largest < least) {
+    value_error("logits must be wider than float16 to hold a gradient of at most ", largest,
+                ", below its normal numbers: under autograd a loss scale makes it larger");
+  }
+}
+
 // The gradient takes the place of the logits while a row is in cache.
 template <class T>
 InPlaceResult in_place(Loss<T>& loss) {
   using R = Real<T>;
   const auto& z = loss.z;
   std::vector<RowGradient<R>> gradients(z.count);
+  std::vector<R> bounds(z.count + 1);
   const Scalars scalars = loss.run(
       [&](int64_t row, const Scored<R>& scored, R g, R h) {
         gradients[row] = row_gradient(g, h, scored.entropy, scored.stats, loss.temperatures[row],
                                       R(z[row][loss.ids[row]]));
+        bounds[row] = std::max(std::fabs(g), std::fabs(h)) / loss.temperatures[row].value;
       },
       [&](int64_t row, int64_t begin, int64_t n) {
         write_gradient(gradients[row], z[row], z[row], begin, n, loss.ids[row],
                        loss.temperatures[row].k);
       });
+  if (std::is_same_v<T, Half>) check_holds(bounds);
   if (loss.in.mask) {
     parallel(z.count, z.length, [&](int64_t row) {
       if (!loss.in.mask[row]) std::fill_n(z[row], z.length, T(0));
@@ -175,6 +188,7 @@ std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
     using T = decltype(type);
     using R = Real<T>;
     const double* s = data<double>(scalars);
+    if (kInPlace) check_unit_stride("logits", logits);
     Loss<T> loss(logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
                  Objective<R>{R(1 - s[1]), R(1 + s[2]), R(s[3]), R(s[4]), R(s[5]),
                               KLEstimator(kl_estimator)},

@@ -9,17 +9,20 @@ import torch
 import triton
 import triton.language as tl
 
+from ppo_kernels._triton.arguments import check
 from ppo_kernels.schemas import NAMESPACE
 
 _library = torch.library.Library(NAMESPACE["triton"], "IMPL")
 
 
 def implement(name):
-    """Register a launcher as the op `name`; its first tensor says on which device it runs."""
+    """Register a launcher as the op `name`, behind the check of its tensors; the first one says on
+    which device it runs."""
 
     def register(launcher):
         @functools.wraps(launcher)
         def on_device_of_first(*arguments):
+            check(name, arguments)
             device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
             if device.type == "cpu":
                 return launcher(*arguments)
@@ -54,7 +57,7 @@ def kernel(*vectors):
 
 @triton.jit
 def row_counts(mask_ptr, row):
-    """Whether a mask, or none, lets a row count."""
+    """True where a mask, or none, lets a row count."""
     counts = True
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row) != 0

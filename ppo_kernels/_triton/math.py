@@ -42,7 +42,9 @@ def temperature_of(row, temperatures_ptr, temperature, k, R: tl.constexpr):
         temperature = tl.load(temperatures_ptr + row).to(tl.float64)
         valid = (temperature > 0.0) & (temperature < float("inf"))
         k = tl.where(valid, LOG2_E / temperature, float("nan"))
-    return number(temperature, R), number(k, R)
+    MOST: tl.constexpr = -_LOWEST_FP64 if R.primitive_bitwidth == 64 else -_LOWEST
+    k = number(k, tl.float64)
+    return number(temperature, R), tl.where(k > MOST, MOST, k).to(R)
 
 
 @triton.jit
@@ -261,7 +263,8 @@ def varentropy(total, weighted, second):
 
 @triton.jit
 def logprob(logit, shift, log2_sum, k):
-    log_p = (scaled(logit, k, shift) - log2_sum) * LN_2
+    """The exponent of a logit may be beyond the range of fp32 where the log-prob is not."""
+    log_p = tl.fma(logit - shift, k * LN_2, -tl.fma(log2_sum, LN_2, 0.0))
     return tl.where(log_p > 0.0, 0.0, log_p)
 
 

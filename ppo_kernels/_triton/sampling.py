@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ppo_kernels._triton import math, sweeps
 from ppo_kernels._triton import sampling_sums as sums
-from ppo_kernels._triton.common import implement, kernel, launch, per_token, rows
+from ppo_kernels._triton.common import implement, kernel, launch, per_token, row_counts, rows
 from ppo_kernels.schemas import result_dtype
 
 
@@ -57,8 +57,7 @@ def _unfiltered(
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0)
-    counted = True if mask_ptr is None else tl.load(mask_ptr + row)
-    if counted:
+    if row_counts(mask_ptr, row):
         start = sweeps.row_start(row, inner, outer_stride, inner_stride)
         p = sweeps._pointer(logits_ptr, start, VEC, LAYOUT)
         tau, scale, greedy, valid = _scale(row, temperatures_ptr, temperature, False, R)
@@ -124,8 +123,7 @@ def _filtered(
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0)
-    counted = True if mask_ptr is None else tl.load(mask_ptr + row)
-    if counted:
+    if row_counts(mask_ptr, row):
         start = sweeps.row_start(row, inner, outer_stride, inner_stride)
         p = sweeps._pointer(logits_ptr, start, VEC, LAYOUT)
         tau, scale, greedy, valid = _scale(row, temperatures_ptr, temperature, True, R)

@@ -289,7 +289,7 @@ def token_at(
         last = tl.maximum(last, tl.max(tl.where(weight > 0.0, j + offset, 0), axis=0))
         before += tl.sum(weight, axis=0)
         skipped -= tl.sum(tie, axis=0)
-    token = tl.minimum(passed, last) if passed == NOWHERE else passed
+    token = tl.minimum(passed, last)
     score = tl.load(p + token).to(R)
     if DIVIDES:
         score = divided(score, tau, R)
