@@ -92,7 +92,7 @@ def _samples(backend):
             ),
             (
                 *(x.half() for x in full_head[:3]),
-                *(full_head[3], tokens, *per_token, *full, *all_wanted, torch.float16, 100),
+                *(full_head[3], tokens, *per_token, *full, *all_wanted, fp32, torch.float16, 100),
             ),
         ],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],
