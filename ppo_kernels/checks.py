@@ -205,7 +205,7 @@ def _of_tokens(name, x, like_name, like):
 
 
 def advantages(x, importance_weights, mask, like_name, like):
-    """Of each token, with its weight: of a policy term both are factors."""
+    """Advantages per token times their importance weights, both of which scale the policy term."""
     x = _of_tokens("advantages", x, like_name, like)
     if importance_weights is None:
         return x

@@ -129,7 +129,7 @@ def why_not(backend, device_type, device_index=None):
 
 
 def under_transforms():
-    """Whether torch.func transforms (grad, vmap, ...) are at work, which see into plain PyTorch
+    """True while torch.func transforms (grad, vmap, ...) are at work, which see into plain PyTorch
     only."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 

@@ -45,7 +45,7 @@ def _of_tokens(x, shape, trajectory=None):
 
 
 class _Next:
-    """What follows each of positions (..., T): the next that counts, the value beyond, or a done.
+    """Successors of positions (..., T): the next that counts, the value beyond, or none past a done.
 
     last: (T,) where trajectories end that are laid end to end; None where only rows end.
     """
@@ -61,7 +61,7 @@ class _Next:
         self.at = self.at.clamp(max=length - 1).expand(like.shape)
 
     def of(self, values, beyond):
-        """Of values (..., T) and those beyond the last (..., 1 or T)."""
+        """V of the successors, from values (..., T) and those beyond the last (..., 1 or T)."""
         following = torch.where(self.beyond, beyond, values.gather(-1, self.at))
         return following if self.cut is None else torch.where(self.cut, 0.0, following)
 

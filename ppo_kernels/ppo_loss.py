@@ -219,7 +219,7 @@ def _out_of_place(backend, logits, arguments):
 
 
 def _saved_tensors_go_to_hooks():
-    """Whether hooks stand between autograd and what it saves: then no version is compared."""
+    """True where hooks stand between autograd and what it saves: then no version is compared."""
     try:
         return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     except (AttributeError, TypeError):  # It is private; what is public takes ten times as long.

@@ -188,7 +188,7 @@ def refuse_impossible(logprobs, tokens):
 
 
 def refuse_infinite(mask, **per_token):
-    """Of the named tensors all that counts must be finite; they may be None."""
+    """Raise for a counted element that is not finite; a tensor may be None."""
     for name, x in per_token.items():
         if x is None or not value_checks_run(x):
             continue
@@ -203,7 +203,7 @@ def refuse_infinite(mask, **per_token):
 
 
 def refuse_outside(name, x, most, mask=None):
-    """What counts must be in [0, most], and finite."""
+    """Raise for a counted element that is not finite or not in [0, most]."""
     if value_checks_run(x):
         bad = ~(x.isfinite() & (x >= 0) & (x <= most))
         if mask is not None:
@@ -245,7 +245,7 @@ def _first(bad):
 
 
 def _counted(mask, logits, tokens, temperature):
-    """What a mask excludes gives way to what gives numbers."""
+    """The arguments with harmless values at masked-out positions."""
     if mask is None:
         return logits, tokens, temperature
     if isinstance(temperature, torch.Tensor):

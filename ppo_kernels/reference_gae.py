@@ -6,8 +6,8 @@ from ppo_kernels.reference import accumulate, value_checks_run
 
 
 def trajectories(cu_seqlens, length):
-    """Of positions (N,) of trajectories laid end to end: which one each is in, and whether it is
-    the last of it."""
+    """(trajectory, last) of positions (N,) of trajectories laid end to end: the index of the one that
+    a position is in, and True where it is its last."""
     if value_checks_run(cu_seqlens) or cu_seqlens.shape[0] == 1 < length:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
@@ -43,7 +43,7 @@ def gae_packed(
 
 
 def _at(x, t):
-    """Of a tensor (B, T) the column t; a number as it is."""
+    """Column t of a tensor (B, T); a number as it is."""
     return x[:, t] if isinstance(x, torch.Tensor) else x
 
 

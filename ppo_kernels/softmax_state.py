@@ -92,7 +92,7 @@ def _relative(logits, shift, temperature):
 
 
 def gradient(grad_logprobs, grad_entropy, logits, ids, entropy, stats, temperature):
-    """Of a slice, from the statistics of its rows; ids outside of it are nobody's."""
+    """The gradient in a slice, from the statistics of its rows; ids outside of it are nobody's."""
     log_p = _log_p(logits, stats, temperature)
     p, zero = log_p.exp(), entropy.new_zeros((), dtype=torch.float64)
     g, h = (zero if x is None else x.double().unsqueeze(-1) for x in (grad_logprobs, grad_entropy))

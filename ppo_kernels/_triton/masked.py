@@ -18,7 +18,7 @@ _MERGED = 1024
 
 @kernel()
 def _sums(x_ptr, mask_ptr, parts_ptr, n: tl.int64, BLOCK: tl.constexpr):
-    """Of each block: count, sum, sum of squares about the block's own mean, and that mean."""
+    """Count, sum, sum of squares about its own mean, and that mean, of each block."""
     block, counts, i = means.which_count(mask_ptr, n, BLOCK)
     x = tl.load(x_ptr + i, mask=counts, other=0.0).to(tl.float64)
     count = tl.sum(counts.to(tl.float64), axis=0)

@@ -1,4 +1,4 @@
-"""What sample_tokens sums up in a row.
+"""Sums over a row for sample_tokens.
 
 A row is cut into at most SEGMENTS segments of whole steps, whose weights are summed up in one
 sweep. The segment in which the sum passes the number is walked again, step by step.
@@ -216,7 +216,7 @@ def kept_weights(
 
 @triton.jit
 def ties_removed(below, tie_weight, ties, all_weight, top_p, R: tl.constexpr):
-    """How many of the scores at the cut top-p removes: one stays. Their probability is added up as
+    """The number of scores at the cut that top-p removes: one stays. Their probability is added up as
     it is rounded, as transformers does."""
     probability = (tie_weight / all_weight).to(R).to(tl.float64)
     removed = tl.zeros((), tl.int32)
