@@ -45,7 +45,7 @@ def _of_tokens(x, shape, trajectory=None):
 
 
 class _Next:
-    """Successors of positions (..., T): the next that counts, the value beyond, or none past a done.
+    """Successors of positions (..., T): the next that counts, the value beyond, or a done.
 
     last: (T,) where trajectories end that are laid end to end; None where only rows end.
     """

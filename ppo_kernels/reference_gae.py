@@ -6,8 +6,8 @@ from ppo_kernels.reference import accumulate, value_checks_run
 
 
 def trajectories(cu_seqlens, length):
-    """(trajectory, last) of positions (N,) of trajectories laid end to end: the index of the one that
-    a position is in, and True where it is its last."""
+    """(trajectory, last) of positions (N,) of trajectories laid end to end: the index of the one
+    that a position is in, and True where it is its last."""
     if value_checks_run(cu_seqlens) or cu_seqlens.shape[0] == 1 < length:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):

@@ -216,8 +216,8 @@ def kept_weights(
 
 @triton.jit
 def ties_removed(below, tie_weight, ties, all_weight, top_p, R: tl.constexpr):
-    """The number of scores at the cut that top-p removes: one stays. Their probability is added up as
-    it is rounded, as transformers does."""
+    """The number of scores at the cut that top-p removes: one stays. Their probability is added up
+    as it is rounded, as transformers does."""
     probability = (tie_weight / all_weight).to(R).to(tl.float64)
     removed = tl.zeros((), tl.int32)
     end = ties
