@@ -152,10 +152,9 @@ def temperature(x, tokens, like_name="tokens", **bounds):
     """A number within bounds, those of `number`, or else above 0, or a floating tensor like
     `tokens`, into which no gradient flows; the backend looks at its values where that waits for no
     device."""
-    one = getattr(x, "ndim", None) == 0
-    if not isinstance(x, torch.Tensor) or (one and x.is_cpu and not tokens.is_cpu):
+    if not isinstance(x, torch.Tensor) or (x.ndim == 0 and x.is_cpu and not tokens.is_cpu):
         return number("temperature", x, **(bounds or {"above": 0}))
-    if one:
+    if x.ndim == 0:
         x = (x if x.is_floating_point() else x.float()).expand(tokens.shape)
     per_token("temperature", x, like_name, tokens)
     return constant(x.detach())

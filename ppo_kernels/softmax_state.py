@@ -57,25 +57,27 @@ def _of_stats(stats):
 
 def plain(logits, ids, here, temperature):
     """State of a slice by PyTorch alone."""
-    t, shift = _exponents(logits, temperature)
+    log_powers, shift = _log_powers(logits, temperature)
+    t = log_powers / LN_2
     powers = t.exp2()
     weighted = (powers * t.masked_fill(t == -torch.inf, 0.0)).sum(-1)
-    of_token = LN_2 * t.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
+    of_token = log_powers.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
     of_token = torch.where(here, of_token, _ELSEWHERE)
     return torch.stack((shift, powers.sum(-1), weighted, of_token), -1).to(result_dtype(logits))
 
 
 def joint_plain(logits, ref_logits, temperature):
-    t, shift = _exponents(logits, temperature)
-    t_ref, ref_shift = _exponents(ref_logits, temperature)
+    t, shift = _log_powers(logits, temperature)
+    t_ref, ref_shift = _log_powers(ref_logits, temperature)
+    t, t_ref = t / LN_2, t_ref / LN_2
     powers, ref_powers = t.exp2(), t_ref.exp2()
     cross = (powers * (t - t_ref).masked_fill(powers == 0, 0.0)).sum(-1)
     state = (shift, powers.sum(-1), ref_shift, ref_powers.sum(-1), cross)
     return torch.stack(state, -1).to(result_dtype(logits))
 
 
-def _exponents(logits, temperature):
-    """t (..., V + 1) and the shift (...) in fp64."""
+def _log_powers(logits, temperature):
+    """t ln 2 (..., V + 1) and the shift (...) in fp64."""
     # An excluded token more: a slice may have none.
     z = torch.nn.functional.pad(logits.double(), (0, 1), value=-torch.inf)
     shift = z.amax(-1)
@@ -83,10 +85,10 @@ def _exponents(logits, temperature):
 
 
 def _relative(logits, shift, temperature):
-    """t of logits (..., V), in fp64."""
+    """t ln 2 of logits (..., V), in fp64."""
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.double().unsqueeze(-1)
-    return (logits.double() - shift.double().unsqueeze(-1)) / temperature / LN_2
+    return (logits.double() - shift.double().unsqueeze(-1)) / temperature
 
 
 def gradient(grad_logprobs, grad_entropy, logits, ids, entropy, stats, temperature):
@@ -109,7 +111,7 @@ def joint_gradient(grad_kl, logits, ref_logits, kl, stats, ref_stats, temperatur
 
 def _log_p(logits, stats, temperature):
     shift, log2_sum = stats.double().unbind(-1)
-    return LN_2 * (_relative(logits, shift, temperature) - log2_sum.unsqueeze(-1))
+    return _relative(logits, shift, temperature) - LN_2 * log2_sum.unsqueeze(-1)
 
 
 def _over_temperature(grad, logits, temperature):

@@ -92,7 +92,7 @@ def _samples(backend):
             ),
             (
                 *(x.half() for x in full_head[:3]),
-                *(full_head[3], tokens, *per_token, *full, *all_wanted, torch.float16, 100),
+                *(full_head[3], tokens, *per_token, *full, *all_wanted, fp32, torch.float16, 100),
             ),
         ],
         "kl_estimate": [(x, y, i) for i in range(len(reference.ESTIMATORS))],
@@ -107,6 +107,7 @@ def _samples(backend):
             (x[0], y[0], mask[0], ~mask[0], bounds),
         ],
         "ppo_loss": [(logits, tokens, *per_token, *rest) for rest in (plain, full)],
+        "ppo_loss_and_gradient": [(logits, tokens, *per_token, *rest) for rest in (plain, full)],
         "ppo_loss_": [(logits.clone(), tokens, *per_token, *rest) for rest in (plain, full)],
         "rescale_": [(other.clone(), torch.tensor(2.5)), (other.clone(), torch.tensor(1.0))],
         "clipped_policy_loss": [
