@@ -67,6 +67,8 @@ def for_kernel(
 
 
 class _PPOLoss(torch.autograd.Function):
+    """The forward reads the logits once, the backward once more to write their gradient."""
+
     @staticmethod
     def forward(ctx, backend, logits, tokens, *rest):
         *results, stats, grad_logprobs, grad_token_entropy = kernels(backend).ppo_loss(
@@ -92,10 +94,38 @@ class _PPOLoss(torch.autograd.Function):
         return None, grad_logits, None, *(None,) * ctx.rest
 
 
+class _PPOLossAndGradient(torch.autograd.Function):
+    """The forward makes the gradient, while the logits are at hand, and the backward hands it on;
+    another backward makes it again."""
+
+    @staticmethod
+    def forward(ctx, backend, logits, *arguments):
+        *results, ctx.grad = kernels(backend).ppo_loss_and_gradient(logits, *arguments)
+        *tensors, kl_estimator = arguments
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.save_for_backward(logits, *tensors)
+        ctx.backend, ctx.kl_estimator = backend, kl_estimator
+        return tuple(results)
+
+    @staticmethod
+    @checks.first_order
+    def backward(ctx, grad_loss, *_):
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            arguments = *ctx.saved_tensors, ctx.kl_estimator
+            *_, grad = kernels(ctx.backend).ppo_loss_and_gradient(*arguments)
+        kernels(ctx.backend).rescale_(grad, grad_loss)
+        return None, grad, *(None,) * len(ctx.needs_input_grad[2:])
+
+
+def _is_differentiable(logits):
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
 def _is_written_by_backward(backend, logits):
     """fp16 does not hold a gradient that a loss scale is yet to multiply."""
-    differentiable = torch.is_grad_enabled() and logits.requires_grad
-    return backend != "reference" and logits.dtype == torch.float16 and differentiable
+    half = backend != "reference" and logits.dtype == torch.float16
+    return half and _is_differentiable(logits)
 
 
 class _PPOLossInPlace(torch.autograd.Function):
@@ -213,8 +243,16 @@ def checked_arguments(
 def _out_of_place(backend, logits, arguments):
     if backend == "reference":
         results = reference.ppo_loss(logits, *arguments)
-    else:
-        results = _PPOLoss.apply(backend, logits, *for_kernel(*arguments))
+        return promoted_loss(results, logits, arguments)
+    # Under hooks a forward may be for its results alone, and be run again; a compiled backward
+    # knows not whether it is the first.
+    at_once = _is_differentiable(logits) and not (
+        _is_written_by_backward(backend, logits)
+        or torch.compiler.is_compiling()
+        or _saved_tensors_go_to_hooks()
+    )
+    function = _PPOLossAndGradient if at_once else _PPOLoss
+    results = function.apply(backend, logits, *for_kernel(*arguments))
     return promoted_loss(results, logits, arguments)
 
 
@@ -250,6 +288,10 @@ def ppo_loss(
     backend="auto",
 ):
     """The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) of tokens, from logits.
+
+    Where the logits need a gradient it is made in the same pass, in a tensor of its own that the
+    graph holds until the backward; in fp16, under saved-tensor hooks (checkpoint) and under
+    `torch.compile` the backward makes it.
 
     Per counted token, with r = exp(logprob - old_logprob), advantage A and entropy H::
 

@@ -106,6 +106,10 @@ def _ppo_loss(logits, *_):
     return *_ppo_loss_(logits), _stats(logits), _row(logits), _row(logits)
 
 
+def _ppo_loss_and_gradient(logits, *_):
+    return *_ppo_loss_(logits), logits.new_empty(logits.shape)
+
+
 def _linear_token_logprobs(hidden, *_):
     return _row(hidden), _row(hidden), _stats(hidden)
 
@@ -244,6 +248,10 @@ SCHEMAS = {
         f"(Tensor logits, {_PPO_LOSS_ARGUMENTS}) -> ({_PPO_LOSS_RESULTS}, "
         "Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_token_entropy)",
         _ppo_loss,
+    ),
+    "ppo_loss_and_gradient": (
+        f"(Tensor logits, {_PPO_LOSS_ARGUMENTS}) -> ({_PPO_LOSS_RESULTS}, Tensor grad_logits)",
+        _ppo_loss_and_gradient,
     ),
     "ppo_loss_": (
         f"(Tensor(a!) logits, {_PPO_LOSS_ARGUMENTS}) -> ({_PPO_LOSS_RESULTS})",

@@ -107,6 +107,7 @@ def _samples(backend):
             (x[0], y[0], mask[0], ~mask[0], bounds),
         ],
         "ppo_loss": [(logits, tokens, *per_token, *rest) for rest in (plain, full)],
+        "ppo_loss_and_gradient": [(logits, tokens, *per_token, *rest) for rest in (plain, full)],
         "ppo_loss_": [(logits.clone(), tokens, *per_token, *rest) for rest in (plain, full)],
         "rescale_": [(other.clone(), torch.tensor(2.5)), (other.clone(), torch.tensor(1.0))],
         "clipped_policy_loss": [

@@ -120,8 +120,9 @@ struct Loss {
   }
 };
 
-using InPlaceResult = decltype(std::tuple_cat(Scalars{}, std::tuple<Tensor, Tensor>{}));
-using SavedResult = decltype(std::tuple_cat(InPlaceResult{}, std::tuple<Tensor, Tensor, Tensor>{}));
+using Result = decltype(std::tuple_cat(Scalars{}, std::tuple<Tensor, Tensor>{}));
+using GradientResult = decltype(std::tuple_cat(Result{}, std::tuple<Tensor>{}));
+using SavedResult = decltype(std::tuple_cat(Result{}, std::tuple<Tensor, Tensor, Tensor>{}));
 
 // Raises where fp16 has digits for no element of a gradient, given as a bound on each row's.
 template <class R>
@@ -133,9 +134,9 @@ void check_holds(const std::vector<R>& bounds) {
   }
 }
 
-// The gradient takes the place of the logits while a row is in cache.
+// The gradient is written while a row of logits is in cache; `out` may be where they stand.
 template <class T>
-InPlaceResult in_place(Loss<T>& loss) {
+Result with_gradient(Loss<T>& loss, const Rows<T>& out) {
   using R = Real<T>;
   const auto& z = loss.z;
   std::vector<RowGradient<R>> gradients(z.count);
@@ -147,13 +148,13 @@ InPlaceResult in_place(Loss<T>& loss) {
         bounds[row] = std::max(std::fabs(g), std::fabs(h)) / loss.temperatures[row].value;
       },
       [&](int64_t row, int64_t begin, int64_t n) {
-        write_gradient(gradients[row], z[row], z[row], begin, n, loss.ids[row],
+        write_gradient(gradients[row], z[row], out[row], begin, n, loss.ids[row],
                        loss.temperatures[row].k);
       });
   if (std::is_same_v<T, Half>) check_holds(bounds);
   if (loss.in.mask) {
     parallel(z.count, z.length, [&](int64_t row) {
-      if (!loss.in.mask[row]) std::fill_n(z[row], z.length, T(0));
+      if (!loss.in.mask[row]) std::fill_n(out[row], z.length, T(0));
     });
   }
   return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy));
@@ -179,26 +180,51 @@ SavedResult saved(Loss<T>& loss) {
   return std::tuple_cat(scalars, std::tuple(loss.logprobs, loss.entropy, stats, g, h));
 }
 
-template <bool kInPlace>
-std::conditional_t<kInPlace, InPlaceResult, SavedResult> ppo_loss(
-    Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages, OptionalTensor mask,
-    OptionalTensor ref_logprobs, OptionalTensor denominator, OptionalTensor temperatures,
-    Tensor scalars, int64_t kl_estimator) {
+// f(loss), as of the logits' type.
+template <class F>
+auto of_loss(const F& f, const Tensor& logits, const Tensor& tokens, const Tensor& old_logprobs,
+             const Tensor& advantages, const OptionalTensor& mask,
+             const OptionalTensor& ref_logprobs, const OptionalTensor& denominator,
+             const OptionalTensor& temperatures, const Tensor& scalars, int64_t kl_estimator) {
   return dispatch(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using R = Real<T>;
     const double* s = data<double>(scalars);
-    if (kInPlace) check_unit_stride("logits", logits);
     Loss<T> loss(logits, tokens, TokenInputs<R>(old_logprobs, advantages, ref_logprobs, mask),
                  Objective<R>{R(1 - s[1]), R(1 + s[2]), R(s[3]), R(s[4]), R(s[5]),
                               KLEstimator(kl_estimator)},
                  denominator, temperatures, scalars);
-    if constexpr (kInPlace) {
-      return in_place(loss);
-    } else {
-      return saved(loss);
-    }
+    return f(loss);
   });
+}
+
+SavedResult ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
+                     OptionalTensor mask, OptionalTensor ref_logprobs, OptionalTensor denominator,
+                     OptionalTensor temperatures, Tensor scalars, int64_t kl_estimator) {
+  return of_loss([](auto& loss) { return saved(loss); }, logits, tokens, old_logprobs, advantages,
+                 mask, ref_logprobs, denominator, temperatures, scalars, kl_estimator);
+}
+
+GradientResult ppo_loss_and_gradient(Tensor logits, Tensor tokens, Tensor old_logprobs,
+                                     Tensor advantages, OptionalTensor mask,
+                                     OptionalTensor ref_logprobs, OptionalTensor denominator,
+                                     OptionalTensor temperatures, Tensor scalars,
+                                     int64_t kl_estimator) {
+  const auto run = [&](auto& loss) {
+    const Tensor grad = empty_logits(logits);
+    return std::tuple_cat(with_gradient(loss, decltype(loss.z)(grad)), std::tuple(grad));
+  };
+  return of_loss(run, logits, tokens, old_logprobs, advantages, mask, ref_logprobs, denominator,
+                 temperatures, scalars, kl_estimator);
+}
+
+Result ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advantages,
+                 OptionalTensor mask, OptionalTensor ref_logprobs, OptionalTensor denominator,
+                 OptionalTensor temperatures, Tensor scalars, int64_t kl_estimator) {
+  check_unit_stride("logits", logits);
+  return of_loss([](auto& loss) { return with_gradient(loss, loss.z); }, logits, tokens,
+                 old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures, scalars,
+                 kl_estimator);
 }
 
 // grad *= scale, untouched where scale is 1; a zero of either makes a zero, whatever the other is.
@@ -275,8 +301,9 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
-  m.impl("ppo_loss", PPO_CHECKED(kPPOLoss, &ppo_loss<false>));
-  m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss<true>));
+  m.impl("ppo_loss", PPO_CHECKED(kPPOLoss, &ppo_loss));
+  m.impl("ppo_loss_and_gradient", PPO_CHECKED(kPPOLoss, &ppo_loss_and_gradient));
+  m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss_));
   m.impl("rescale_", PPO_CHECKED(kRescale, &rescale_));
   m.impl("clipped_policy_loss", PPO_CHECKED(kClippedPolicyLoss, &clipped_policy_loss));
   m.impl("value_loss", PPO_CHECKED(kValueLoss, &value_loss));

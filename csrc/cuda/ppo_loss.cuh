@@ -1,4 +1,4 @@
-// What ppo_loss and ppo_loss_ share: what a token adds to the loss, and its gradient.
+// What the ops of the loss share: what a token adds to the loss, and its gradient.
 #pragma once
 
 #include "logprobs.cuh"
@@ -91,7 +91,7 @@ __device__ Upstream<Real<T>> token_loss(const Call<T>& call, uint32_t row,
   return upstream;
 }
 
-// A call of either op: its per-token tensors, and what its kernels are given of them.
+// A call of one of them: its per-token tensors, and what its kernels are given of them.
 template <class T>
 class Loss {
   using R = Real<T>;

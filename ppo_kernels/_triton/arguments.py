@@ -20,8 +20,8 @@ _KINDS = {
     "scale": "number",
     "scalars": "scalars",
 }
-_SCALARS = {"ppo_loss": 6, "ppo_loss_": 6, "sample_tokens": 4, "clipped_policy_loss": 3}
-_SCALARS |= {"gae": 2, "gae_packed": 2}
+_SCALARS = {"ppo_loss": 6, "ppo_loss_and_gradient": 6, "ppo_loss_": 6, "sample_tokens": 4}
+_SCALARS |= {"clipped_policy_loss": 3, "gae": 2, "gae_packed": 2}
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32)
 

@@ -93,10 +93,23 @@ def _row_dims(x):
     return dims
 
 
+def _begins_aligned(x, dims):
+    """False for rows of whole vectors of 16 bytes that begin elsewhere than at one: the compiler
+    would sum them in another order than others."""
+    vector = 16 // x.element_size()
+    if x.shape[-1] % vector != 0:
+        return True
+    return x.data_ptr() % 16 == 0 and all(stride % vector == 0 for _, stride in dims)
+
+
 def _in_rows(x):
-    """`x`, or a copy if V has no unit stride or two strides do not tell where its rows are."""
+    """`x`, or a copy if V has no unit stride, two strides do not tell where its rows are, or these
+    do not begin where they should."""
+    dims = _row_dims(x)
     unit_stride = x.shape[-1] == 1 or x.stride(-1) == 1
-    return x if unit_stride and len(_row_dims(x)) <= 2 else x.contiguous()
+    if unit_stride and len(dims) <= 2 and _begins_aligned(x, dims):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def rows(x):

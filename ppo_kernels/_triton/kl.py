@@ -36,7 +36,7 @@ def _forward(
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     row = tl.program_id(0)
     start = sweeps.row_start(row, inner, outer_stride, inner_stride)
@@ -47,7 +47,7 @@ def _forward(
     if row_counts(mask_ptr, row):
         _, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
         shift, total, ref_shift, ref_total, cross = sweeps.joint_statistics(
-            logits_ptr, ref_logits_ptr, start, ref_start, V, scale, L, LAYOUT
+            logits_ptr, ref_logits_ptr, start, ref_start, V, scale, L, ALIGNED
         )
         kl = math.kl(total, ref_total, cross)
         log2_sum, ref_log2_sum = tl.log2(total), tl.log2(ref_total)
@@ -75,7 +75,6 @@ def kl_divergence(logits, ref_logits, mask, temperatures, scalars):
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),
-        LAYOUT=sweeps.layout(laid, ref_laid),
         **sweeps.lanes(logits),
     )
     return kl, stats, ref_stats
@@ -101,7 +100,7 @@ def _backward(
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """p (log p - log q - KL) g / τ = 2^t (a + b (t - t_ref))"""
     R: tl.constexpr = kl_ptr.dtype.element_ty
@@ -129,10 +128,10 @@ def _backward(
             weight * ((ref_log2_sum - log2_sum) * math.LN_2 - tl.load(kl_ptr + row)),
             weight * math.LN_2,
             L,
-            LAYOUT,
+            ALIGNED,
         )
     else:
-        sweeps.fill_zero(grad_ptr, out_start, V, L, LAYOUT)
+        sweeps.fill_zero(grad_ptr, out_start, V, L, ALIGNED)
 
 
 @implement("kl_divergence_backward")
@@ -153,7 +152,6 @@ def kl_divergence_backward(
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),
-        LAYOUT=sweeps.layout(laid, ref_laid, rows(grad_logits)),
         **sweeps.lanes(logits),
     )
     return grad_logits

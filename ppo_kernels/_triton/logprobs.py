@@ -28,11 +28,11 @@ def load_logit(x_ptr, start, V, token, R: tl.constexpr):
 
 
 @triton.jit
-def score(x_ptr, start, V, token, k, L: tl.constexpr, LAYOUT: tl.constexpr):
+def score(x_ptr, start, V, token, k, L: tl.constexpr, ALIGNED: tl.constexpr):
     """(shift, log2_sum, logit of the token, logprob, entropy) of a row."""
     # Before the barriers of the sweep: afterwards another thread may write a gradient there.
     logit = load_logit(x_ptr, start, V, token, k.dtype)
-    shift, total, weighted = sweeps.statistics(x_ptr, start, V, k, L, LAYOUT)
+    shift, total, weighted = sweeps.statistics(x_ptr, start, V, k, L, ALIGNED)
     log2_sum = tl.log2(total)
     logprob = math.logprob(logit, shift, log2_sum, k)
     return shift, log2_sum, logit, logprob, math.entropy(total, weighted)
@@ -55,7 +55,7 @@ def write_gradient(
     temperature,
     k,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Write the gradient of g logprob + h entropy in one row of logits.
 
@@ -66,7 +66,7 @@ def write_gradient(
     b = weight * h * math.LN_2
     t = math.exponents(logit, k, shift)
     at_token = tl.exp2(t) * tl.fma(t, b, a) + g / temperature
-    sweeps.gradient(x_ptr, out_ptr, start, out_start, V, k, shift, a, b, L, LAYOUT)
+    sweeps.gradient(x_ptr, out_ptr, start, out_start, V, k, shift, a, b, L, ALIGNED)
     # Other threads wrote an unfinished value there.
     tl.debug_barrier()
     inside = (token >= 0) & (token < V)
@@ -89,7 +89,7 @@ def _forward(
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     R: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0)
@@ -99,7 +99,7 @@ def _forward(
     if row_counts(mask_ptr, row):
         _, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
         token = tl.load(tokens_ptr + row).to(tl.int64)
-        shift, log2_sum, _, logprob, entropy = score(logits_ptr, start, V, token, scale, L, LAYOUT)
+        shift, log2_sum, _, logprob, entropy = score(logits_ptr, start, V, token, scale, L, ALIGNED)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(stats_ptr + 2 * row.to(tl.int64), shift)
@@ -121,7 +121,6 @@ def token_logprobs(logits, tokens, mask, temperatures, scalars):
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),
-        LAYOUT=sweeps.layout(laid),
         **sweeps.lanes(logits),
     )
     return logprobs, entropy, stats
@@ -147,7 +146,7 @@ def _backward(
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """`grad_ptr` may be `logits_ptr`."""
     R: tl.constexpr = stats_ptr.dtype.element_ty
@@ -186,10 +185,10 @@ def _backward(
             tau,
             scale,
             L,
-            LAYOUT,
+            ALIGNED,
         )
     else:
-        sweeps.fill_zero(grad_ptr, out_start, V, L, LAYOUT)
+        sweeps.fill_zero(grad_ptr, out_start, V, L, ALIGNED)
 
 
 def _write_backward(
@@ -215,7 +214,6 @@ def _write_backward(
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),
-        LAYOUT=sweeps.layout(laid, out),
         **sweeps.lanes(logits),
     )
 

@@ -67,7 +67,8 @@ def bounded(log_ratio):
     """A log-ratio as it is exponentiated: within ±80, NaN unless it is finite."""
     x = tl.where(log_ratio > MOST_LOG_RATIO, MOST_LOG_RATIO, log_ratio)
     x = tl.where(x < -MOST_LOG_RATIO, -MOST_LOG_RATIO, x)
-    return tl.where(tl.abs(log_ratio) < float("inf"), x, float("nan"))
+    # The difference is NaN for inf and NaN.
+    return tl.where(log_ratio - log_ratio == 0.0, x, float("nan"))
 
 
 @triton.jit

@@ -1,9 +1,10 @@
-"""ppo_loss and ppo_loss_; formulas in ppo_kernels/ppo_loss.py.
+"""ppo_loss, ppo_loss_and_gradient and ppo_loss_; formulas in ppo_kernels/ppo_loss.py.
 
 Nothing waits for the device, so nothing raises for what a tensor holds: `loss` is NaN where a
 counted token has a log-probability or an advantage that is not finite.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -27,7 +28,7 @@ def _finite(x):
     return tl.abs(x) < float("inf")
 
 
-@kernel("logits_ptr")
+@kernel("logits_ptr", "grad_ptr")
 def _ppo_loss(
     logits_ptr,
     inner: tl.int32,
@@ -46,6 +47,10 @@ def _ppo_loss(
     stats_ptr,
     grad_logprobs_ptr,
     grad_entropy_ptr,
+    grad_ptr,
+    grad_inner: tl.int32,
+    grad_outer_stride: tl.int64,
+    grad_inner_stride: tl.int64,
     n: tl.int64,
     V: tl.int32,
     temperature: tl.float64,
@@ -57,13 +62,16 @@ def _ppo_loss(
     kl_coef: tl.float64,
     kl_estimator: tl.int32,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """One row: its token's terms of the loss, and their gradient in place of the logits, or, where
-    there are `stats_ptr` and the pointers after it, what the backward needs."""
+    """One row: its token's terms of the loss, and their gradient at `grad_ptr`, which may be
+    `logits_ptr`, or, where there are `stats_ptr` and those after it, what the backward needs."""
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     start = sweeps.row_start(tl.program_id(0), inner, outer_stride, inner_stride)
+    grad_start = sweeps.row_start(
+        tl.program_id(0), grad_inner, grad_outer_stride, grad_inner_stride
+    )
     counts = row_counts(mask_ptr, row)
     zero = tl.zeros((), R)
     logprob, entropy, shift, log2_sum, g, h = zero, zero, zero, zero, zero, zero
@@ -72,7 +80,7 @@ def _ppo_loss(
         tau, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
         token = tl.load(tokens_ptr + row).to(tl.int64)
         shift, log2_sum, logit, logprob, entropy = score(
-            logits_ptr, start, V, token, scale, L, LAYOUT
+            logits_ptr, start, V, token, scale, L, ALIGNED
         )
         old_logprob = tl.load(old_logprobs_ptr + row).to(R)
         advantage = tl.load(advantages_ptr + row).to(R)
@@ -99,9 +107,9 @@ def _ppo_loss(
         if stats_ptr is None:
             write_gradient(
                 logits_ptr,
-                logits_ptr,
+                grad_ptr,
                 start,
-                start,
+                grad_start,
                 V,
                 token,
                 logit,
@@ -113,11 +121,11 @@ def _ppo_loss(
                 tau,
                 scale,
                 L,
-                LAYOUT,
+                ALIGNED,
             )
     else:
         if stats_ptr is None:
-            sweeps.fill_zero(logits_ptr, start, V, L, LAYOUT)
+            sweeps.fill_zero(grad_ptr, grad_start, V, L, ALIGNED)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(terms_ptr + row, loss)
@@ -144,10 +152,12 @@ def _run(
     temperatures,
     scalars,
     kl_estimator,
-    saved,
     lanes,
+    saved=(None,) * 3,
+    grad=None,
 ):
-    """The results of both ops; `saved` are the tensors for the backward, None for in place."""
+    """The results of all three ops, which leave in `saved` what a backward needs, or the gradient
+    in `grad`."""
     temperature, *numbers = scalars.tolist()
     n = tokens.numel()
     logprobs, entropy = (
@@ -156,15 +166,15 @@ def _run(
     terms = logprobs.new_empty((6, n))
     denominator = counted(mask, denominator)
     laid = rows(logits)
+    out = laid if grad is None else rows(grad)
     launch(
         _ppo_loss,
         n,
         *laid,
         *map(per_token, (tokens, old_logprobs, advantages, mask, ref_logprobs)),
-        *(denominator, per_token(temperatures), logprobs, entropy, terms, *saved, n),
+        *(denominator, per_token(temperatures), logprobs, entropy, terms, *saved, *out, n),
         *(logits.shape[-1], temperature, math.exponent_scale(temperature)),
         *(*numbers, kl_estimator),
-        LAYOUT=sweeps.layout(laid),
         **lanes,
     )
     return *means(terms, denominator, n, logprobs.dtype), logprobs, entropy
@@ -175,13 +185,19 @@ def ppo_loss(logits, tokens, *arguments):
     real = result_dtype(logits)
     shapes = (*tokens.shape, 2), tokens.shape, tokens.shape
     saved = tuple(logits.new_empty(shape, dtype=real) for shape in shapes)
-    return *_run(logits, tokens, *arguments, saved, sweeps.lanes(logits)), *saved
+    return *_run(logits, tokens, *arguments, sweeps.lanes(logits), saved=saved), *saved
+
+
+@implement("ppo_loss_and_gradient")
+def ppo_loss_and_gradient(logits, tokens, *arguments):
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return *_run(logits, tokens, *arguments, sweeps.lanes(logits), grad=grad), grad
 
 
 @implement("ppo_loss_")
 def ppo_loss_(logits, tokens, *arguments):
     with written_in_place(logits) as target:
-        return _run(target, tokens, *arguments, (None,) * 3, sweeps.lanes_in_place(logits))
+        return _run(target, tokens, *arguments, sweeps.lanes(logits), grad=target)
 
 
 @kernel("grad_ptr")
@@ -193,13 +209,13 @@ def _rescale(
     scale_ptr,
     V: tl.int32,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     factor = tl.load(scale_ptr)
     if factor != 1.0:
         row = tl.program_id(0)
         start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-        sweeps.scale(grad_ptr, start, V, factor, L, LAYOUT)
+        sweeps.scale(grad_ptr, start, V, factor, L, ALIGNED)
 
 
 @implement("rescale_")
@@ -212,6 +228,5 @@ def rescale_(grad, scale):
             *laid,
             scale.to(result_dtype(grad)),
             grad.shape[-1],
-            LAYOUT=sweeps.layout(laid),
             **sweeps.lanes(grad),
         )

@@ -52,18 +52,18 @@ def _unfiltered(
     V: tl.int32,
     temperature: tl.float64,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0)
     if row_counts(mask_ptr, row):
         start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-        p = sweeps._pointer(logits_ptr, start, VEC, LAYOUT)
+        p = sweeps._pointer(logits_ptr, start, VEC, ALIGNED)
         tau, scale, greedy, valid = _scale(row, temperatures_ptr, temperature, False, R)
         k = scale.to(R)
         u = tl.load(uniforms_ptr + row).to(tl.float64)
-        tops, parts = sums.segment_weights(p, V, k, L, VEC, LAYOUT)
+        tops, parts = sums.segment_weights(p, V, k, L, VEC, ALIGNED)
         index = tl.arange(0, sums.SEGMENTS)
         largest = tl.max(tops, axis=0)
         factors = tl.exp2((tops.to(tl.float64) - largest.to(tl.float64)) * scale)
@@ -118,18 +118,18 @@ def _filtered(
     top_p: tl.float64,
     least_exponent: tl.float64,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0)
     if row_counts(mask_ptr, row):
         start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-        p = sweeps._pointer(logits_ptr, start, VEC, LAYOUT)
+        p = sweeps._pointer(logits_ptr, start, VEC, ALIGNED)
         tau, scale, greedy, valid = _scale(row, temperatures_ptr, temperature, True, R)
         k = scale.to(R)
         u = tl.load(uniforms_ptr + row).to(tl.float64)
-        largest = sums.divided(sums.largest(p, V, L, VEC, LAYOUT, R), tau, R)
+        largest = sums.divided(sums.largest(p, V, L, VEC, ALIGNED, R), tau, R)
         finite = tl.abs(largest) < float("inf")
         largest = tl.where(finite, largest, 0.0)
         cut = tl.full((), -float("inf"), R)
@@ -138,13 +138,13 @@ def _filtered(
         searched = below
         top_k, top_p = math.number(top_k, tl.float64), math.number(top_p, tl.float64)
         if (top_k < V) & (greedy == 0):
-            cut, _, _ = sums.search(p, V, tau, k, cut, largest, top_k, True, L, VEC, LAYOUT)
+            cut, _, _ = sums.search(p, V, tau, k, cut, largest, top_k, True, L, VEC, ALIGNED)
         if (top_p < 1.0) & (greedy == 0):
             cut, below, searched = sums.search(
-                p, V, tau, k, cut, largest, top_p, False, L, VEC, LAYOUT
+                p, V, tau, k, cut, largest, top_p, False, L, VEC, ALIGNED
             )
         least = math.number(least_exponent, R)
-        above, ties = sums.kept_weights(p, V, tau, k, largest, cut, least, L, VEC, LAYOUT)
+        above, ties = sums.kept_weights(p, V, tau, k, largest, cut, least, L, VEC, ALIGNED)
         exponent = (cut - largest) * k
         tie_weight = tl.exp2(exponent.to(tl.float64))
         skipped = tl.zeros((), tl.int32)
@@ -197,7 +197,7 @@ def sample_tokens(logits, uniforms, mask, temperatures, scalars):
         *(per_token(uniforms), per_token(mask), per_token(temperatures), tokens, logprobs),
         *(vocabulary, temperature),
     )
-    options = {"LAYOUT": sweeps.layout(laid)} | sweeps.lanes(logits)
+    options = sweeps.lanes(logits)
     if top_k >= vocabulary and top_p >= 1 and min_p <= 0:
         launch(_unfiltered, uniforms.numel(), *arguments, **options)
     else:

@@ -32,12 +32,12 @@ def _segment(V, STEP: tl.constexpr):
 
 
 @triton.jit
-def segment_weights(p, V, k, L: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+def segment_weights(p, V, k, L: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     """(largest logit, Σ 2^(k (x - largest)) in fp64) of each segment."""
     R: tl.constexpr = k.dtype
     STEP: tl.constexpr = L * VEC
-    n, _ = sweeps._lengths(V, STEP, VEC, LAYOUT)
-    block = sweeps._block(L, VEC, LAYOUT)
+    n, _ = sweeps._lengths(V, STEP, VEC, ALIGNED)
+    block = sweeps._block(L, VEC, ALIGNED)
     index = tl.arange(0, SEGMENTS)
     LOW: tl.constexpr = LOWEST if R.primitive_bitwidth == 32 else LOWEST_FP64
     tops = tl.full((SEGMENTS,), LOW, R)
@@ -60,11 +60,11 @@ def segment_weights(p, V, k, L: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.cons
 
 
 @triton.jit
-def largest(p, V, L: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr):
+def largest(p, V, L: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr):
     """The largest logit, NaN where there is one."""
     STEP: tl.constexpr = L * VEC
-    n, _ = sweeps._lengths(V, STEP, VEC, LAYOUT)
-    block = sweeps._block(L, VEC, LAYOUT)
+    n, _ = sweeps._lengths(V, STEP, VEC, ALIGNED)
+    block = sweeps._block(L, VEC, ALIGNED)
     top = tl.full((L,), -float("inf"), R)
     unordered = tl.zeros((L,), tl.int32)
     for j in range(0, n, STEP):
@@ -138,14 +138,14 @@ def search(
     COUNT: tl.constexpr,
     L: tl.constexpr,
     VEC: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """(x, weight below x, all weight) of scores from `low` on, for the largest x in [low, high]
     below which top-k (COUNT, the weight of a score is 1) or top-p removes all."""
     R: tl.constexpr = high.dtype
     STEP: tl.constexpr = L * VEC
-    n, _ = sweeps._lengths(V, STEP, VEC, LAYOUT)
-    block = sweeps._block(L, VEC, LAYOUT)
+    n, _ = sweeps._lengths(V, STEP, VEC, ALIGNED)
+    block = sweeps._block(L, VEC, ALIGNED)
     first, end = _key(low), _key(high) + 1
     below = tl.zeros((), tl.float64)
     all_weight = below
@@ -190,13 +190,13 @@ def kept_weights(
     least,
     L: tl.constexpr,
     VEC: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """(weight of the scores above the cut, how many are at it) of each segment."""
     R: tl.constexpr = largest.dtype
     STEP: tl.constexpr = L * VEC
-    n, _ = sweeps._lengths(V, STEP, VEC, LAYOUT)
-    block = sweeps._block(L, VEC, LAYOUT)
+    n, _ = sweeps._lengths(V, STEP, VEC, ALIGNED)
+    block = sweeps._block(L, VEC, ALIGNED)
     index = tl.arange(0, SEGMENTS)
     above = tl.zeros((SEGMENTS,), tl.float64)
     ties = tl.zeros((SEGMENTS,), tl.int32)

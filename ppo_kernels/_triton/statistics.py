@@ -28,7 +28,7 @@ def _forward(
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     R: tl.constexpr = logprobs_ptr.dtype.element_ty
     row = tl.program_id(0)
@@ -39,7 +39,7 @@ def _forward(
     if row_counts(mask_ptr, row):
         _, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
         shift, total, weighted, squares, second, largest = sweeps.moments(
-            logits_ptr, start, V, scale, L, LAYOUT
+            logits_ptr, start, V, scale, L, ALIGNED
         )
         token = tl.load(tokens_ptr + row).to(tl.int64)
         logit = load_logit(logits_ptr, start, V, token, R)
@@ -74,7 +74,6 @@ def token_statistics(logits, tokens, mask, temperatures, scalars):
         logits.shape[-1],
         temperature,
         math.exponent_scale(temperature),
-        LAYOUT=sweeps.layout(laid),
         **sweeps.lanes(logits),
     )
     return results

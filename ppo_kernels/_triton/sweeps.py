@@ -1,9 +1,10 @@
 """What runs over the vocabulary: one program walks one row with L lanes.
 
-A lane takes VEC elements at a time, 16 bytes of them. Where V is a multiple of VEC they stand
-together, and are one load if rows begin at multiples of 16 bytes too; for other V (50257) they
-stand L apart, so that the lanes' loads are together. Which lane sums what depends on V and dtype
-alone: a row comes out bitwise the same wherever it stands.
+A lane takes VEC elements at a time, 16 bytes of them. Where V is a multiple of VEC they are
+ALIGNED: they stand together and are one load, for `common.rows` sees to it that rows begin at
+multiples of 16 bytes; for other V (50257) they stand L apart, so that the lanes' loads are
+together. Which lane sums what, and in which order, depends on V and dtype alone: a row comes out
+bitwise the same wherever it stands.
 """
 
 import torch
@@ -12,47 +13,20 @@ import triton.language as tl
 
 from ppo_kernels._triton import math
 
-# How the elements of a lane lie: each by itself, together, or together and aligned to 16 bytes.
-APART, TOGETHER, ALIGNED = (tl.constexpr(i) for i in range(3))
-
 WARP_SIZE = 32 if torch.version.hip is None else 64
 # A lane has two vectors in flight: 512 of them 16 KiB.
 _BYTES_PER_LANE = 128
 _MOST_LANES = 512
-# Longer rows, of which four at a time stay in no L2 until their second sweep, get twice the lanes.
-_LONG_ROW_BYTES = 96 * 1024
 
 
 def lanes(x):
     """Launch options for a program per row of `x` (..., V); of nothing but V and dtype, so that
     results do not change with the batch."""
-    wanted = triton.next_power_of_2(triton.cdiv(_row_bytes(x), _BYTES_PER_LANE))
-    return _options(min(_MOST_LANES, max(32, wanted)))
-
-
-def lanes_in_place(x):
-    """The same for a kernel that reads the row again."""
-    long = _row_bytes(x) > _LONG_ROW_BYTES and x.dtype != torch.float64
-    return _options(lanes(x)["L"] * (2 if long else 1))
-
-
-def layout(x, *others):
-    """LAYOUT of tensors (..., V) of the same dtype, given as their Rows."""
-    vector = 16 // x.data.element_size()
-    if x.data.shape[-1] % vector != 0:
-        return APART
-    for data, _, *strides in (x, *others):
-        if data.data_ptr() % 16 != 0 or any(stride % vector != 0 for stride in strides):
-            return TOGETHER
-    return ALIGNED
-
-
-def _row_bytes(x):
-    return x.shape[-1] * x.element_size()
-
-
-def _options(lanes):
-    return {"L": lanes, "num_warps": max(1, lanes // WARP_SIZE)}
+    row_bytes = x.shape[-1] * x.element_size()
+    wanted = triton.next_power_of_2(triton.cdiv(row_bytes, _BYTES_PER_LANE))
+    lanes = min(_MOST_LANES, max(32, wanted))
+    aligned = row_bytes % 16 == 0
+    return {"L": lanes, "ALIGNED": aligned, "num_warps": max(1, lanes // WARP_SIZE)}
 
 
 @triton.jit
@@ -63,26 +37,26 @@ def row_start(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def _pointer(ptr, start, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+def _pointer(ptr, start, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     # The compiler believes a product; it forgets a `tl.multiple_of` on a number.
-    if LAYOUT == ALIGNED:
+    if ALIGNED:
         start = start // VEC * VEC
     return ptr + start
 
 
 @triton.jit
-def _lengths(V, STEP: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+def _lengths(V, STEP: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     """V, and the multiple of STEP below it."""
-    if LAYOUT == ALIGNED:
+    if ALIGNED:
         V = V // VEC * VEC
     return V, V // STEP * STEP
 
 
 @triton.jit
-def _block(L: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+def _block(L: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     """Offsets (L, VEC) of the elements of each lane."""
     lane, i = tl.arange(0, L)[:, None], tl.arange(0, VEC)[None, :]
-    return i * L + lane if LAYOUT == APART else lane * VEC + i
+    return lane * VEC + i if ALIGNED else i * L + lane
 
 
 @triton.jit
@@ -92,13 +66,13 @@ def _load_below(p, offset, n):
 
 
 @triton.jit
-def statistics(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
+def statistics(x_ptr, start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
     """(shift, Σ 2^t, Σ 2^t t) of a row."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, LAYOUT)
-    n, full = _lengths(V, 2 * STEP, VEC, LAYOUT)
-    block = _block(L, VEC, LAYOUT)
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    n, full = _lengths(V, 2 * STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
     shift = math.nothing_seen(L, k.dtype)
     total = tl.zeros((L,), k.dtype)
     weighted = total
@@ -114,14 +88,14 @@ def statistics(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def moments(x_ptr, start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
+def moments(x_ptr, start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
     """(shift, Σ 2^t, Σ 2^t t, Σ 2^2t, Σ 2^t t², largest logit) of a row; the first three with the
     bits of `statistics`."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, LAYOUT)
-    n, full = _lengths(V, STEP, VEC, LAYOUT)
-    block = _block(L, VEC, LAYOUT)
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    n, full = _lengths(V, STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
     shift = math.nothing_seen(L, k.dtype)
     total = tl.zeros((L,), k.dtype)
     weighted, squares, second = total, total, total
@@ -158,16 +132,16 @@ def gradient(
     a,
     b,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Write 2^t (a + b t) of each element of a row, from its end back; `out_ptr` may be `x_ptr`."""
     T: tl.constexpr = out_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // T.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, LAYOUT)
-    out = _pointer(out_ptr, out_start, VEC, LAYOUT)
-    n, full = _lengths(V, 2 * STEP, VEC, LAYOUT)
-    block = _block(L, VEC, LAYOUT)
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    out = _pointer(out_ptr, out_start, VEC, ALIGNED)
+    n, full = _lengths(V, 2 * STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
     if full < n:
         x, y = _load_below(p, full + block, n), _load_below(p, full + STEP + block, n)
         x, y = _slope(x, k, shift, a, b).to(T), _slope(y, k, shift, a, b).to(T)
@@ -183,25 +157,25 @@ def gradient(
 
 
 @triton.jit
-def fill_zero(out_ptr, start, V, L: tl.constexpr, LAYOUT: tl.constexpr):
+def fill_zero(out_ptr, start, V, L: tl.constexpr, ALIGNED: tl.constexpr):
     """Write zeros to a row."""
     T: tl.constexpr = out_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // T.primitive_bitwidth
-    out = _pointer(out_ptr, start, VEC, LAYOUT)
-    n, _ = _lengths(V, VEC, VEC, LAYOUT)
-    block = _block(L, VEC, LAYOUT)
+    out = _pointer(out_ptr, start, VEC, ALIGNED)
+    n, _ = _lengths(V, VEC, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
     zeros = tl.zeros((L, VEC), T)
     for i in range(0, n, L * VEC):
         tl.store(out + i + block, zeros, mask=i + block < n)
 
 
 @triton.jit
-def scale(x_ptr, start, V, factor, L: tl.constexpr, LAYOUT: tl.constexpr):
+def scale(x_ptr, start, V, factor, L: tl.constexpr, ALIGNED: tl.constexpr):
     """Multiply a row by `factor` in place; a zero of either makes a zero."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    p = _pointer(x_ptr, start, VEC, LAYOUT)
-    n, _ = _lengths(V, VEC, VEC, LAYOUT)
-    block = _block(L, VEC, LAYOUT)
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    n, _ = _lengths(V, VEC, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
     for i in range(0, n, L * VEC):
         x = tl.load(p + i + block, mask=i + block < n)
         scaled = tl.where(x == 0.0, 0.0, x.to(factor.dtype) * factor)
@@ -210,14 +184,14 @@ def scale(x_ptr, start, V, factor, L: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, LAYOUT: tl.constexpr):
+def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
     """(shift, Σ 2^t, shift_ref, Σ 2^t_ref, Σ 2^t (t - t_ref)) of a row of each tensor."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, LAYOUT)
-    q = _pointer(y_ptr, y_start, VEC, LAYOUT)
-    n, full = _lengths(V, STEP, VEC, LAYOUT)
-    block = _block(L, VEC, LAYOUT)
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    q = _pointer(y_ptr, y_start, VEC, ALIGNED)
+    n, full = _lengths(V, STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
     shift = math.nothing_seen(L, k.dtype)
     total = tl.zeros((L,), k.dtype)
     ref_shift, ref_total, cross = shift, total, total
@@ -257,17 +231,17 @@ def kl_gradient(
     a,
     b,
     L: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Write 2^t (a + b (t - t_ref)) of each element of a row."""
     T: tl.constexpr = out_ptr.dtype.element_ty
     VEC: tl.constexpr = 128 // T.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
-    p = _pointer(x_ptr, start, VEC, LAYOUT)
-    q = _pointer(y_ptr, y_start, VEC, LAYOUT)
-    out = _pointer(out_ptr, out_start, VEC, LAYOUT)
-    n, full = _lengths(V, STEP, VEC, LAYOUT)
-    block = _block(L, VEC, LAYOUT)
+    p = _pointer(x_ptr, start, VEC, ALIGNED)
+    q = _pointer(y_ptr, y_start, VEC, ALIGNED)
+    out = _pointer(out_ptr, out_start, VEC, ALIGNED)
+    n, full = _lengths(V, STEP, VEC, ALIGNED)
+    block = _block(L, VEC, ALIGNED)
     if full < n:
         x, y = _load_below(p, full + block, n), _load_below(q, full + block, n)
         slope = _kl_slope(x, y, k, shift, ref_shift, a, b)

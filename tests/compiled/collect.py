@@ -27,14 +27,15 @@ from tests.compiled import MEASURED, OPS, sass
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # V or T: few warps, and most, of rows aligned to 16 bytes; a chunk of each size, and several.
 WIDTHS = {"logits": (136, 32_000), "gae": (20, 100, 500, 1501, 5000), "other": (5,)}
-NUMBERS = {"gae": 2, "gae_packed": 2, "ppo_loss": 6, "ppo_loss_": 6, "clipped_policy_loss": 3}
+NUMBERS = {"gae": 2, "gae_packed": 2, "ppo_loss": 6, "ppo_loss_and_gradient": 6, "ppo_loss_": 6}
+NUMBERS |= {"clipped_policy_loss": 3}
 
 
 class Call(NamedTuple):
     """A call of an op on `rows` rows of V or T = `width`, with these of its optional inputs.
 
-    `sample_tokens` filters where it has a mask. `strided` logits are `x[:, :-1]`; tensors of
-    numbers per token begin `offset` elements after an allocation does.
+    `sample_tokens` filters where it has a mask. `strided` logits are `x[:, :-1]`; other tensors
+    begin `offset` elements after an allocation does.
     """
 
     op: str
@@ -66,13 +67,13 @@ class Call(NamedTuple):
         if name == "logits" and self.strided:
             return torch.zeros((rows[0], rows[1] + 1, self.width), dtype=self.dtype)[:, :-1]
         if name in ("logits", "ref_logits", "grad"):
-            return torch.zeros(wide, dtype=self.dtype)
+            return self._zeros(wide, self.dtype)
         if name.endswith("softmax_stats"):
-            return self._per_token((*per_token, 2), result)
+            return self._zeros((*per_token, 2), result)
         if name == "tokens":
-            return self._per_token(per_token, torch.int64)
+            return self._zeros(per_token, torch.int64)
         if name in ("mask", "dones"):
-            return self._per_token(per_token, torch.bool)
+            return self._zeros(per_token, torch.bool)
         if name == "bootstrap_values":
             return torch.zeros(self.rows, dtype=self.dtype)
         if name == "cu_seqlens":
@@ -86,9 +87,9 @@ class Call(NamedTuple):
             return dispatch.scalars(*[self.number] * NUMBERS.get(self.op, 1))
         if name.endswith("estimator"):
             return self.estimator
-        return self._per_token(per_token, result if family(self.op) == "logits" else self.dtype)
+        return self._zeros(per_token, result if family(self.op) == "logits" else self.dtype)
 
-    def _per_token(self, shape, dtype):
+    def _zeros(self, shape, dtype):
         count = torch.Size(shape).numel()
         return torch.zeros(count + self.offset, dtype=dtype)[self.offset :].view(shape)
 

@@ -1,4 +1,4 @@
-// ppo_loss_ and rescale_; formulas in ppo_kernels/ppo_loss.py.
+// ppo_loss_and_gradient, ppo_loss_ and rescale_; formulas in ppo_kernels/ppo_loss.py.
 //
 // A row stays on chip between its statistics and its gradient: the logits cross memory once each
 // way. It is shared out over the CTAs of a cluster, so that two or three of them fit in the shared
@@ -49,16 +49,18 @@ __device__ __forceinline__ SoftmaxState<Real<T>> copied_statistics(const InShare
   return state;
 }
 
-// Rows are `kKept` on chip, brought by bulk copies or by their threads, or read twice.
+// Rows are `kKept` on chip, brought by bulk copies or by their threads, or read twice; `gradient`
+// may be where the logits stand.
 template <class T, Layout kLayout, bool kKept>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
-    in_place(Call<T> call, bool in_bulk) {
+    with_gradient(Call<T> call, Rows<T> gradient, bool in_bulk) {
   using R = Real<T>;
   const Part part(call.division, call.length);
   const bool first = threadIdx.x == 0;
-  T *z = call.logits[part.row], *mine = z + part.begin;
+  const T *z = call.logits[part.row], *mine = z + part.begin;
+  T* out = gradient[part.row] + part.begin;
   if (excluded(call.mask, part.row)) {
-    write_row<T, kLayout>(mine, part.length, Zeros<T>{});
+    write_row<T, kLayout>(out, part.length, Zeros<T>{});
     if (first && part.index == 0) write_no_loss(call, part.row);
     return;
   }
@@ -93,20 +95,40 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   __syncthreads();
   const int64_t token = head.token.id - part.begin;
   if constexpr (kKept) {
-    write_gradient<T, kLayout>(head.gradient, kept, mine, part.length, token, temperature.k);
+    write_gradient<T, kLayout>(head.gradient, kept, out, part.length, token, temperature.k);
   } else {
     const InGlobal<T, kLayout> global{mine, part.length};
-    write_gradient<T, kLayout>(head.gradient, global, mine, part.length, token, temperature.k);
+    write_gradient<T, kLayout>(head.gradient, global, out, part.length, token, temperature.k);
   }
 }
 
 template <class T>
-void launch_in_place(const Device& device, Call<T>& call) {
-  with_layout(layout_of(call.length, call.logits), [&](auto layout) {
-    const bool has_sm90 = device.has_sm90(in_place<T, layout, true>);
+void launch(const Device& device, Call<T>& call, const Rows<T>& gradient) {
+  with_layout(layout_of(call.length, call.logits, gradient), [&](auto layout) {
+    const auto kernel_of_kept = with_gradient<T, layout, true>;
+    const bool has_sm90 = device.has_sm90(kernel_of_kept);
     const auto division = call.division = division_of<T>(device, call.length, has_sm90);
-    const auto kernel = division.kept ? in_place<T, layout, true> : in_place<T, layout, false>;
-    device.launch(kernel, division.grid(call.count, division.shared), call, has_sm90);
+    const auto kernel = division.kept ? kernel_of_kept : with_gradient<T, layout, false>;
+    device.launch(kernel, division.grid(call.count, division.shared), call, gradient, has_sm90);
+  });
+}
+
+using GradientResults = decltype(std::tuple_cat(LossResults{}, std::tuple<Tensor>{}));
+
+GradientResults ppo_loss_and_gradient(Tensor logits, Tensor tokens, Tensor old_logprobs,
+                                      Tensor advantages, OptionalTensor mask,
+                                      OptionalTensor ref_logprobs, OptionalTensor denominator,
+                                      OptionalTensor temperatures, Tensor scalars,
+                                      int64_t kl_estimator) {
+  const Device device(logits);
+  return dispatch(logits.scalar_type(), [&](auto type) -> GradientResults {
+    using T = decltype(type);
+    Loss<T> loss(logits, tokens, old_logprobs, advantages, mask, ref_logprobs, denominator,
+                 temperatures, scalars, kl_estimator);
+    const Tensor held = readable(logits), grad = empty_logits(logits);
+    loss.call.logits = rows<T>(held);
+    launch(device, loss.call, rows<T>(grad));
+    return std::tuple_cat(loss.results(device), std::tuple(grad));
   });
 }
 
@@ -120,7 +142,7 @@ LossResults ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor 
                  temperatures, scalars, kl_estimator);
     written_in_place(logits, [&](const Tensor& target) {
       loss.call.logits = rows<T>(target);
-      launch_in_place(device, loss.call);
+      launch(device, loss.call, loss.call.logits);
     });
     return loss.results(device);
   });
@@ -174,6 +196,7 @@ void rescale_(Tensor grad, Tensor scale) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
+  m.impl("ppo_loss_and_gradient", PPO_CHECKED(kPPOLoss, &ppo_loss_and_gradient));
   m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss_));
   m.impl("rescale_", PPO_CHECKED(kRescale, &rescale_));
 }
