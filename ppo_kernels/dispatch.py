@@ -160,6 +160,11 @@ def resolve(backend, x):
     return backend
 
 
+def is_differentiable(x):
+    """True where autograd is to record what becomes of `x`."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 def scalars(*numbers):
     """The numbers of a call, inf for None, as one fp64 tensor on the CPU for launchers to read.
 

@@ -15,7 +15,13 @@ In k3 Δ is bounded at ±80, beyond which the gradient is 0.
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
+from ppo_kernels.dispatch import (
+    is_differentiable,
+    kernels,
+    resolve,
+    scalars,
+    temperatures_and_number,
+)
 from ppo_kernels.logprobs import within
 from ppo_kernels.schemas import promoted
 
@@ -69,13 +75,16 @@ def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0, backend="au
     mask = checks.boolean("mask", mask, like, rows)
     temperature = checks.temperature(temperature, rows, like)
     ref_logits = ref_logits.detach()
-    if logits.requires_grad:
+    if is_differentiable(logits):
         ref_logits = checks.constant(ref_logits)
     backend = resolve(backend, logits)
     if backend == "reference":
         return reference.kl_divergence(logits, ref_logits, mask, temperature=temperature)
     temperatures, number = temperatures_and_number(temperature)
-    return _KLDivergence.apply(logits, ref_logits, mask, temperatures, scalars(number), backend)
+    arguments = logits, ref_logits, mask, temperatures, scalars(number)
+    if not is_differentiable(logits):
+        return kernels(backend).kl_divergence(*arguments)[0]
+    return _KLDivergence.apply(*arguments, backend)
 
 
 class _KLEstimate(torch.autograd.Function):

@@ -13,7 +13,13 @@ from typing import NamedTuple
 import torch
 
 from ppo_kernels import checks, reference
-from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
+from ppo_kernels.dispatch import (
+    is_differentiable,
+    kernels,
+    resolve,
+    scalars,
+    temperatures_and_number,
+)
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -61,7 +67,10 @@ def _scored(logits, tokens, mask, temperature, backend):
     if backend == "reference":
         return reference.token_logprobs_and_entropy(logits, tokens, mask, temperature=temperature)
     temperatures, number = temperatures_and_number(temperature)
-    return _TokenLogprobs.apply(logits, tokens, mask, temperatures, scalars(number), backend)
+    arguments = logits, tokens, mask, temperatures, scalars(number)
+    if not is_differentiable(logits):
+        return kernels(backend).token_logprobs(*arguments)[:2]
+    return _TokenLogprobs.apply(*arguments, backend)
 
 
 def token_logprobs(logits, tokens, mask=None, *, temperature=1.0, backend="auto"):

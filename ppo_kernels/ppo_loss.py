@@ -14,6 +14,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import (
     denominator_on,
+    is_differentiable,
     kernels,
     resolve,
     scalars,
@@ -21,7 +22,7 @@ from ppo_kernels.dispatch import (
     under_transforms,
 )
 from ppo_kernels.reference import chained
-from ppo_kernels.schemas import promoted
+from ppo_kernels.schemas import any_fp64
 
 
 class PPOLoss(NamedTuple):
@@ -100,7 +101,9 @@ class _PPOLossAndGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, logits, *arguments):
-        *results, ctx.grad = kernels(backend).ppo_loss_and_gradient(logits, *arguments)
+        *results, grad = kernels(backend).ppo_loss_and_gradient(logits, *arguments)
+        # In a list: compiled autograd calls the backward with a copy of `ctx`.
+        ctx.held = [grad]
         *tensors, kl_estimator = arguments
         ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(logits, *tensors)
@@ -110,22 +113,23 @@ class _PPOLossAndGradient(torch.autograd.Function):
     @staticmethod
     @checks.first_order
     def backward(ctx, grad_loss, *_):
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
+        try:
+            grad = ctx.held.pop()
+        except IndexError:
             arguments = *ctx.saved_tensors, ctx.kl_estimator
             *_, grad = kernels(ctx.backend).ppo_loss_and_gradient(*arguments)
-        kernels(ctx.backend).rescale_(grad, grad_loss)
+        # A batch of upstream gradients, of `torch.autograd.grad(..., is_grads_batched=True)`.
+        if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+            grad = chained(grad_loss, grad).to(grad.dtype)
+        else:
+            kernels(ctx.backend).rescale_(grad, grad_loss)
         return None, grad, *(None,) * len(ctx.needs_input_grad[2:])
-
-
-def _is_differentiable(logits):
-    return torch.is_grad_enabled() and logits.requires_grad
 
 
 def _is_written_by_backward(backend, logits):
     """fp16 does not hold a gradient that a loss scale is yet to multiply."""
     half = backend != "reference" and logits.dtype == torch.float16
-    return half and _is_differentiable(logits)
+    return half and is_differentiable(logits)
 
 
 class _PPOLossInPlace(torch.autograd.Function):
@@ -208,8 +212,10 @@ def check_objective(
 def promoted_loss(results, logits, arguments):
     """PPOLoss in fp64 where logits, log-probs or advantages are; `arguments` are checked ones."""
     _, old_logprobs, advantages, *_, ref_logprobs, _, _, _ = arguments
-    inputs = logits, old_logprobs, advantages, ref_logprobs
-    return PPOLoss(*(promoted(x, *inputs) for x in results))
+    inputs = old_logprobs, advantages, ref_logprobs
+    if logits.dtype != torch.float64 and any_fp64(*inputs):
+        results = (x.double() for x in results)
+    return PPOLoss(*results)
 
 
 def checked_arguments(
@@ -244,15 +250,20 @@ def _out_of_place(backend, logits, arguments):
     if backend == "reference":
         results = reference.ppo_loss(logits, *arguments)
         return promoted_loss(results, logits, arguments)
-    # Under hooks a forward may be for its results alone, and be run again; a compiled backward
-    # knows not whether it is the first.
-    at_once = _is_differentiable(logits) and not (
+    given = for_kernel(*arguments)
+    if not is_differentiable(logits):
+        results = kernels(backend).ppo_loss(logits, *given)[: len(PPOLoss._fields)]
+    # Under hooks a forward may be for its results alone, and be run again; a backward that is
+    # compiled or captured in a graph knows not whether it is the first.
+    elif (
         _is_written_by_backward(backend, logits)
         or torch.compiler.is_compiling()
         or _saved_tensors_go_to_hooks()
-    )
-    function = _PPOLossAndGradient if at_once else _PPOLoss
-    results = function.apply(backend, logits, *for_kernel(*arguments))
+        or (logits.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        results = _PPOLoss.apply(backend, logits, *given)
+    else:
+        results = _PPOLossAndGradient.apply(backend, logits, *given)
     return promoted_loss(results, logits, arguments)
 
 
@@ -290,8 +301,9 @@ def ppo_loss(
     """The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) of tokens, from logits.
 
     Where the logits need a gradient it is made in the same pass, in a tensor of its own that the
-    graph holds until the backward; in fp16, under saved-tensor hooks (checkpoint) and under
-    `torch.compile` the backward makes it.
+    graph holds until the backward, which scales it if the upstream gradient is not 1: `denominator`
+    spares that. In fp16, under saved-tensor hooks (checkpoint), `torch.compile` and CUDA graphs the
+    backward makes it.
 
     Per counted token, with r = exp(logprob - old_logprob), advantage A and entropy H::
 
@@ -414,7 +426,7 @@ def ppo_loss_(
         raise RuntimeError("ppo_loss_ cannot run under torch.func transforms: use ppo_loss")
     backend = resolve(backend, logits)
     if not torch.compiler.is_compiling() and _saved_tensors_go_to_hooks():
-        if not (torch.is_grad_enabled() and logits.requires_grad):
+        if not is_differentiable(logits):
             raise RuntimeError(
                 "ppo_loss_ cannot leave the gradient in the logits under saved-tensor hooks "
                 "(checkpoint, save_on_cpu), which may hold the logits themselves, and these take "

@@ -24,10 +24,14 @@ def result_dtype(*inputs):
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
+def any_fp64(*inputs):
+    """True where one of the tensors, which may be None, is fp64."""
+    return any(x is not None and x.dtype == torch.float64 for x in inputs)
+
+
 def promoted(x, *others):
     """`x` in fp64 where one of the others, which may be None, is."""
-    wide = any(y is not None and y.dtype == torch.float64 for y in others)
-    return x.double() if wide and x.dtype != torch.float64 else x
+    return x.double() if x.dtype != torch.float64 and any_fp64(*others) else x
 
 
 def unscaled_dtype(x):

@@ -8,6 +8,7 @@ On a GPU where there is one. Values are tested elsewhere.
 import sys
 
 import torch
+from torch.autograd.graph import save_on_cpu
 
 from ppo_kernels import (
     dispatch,
@@ -49,6 +50,8 @@ def sweep(vocabulary, dtype):
         kl = kl_divergence(leaf, inputs["logits"], **NATIVE)
         loss = ppo_loss(**(inputs | {"logits": leaf}), **NATIVE).loss
         torch.autograd.grad(sum(per_token).sum() + kl.sum() + loss, leaf)
+        with save_on_cpu():
+            torch.autograd.grad(ppo_loss(**(inputs | {"logits": leaf}), **NATIVE).loss, leaf)
         in_place = logits.detach().clone() if logits.is_contiguous() else logits
         ppo_loss_(**(inputs | {"logits": in_place}), **NATIVE)
 

@@ -73,8 +73,11 @@ def test_every_way_to_keep_a_row(emulated, device, dtype, vocabulary):
     assert_as_exact_as_eager(grad, eager_grad, grad_truth)
     for ours, theirs, true in zip(result, eager, truth, strict=True):
         assert_as_exact_as_eager(ours, theirs, true, scale=15)
-    saved, _ = run_ppo_loss(ppo_loss, inputs, backend="native")
-    assert all(torch.equal(x, y) for x, y in zip(saved, result, strict=True))
+    beside, grad_beside = run_ppo_loss(ppo_loss, inputs, backend="native")
+    assert grad_beside.equal(grad)
+    alone = ppo_loss(**inputs, backend="native")
+    for other in (beside, alone):
+        assert all(torch.equal(x, y) for x, y in zip(other, result, strict=True))
     scored = inputs["logits"], inputs["tokens"]
     scores = token_logprobs_and_entropy(*scored, temperature=0.7, backend="native")
     for x, y in zip(scores, (result.logprobs, result.token_entropy), strict=True):

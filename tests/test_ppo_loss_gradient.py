@@ -77,7 +77,7 @@ def test_where_the_backward_makes_it(fused, kind):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("vocabulary", (7, 1031))
+@pytest.mark.parametrize("vocabulary", (7, 1031, 1024))
 def test_bits_are_those_of_the_loss_in_place(fused, vocabulary, dtype):
     """Of whole rows, and of such as begin anywhere; the logits stay."""
     inputs = loss_inputs(3, 4, vocabulary, dtype)
@@ -86,7 +86,7 @@ def test_bits_are_those_of_the_loss_in_place(fused, vocabulary, dtype):
         leaf, before = logits.clone().requires_grad_(), logits.clone()
         view = torch.nn.functional.pad(leaf, (1, 2))[..., 1:-2] if logits is wide else leaf * 1
         loss_of(view, inputs, fused).backward()
-        in_place = logits.clone()
+        in_place = torch.nn.functional.pad(logits, (1, 2))[..., 1:-2]
         ppo_loss_(**inputs | {"logits": in_place}, **OPTIONS, backend=fused)
         assert leaf.grad.equal(in_place)
         assert view.detach().equal(before)
@@ -116,3 +116,30 @@ def test_logits_may_be_written_to_before_the_first_backward_alone(fused):
     torch.testing.assert_close(leaf.grad, truth, atol=1e-12, rtol=1e-10)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_under_compiled_autograd(fused):
+    """Which calls the backward with a stand-in for its context, also when the graph is retained."""
+    from torch._dynamo import compiled_autograd
+
+    inputs = loss_inputs(2, 3, 50, torch.float64)
+    leaf = inputs["logits"].requires_grad_()
+    _, truth = ppo_loss_truth(**inputs | {"logits": leaf.detach()}, **OPTIONS)
+    loss = loss_of(leaf, inputs, fused)
+    for upstream in (2.0, 3.0, 1.0):
+        leaf.grad = None
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            (upstream * loss).backward(retain_graph=True)
+        torch.testing.assert_close(leaf.grad, upstream * truth, atol=1e-12, rtol=1e-10)
+    assert loss.grad_fn.held == []
+
+
+def test_a_batch_of_upstream_gradients(fused):
+    inputs = loss_inputs(2, 3, 50, torch.float64)
+    leaf = inputs["logits"].requires_grad_()
+    _, truth = ppo_loss_truth(**inputs | {"logits": leaf.detach()}, **OPTIONS)
+    loss, upstream = loss_of(leaf, inputs, fused), torch.tensor([1.0, -2.0, 0.0]).double()
+    (grads,) = torch.autograd.grad(loss, leaf, upstream, is_grads_batched=True)
+    expected = upstream.view(3, 1, 1, 1) * truth
+    torch.testing.assert_close(grads, expected, atol=1e-12, rtol=1e-10)

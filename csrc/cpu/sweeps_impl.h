@@ -294,14 +294,14 @@ void gradient(const T* z, T* grad, int64_t n, Real<T> k, Real<T> shift, Real<T> 
   }
   const Origin<R> origin(k, shift);
   const V scale = broadcast<V>(k), place = broadcast<V>(origin.place);
-  a = origin.factor * (a - b * origin.rest);
-  b = origin.factor * b;
+  const V level = broadcast<V>(origin.factor * (a - b * origin.rest));
+  const V slope = broadcast<V>(origin.factor * b);
   for_packs<V>(n, [&](auto tail, int64_t i, int64_t count) PPO_LAMBDA {
     V x[kPack], t[kPack], e[kPack];
     load<tail.value>(z + i, count, x);
     exponents(x, scale, place, t);
     exp2(t, e);
-    for (int u = 0; u < kPack; ++u) x[u] = e[u] * fma(broadcast<V>(b), t[u], broadcast<V>(a));
+    for (int u = 0; u < kPack; ++u) x[u] = e[u] * fma(slope, t[u], level);
     store<tail.value>(grad + i, count, x);
   });
 }

@@ -93,36 +93,35 @@ def _row_dims(x):
     return dims
 
 
-def _begins_aligned(x, dims):
-    """False for rows of whole vectors of 16 bytes that begin elsewhere than at one: the compiler
-    would sum them in another order than others."""
+def begins_aligned(x):
+    """False for rows of whole vectors of 16 bytes that begin elsewhere than at one."""
     vector = 16 // x.element_size()
     if x.shape[-1] % vector != 0:
         return True
-    return x.data_ptr() % 16 == 0 and all(stride % vector == 0 for _, stride in dims)
+    return x.data_ptr() % 16 == 0 and all(stride % vector == 0 for _, stride in _row_dims(x))
 
 
-def _in_rows(x):
+def _in_rows(x, anywhere):
     """`x`, or a copy if V has no unit stride, two strides do not tell where its rows are, or these
-    do not begin where they should."""
-    dims = _row_dims(x)
+    do not begin aligned: the compiler would sum them in another order."""
     unit_stride = x.shape[-1] == 1 or x.stride(-1) == 1
-    if unit_stride and len(dims) <= 2 and _begins_aligned(x, dims):
+    if unit_stride and len(_row_dims(x)) <= 2 and (anywhere or begins_aligned(x)):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def rows(x):
-    """Rows of `x` (..., V), without a copy if possible."""
-    x = _in_rows(x)
+def rows(x, anywhere=False):
+    """Rows of `x` (..., V), without a copy if possible; they may begin `anywhere` if nothing is
+    summed."""
+    x = _in_rows(x, anywhere)
     (_, outer_stride), (inner, inner_stride) = [(1, 0), (1, 0), *_row_dims(x)][-2:]
     return Rows(x, inner, outer_stride, inner_stride)
 
 
 @contextlib.contextmanager
-def written_in_place(x):
+def written_in_place(x, anywhere=False):
     """`x` in a form that `rows` does not copy; what is written there is in `x` afterwards."""
-    target = _in_rows(x)
+    target = _in_rows(x, anywhere)
     yield target
     if target is not x:
         x.copy_(target)

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ppo_kernels._triton import math, sweeps
 from ppo_kernels._triton.common import (
+    begins_aligned,
     implement,
     kernel,
     launch,
@@ -152,7 +153,6 @@ def _run(
     temperatures,
     scalars,
     kl_estimator,
-    lanes,
     saved=(None,) * 3,
     grad=None,
 ):
@@ -175,7 +175,7 @@ def _run(
         *(denominator, per_token(temperatures), logprobs, entropy, terms, *saved, *out, n),
         *(logits.shape[-1], temperature, math.exponent_scale(temperature)),
         *(*numbers, kl_estimator),
-        **lanes,
+        **sweeps.lanes(logits),
     )
     return *means(terms, denominator, n, logprobs.dtype), logprobs, entropy
 
@@ -185,19 +185,19 @@ def ppo_loss(logits, tokens, *arguments):
     real = result_dtype(logits)
     shapes = (*tokens.shape, 2), tokens.shape, tokens.shape
     saved = tuple(logits.new_empty(shape, dtype=real) for shape in shapes)
-    return *_run(logits, tokens, *arguments, sweeps.lanes(logits), saved=saved), *saved
+    return *_run(logits, tokens, *arguments, saved=saved), *saved
 
 
 @implement("ppo_loss_and_gradient")
 def ppo_loss_and_gradient(logits, tokens, *arguments):
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return *_run(logits, tokens, *arguments, sweeps.lanes(logits), grad=grad), grad
+    return *_run(logits, tokens, *arguments, grad=grad), grad
 
 
 @implement("ppo_loss_")
 def ppo_loss_(logits, tokens, *arguments):
     with written_in_place(logits) as target:
-        return _run(target, tokens, *arguments, sweeps.lanes(logits), grad=target)
+        return _run(target, tokens, *arguments, grad=target)
 
 
 @kernel("grad_ptr")
@@ -220,13 +220,14 @@ def _rescale(
 
 @implement("rescale_")
 def rescale_(grad, scale):
-    with written_in_place(grad) as target:
-        laid = rows(target)
+    with written_in_place(grad, anywhere=True) as target:
+        options = sweeps.lanes(target)
+        options["ALIGNED"] &= begins_aligned(target)
         launch(
             _rescale,
             grad.shape[:-1].numel(),
-            *laid,
+            *rows(target, anywhere=True),
             scale.to(result_dtype(grad)),
             grad.shape[-1],
-            **sweeps.lanes(grad),
+            **options,
         )

@@ -35,7 +35,8 @@ class Call(NamedTuple):
     """A call of an op on `rows` rows of V or T = `width`, with these of its optional inputs.
 
     `sample_tokens` filters where it has a mask. `strided` logits are `x[:, :-1]`; other tensors
-    begin `offset` elements after an allocation does.
+    begin `offset` elements after an allocation does, of logits those whose rows are whole vectors:
+    of others the compiler makes the same code twice.
     """
 
     op: str
@@ -67,7 +68,8 @@ class Call(NamedTuple):
         if name == "logits" and self.strided:
             return torch.zeros((rows[0], rows[1] + 1, self.width), dtype=self.dtype)[:, :-1]
         if name in ("logits", "ref_logits", "grad"):
-            return self._zeros(wide, self.dtype)
+            whole = self.width * self.dtype.itemsize % 16 == 0
+            return self._zeros(wide, self.dtype) if whole else torch.zeros(wide, dtype=self.dtype)
         if name.endswith("softmax_stats"):
             return self._zeros((*per_token, 2), result)
         if name == "tokens":
