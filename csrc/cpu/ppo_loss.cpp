@@ -1,4 +1,5 @@
-// ppo_loss, ppo_loss_and_gradient, ppo_loss_ and the losses of log-probs and values; formulas in ppo_kernels/ppo_loss.py.
+// ppo_loss, ppo_loss_and_gradient, ppo_loss_ and the losses of log-probs and values; formulas in
+// ppo_kernels/ppo_loss.py.
 #include <array>
 
 #include "logprobs.h"
