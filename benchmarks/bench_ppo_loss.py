@@ -115,7 +115,7 @@ def make_ppo_loss(shape, dtype, setting):
         op=lambda: batch.loss_and_gradient(function),
         baselines=baselines,
         copied=batch.logits,
-        moved_bytes=3 * batch.logits.nbytes,
+        moved_bytes=2 * batch.logits.nbytes,
         check=check,
     )
 

@@ -31,7 +31,7 @@ SECONDS, LAST_BENCHMARK_SECONDS = 560, 40
 # What precedes the benchmarks leaves them 140 s at least, their last ones included.
 BUILD_SECONDS, INFO_SECONDS, TEST_SECONDS, REPORT_SECONDS = 150, 30, 240, 40
 SANITIZERS = ("memcheck", "racecheck")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def device_name(dry_run: bool) -> str:

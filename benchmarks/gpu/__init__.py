@@ -1,0 +1,11 @@
+"""Scripts for a machine with a GPU that is lent for minutes, each with a limit of its own.
+
+    python3 -m benchmarks.gpu.smoke      all ops checked and timed on both backends      150 s
+    python3 -m benchmarks.gpu.profile    one kernel of one op under Nsight Compute        60 s
+    python3 -m benchmarks.gpu.tests      the tests that need a GPU                       240 s
+    python3 -m benchmarks.gpu.bench      pytest-benchmark against baselines              240 s
+    python3 -m benchmarks.gpu            all there is to build, test and measure         600 s
+
+Results go to the folder `--out`, by default that of the environment variable OUT, line by line:
+what was found before a limit was reached is kept. `--rehearse` runs every line on a CPU.
+"""

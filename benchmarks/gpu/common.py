@@ -1,0 +1,73 @@
+"""Arguments of the scripts, where results go, and processes that end in time."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Setting
+
+ROOT = Path(__file__).parents[2]
+BACKENDS = ("native", "triton")
+
+
+def parser(description: str, seconds: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=os.environ.get("OUT"),
+        help="folder of the results ($OUT)",
+    )
+    parser.add_argument("--seconds", type=float, default=seconds, help="limit of the whole script")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, on tiny tensors")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; the folder of the results is made. Exits where there is no folder or GPU."""
+    args = parser.parse_args()
+    if args.out is None:
+        parser.error("--out must name a folder: the environment variable OUT is not set")
+    if not args.rehearse and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no GPU: --rehearse runs without one")
+    args.out = Path(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+    return args
+
+
+def setting(backend: str, rehearse: bool) -> Setting:
+    name, device = ("rehearsal", "cpu") if rehearse else ("cuda", "cuda")
+    return Setting(name, torch.device(device), backend, peers=False)
+
+
+class Lines:
+    """A file with a JSON object a line, which several processes extend."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def add(self, **found) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+    def read(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+def run(*command: str, seconds: float) -> int:
+    """The exit code of `python COMMAND` in the repository, 124 if it had to be stopped."""
+    print("$ python", *command, flush=True)
+    try:
+        return subprocess.run([sys.executable, *command], cwd=ROOT, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {seconds:.0f} s", flush=True)
+        return 124
