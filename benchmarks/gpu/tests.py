@@ -14,17 +14,22 @@ from benchmarks.gpu import common
 CHOSEN = {"native": ["-k", "not triton"], "triton": ["-k", "triton"], "both": []}
 
 
+def command(backend: str) -> list[str]:
+    """The arguments of Python that run them; the trainer's other tests need packages that such a
+    machine may lack."""
+    workers = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+    watchdog = ["--timeout", "60"] if importlib.util.find_spec("pytest_timeout") else []
+    paths = [str(path) for path in sorted((common.ROOT / "tests").glob("test_*.py"))]
+    paths.append("tests/rlhf/test_on_gpu.py")
+    return ["-m", "pytest", *paths, "-q", "-m", "gpu", *CHOSEN[backend], *workers, *watchdog]
+
+
 def main() -> int:
     parser = common.parser(__doc__.splitlines()[0], seconds=240)
     parser.add_argument("--backend", choices=CHOSEN, default="both")
     args = common.parse(parser)
-    workers = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    watchdog = ["--timeout", "60"] if importlib.util.find_spec("pytest_timeout") else []
-    # The trainer's other tests need packages that such a machine may lack.
-    paths = [str(path) for path in sorted((common.ROOT / "tests").glob("test_*.py"))]
     return common.run(
-        *("-m", "pytest", *paths, "tests/rlhf/test_on_gpu.py", "-q", "-m", "gpu"),
-        *(*CHOSEN[args.backend], *workers, *watchdog),
+        *command(args.backend),
         *["--collect-only"] * args.rehearse,
         f"--junit-xml={args.out.resolve()}/tests-{args.backend}.xml",
         seconds=args.seconds,

@@ -10,7 +10,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import IterableDataset
@@ -21,6 +20,9 @@ from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerFast,
 )
+
+pytest.importorskip("datasets")
+from datasets import Dataset
 
 from rlhf import classic
 from rlhf.classic import (
