@@ -1,12 +1,13 @@
 """`benchmarks.gpu` rehearsed on the CPU: every line of the scripts for a lent GPU runs here."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks.gpu import smoke
+from benchmarks.gpu import smoke, sweep
 from benchmarks.gpu.families import CHECKS, FIGURES
 from tests import ROOT
 from tests.conftest import needs_native
@@ -74,3 +75,9 @@ def test_without_a_folder_for_the_results_nothing_starts(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         smoke.main()
     assert "--out must name a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sweep.VARIANTS)
+def test_variants_of_the_sweep_fit_the_sources(tmp_path, name):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    sweep.varied(tmp_path / "csrc", name)

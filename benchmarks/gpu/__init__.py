@@ -1,6 +1,7 @@
 """Scripts for a machine with a GPU that is lent for minutes, each with a limit of its own.
 
     python3 -m benchmarks.gpu.smoke      all ops checked and timed on both backends      150 s
+    python3 -m benchmarks.gpu.sweep      variants of a kernel, built before, in turns     60 s
     python3 -m benchmarks.gpu.profile    one kernel of one op under Nsight Compute        60 s
     python3 -m benchmarks.gpu.tests      the tests that need a GPU                       240 s
     python3 -m benchmarks.gpu.bench      pytest-benchmark against baselines              240 s
