@@ -67,8 +67,7 @@ def bounded(log_ratio):
     """A log-ratio as it is exponentiated: within ±80, NaN unless it is finite."""
     x = tl.where(log_ratio > MOST_LOG_RATIO, MOST_LOG_RATIO, log_ratio)
     x = tl.where(x < -MOST_LOG_RATIO, -MOST_LOG_RATIO, x)
-    # The difference is NaN for inf and NaN.
-    return tl.where(log_ratio - log_ratio == 0.0, x, float("nan"))
+    return tl.where(tl.abs(log_ratio) < float("inf"), x, float("nan"))
 
 
 @triton.jit
