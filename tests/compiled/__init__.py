@@ -15,7 +15,7 @@ OPS = [op for op in schemas.SCHEMAS if op not in linear_chunks.OPS]
 # The target whose code is measured, for every width.
 MEASURED = "cuda:90"
 # A process each, one target after the other.
-TARGETS = ((MEASURED, "hip:gfx942"), ("cuda:80", "cuda:100"))
+TARGETS = ((MEASURED,), ("hip:gfx942", "cuda:80", "cuda:100"))
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
