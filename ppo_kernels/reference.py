@@ -162,24 +162,25 @@ def value_checks_run(x):
     )
 
 
+def _refuse_where(bad, x, rule, mask=None):
+    """Raise for the first counted element that is bad."""
+    if mask is not None:
+        bad = bad & mask
+    if value_checks_run(bad) and bad.any():
+        where = _first(bad)
+        raise ValueError(f"{rule}, got {x[where]} at {list(where)}")
+
+
 def refuse_out_of_range(tokens, vocabulary):
     if value_checks_run(tokens):
         bad = (tokens < 0) | (tokens >= vocabulary)
-        if bad.any():
-            where = _first(bad)
-            raise ValueError(
-                f"tokens must be in [0, {vocabulary}), got {tokens[where]} at {list(where)}"
-            )
+        _refuse_where(bad, tokens, f"tokens must be in [0, {vocabulary})")
 
 
 def check_temperature(temperature):
     if value_checks_run(temperature):
         bad = ~(temperature.isfinite() & (temperature > 0))
-        if bad.any():
-            where = _first(bad)
-            raise ValueError(
-                f"temperature must be finite and > 0, got {temperature[where]} at {list(where)}"
-            )
+        _refuse_where(bad, temperature, "temperature must be finite and > 0")
 
 
 def refuse_impossible(logprobs, tokens):
@@ -190,28 +191,16 @@ def refuse_impossible(logprobs, tokens):
 def refuse_infinite(mask, **per_token):
     """Raise for a counted element that is not finite; a tensor may be None."""
     for name, x in per_token.items():
-        if x is None or not value_checks_run(x):
-            continue
-        bad = ~x.isfinite()
-        if mask is not None:
-            bad &= mask
-        if bad.any():
-            where = _first(bad)
-            raise ValueError(
-                f"{name} must be finite where they count, got {x[where]} at {list(where)}"
-            )
+        if x is not None and value_checks_run(x):
+            _refuse_where(~x.isfinite(), x, f"{name} must be finite where they count", mask)
 
 
 def refuse_outside(name, x, most, mask=None):
     """Raise for a counted element that is not finite or not in [0, most]."""
     if value_checks_run(x):
         bad = ~(x.isfinite() & (x >= 0) & (x <= most))
-        if mask is not None:
-            bad &= mask
-        if bad.any():
-            where = _first(bad)
-            rule = "finite and >= 0" if most == torch.inf else f"in [0, {most}]"
-            raise ValueError(f"{name} must be {rule}, got {x[where]} at {list(where)}")
+        rule = "finite and >= 0" if most == torch.inf else f"in [0, {most}]"
+        _refuse_where(bad, x, f"{name} must be {rule}", mask)
 
 
 def refuse_unowned(tokens, owners, mask):
@@ -289,12 +278,6 @@ def token_statistics(logits, tokens, mask=None, *, temperature=1.0):
     varentropy = (p * deviation.square()).sum(-1)
     sum_sq_probs = p.square().sum(-1).clamp(max=1.0)
     return _within(mask, logprobs, entropy, p.amax(-1), sum_sq_probs, top1, varentropy)
-
-
-def _refuse_where(bad, x, rule):
-    if value_checks_run(bad) and bad.any():
-        where = _first(bad)
-        raise ValueError(f"{rule}, got {x[where]} at {list(where)}")
 
 
 def _kept_scores(scores, top_k, top_p, min_p):

@@ -19,14 +19,14 @@ ELSEWHERE = -(2**31)
 _libraries = []
 
 
-def result_dtype(*inputs):
-    """fp64 where an input is, fp32 otherwise: what an op computes in and gives per token."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-
-
 def any_fp64(*inputs):
     """True where one of the tensors, which may be None, is fp64."""
     return any(x is not None and x.dtype == torch.float64 for x in inputs)
+
+
+def result_dtype(*inputs):
+    """fp64 where an input is, fp32 otherwise: what an op computes in and gives per token."""
+    return torch.float64 if any_fp64(*inputs) else torch.float32
 
 
 def promoted(x, *others):

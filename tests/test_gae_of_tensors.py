@@ -7,16 +7,7 @@ import torch
 
 from ppo_kernels import gae, gae_packed, vtrace
 from tests.conftest import emulates_a_gpu, waits_for_nothing
-
-
-def drawn(batch, length, dtype=torch.float64):
-    return {
-        "rewards": torch.randn(batch, length).to(dtype),
-        "values": torch.randn(batch, length).to(dtype),
-        "mask": torch.rand(batch, length) < 0.7,
-        "dones": torch.rand(batch, length) < 0.15,
-        "bootstrap_values": torch.randn(batch).to(dtype),
-    }
+from tests.test_gae import inputs as drawn
 
 
 def following(kept, i, row):

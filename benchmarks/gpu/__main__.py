@@ -16,8 +16,6 @@ import argparse
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,13 +24,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import tests
+from benchmarks.gpu.common import ROOT, finish, run, start
 
 # The benchmarks are over after so many seconds, and none starts in the last of them.
 SECONDS, LAST_BENCHMARK_SECONDS = 560, 40
 # What precedes the benchmarks leaves them 140 s at least, their last ones included.
 BUILD_SECONDS, INFO_SECONDS, TEST_SECONDS, REPORT_SECONDS = 150, 30, 240, 40
 SANITIZERS = ("memcheck", "racecheck")
-ROOT = Path(__file__).parents[2]
 
 
 def device_name(dry_run: bool) -> str:
@@ -41,35 +39,6 @@ def device_name(dry_run: bool) -> str:
     if not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} sees no GPU; make gpu DRY_RUN=1 rehearses without one")
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
-
-
-def start(*arguments: str, under: tuple = (), output: Path | None = None) -> subprocess.Popen:
-    """Starts `python ARGUMENTS` in the repository, `under` another program, if one is given."""
-    print("$", *under, "python", *arguments, flush=True)
-    command = [*under, sys.executable, *arguments]
-    if output is None:
-        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    with open(output, "w") as file:
-        return subprocess.Popen(
-            command, cwd=ROOT, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
-        )
-
-
-def finish(process: subprocess.Popen, seconds: float) -> int:
-    """The exit code of a process, 124 if it had to be stopped."""
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        print(f"stopped after {seconds:.0f} s", flush=True)
-        return 124
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with its workers
-            process.wait()
-
-
-def run(*arguments: str, seconds: float) -> int:
-    return finish(start(*arguments), seconds)
 
 
 def compile_for_this_gpu() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,11 +64,31 @@ class Lines:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
-def run(*command: str, seconds: float) -> int:
-    """The exit code of `python COMMAND` in the repository, 124 if it had to be stopped."""
-    print("$ python", *command, flush=True)
+def start(*arguments: str, under: tuple = (), output: Path | None = None) -> subprocess.Popen:
+    """Starts `python ARGUMENTS` in the repository, `under` another program, if one is given."""
+    print("$", *under, "python", *arguments, flush=True)
+    command = [*under, sys.executable, *arguments]
+    if output is None:
+        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    with open(output, "w") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def finish(process: subprocess.Popen, seconds: float) -> int:
+    """The exit code of a process, 124 if it had to be stopped."""
     try:
-        return subprocess.run([sys.executable, *command], cwd=ROOT, timeout=seconds).returncode
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         print(f"stopped after {seconds:.0f} s", flush=True)
         return 124
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            process.wait()
+
+
+def run(*arguments: str, seconds: float, under: tuple = ()) -> int:
+    """`start` and `finish`."""
+    return finish(start(*arguments, under=under), seconds)

@@ -17,8 +17,16 @@ from benchmarks.gpu import common
 from benchmarks.gpu.families import MAKERS
 
 CALLS = 3
-# The kernel of an op that sweeps, where a call launches several.
-KERNELS = {"native": "regex:with_gradient|forward|saved|unfiltered|scan", "triton": "regex:^_"}
+# The kernel of an op that does its work, where a call launches several: of native and of Triton.
+KERNELS = {
+    "ppo_loss_": ("with_gradient", "_ppo_loss"),
+    "ppo_loss": ("with_gradient", "_ppo_loss"),
+    "token_logprobs_and_entropy": ("forward", "_forward"),
+    "kl_divergence": ("forward", "_forward"),
+    "gae": ("scan", "_advantages"),
+    "sample_tokens": ("unfiltered", "_unfiltered"),
+    "token_statistics": ("forward", "_forward"),
+}
 
 
 def call(args) -> None:
@@ -50,20 +58,20 @@ def main() -> int:
     if ncu is None:
         print("there is no ncu: nothing is profiled")
         return 1
-    target = args.out / f"{args.op}-{args.backend}"
-    command = [
+    target = args.out.resolve() / f"{args.op}-{args.backend}"
+    kernel = args.kernel or KERNELS[args.op][common.BACKENDS.index(args.backend)]
+    profiler = (
         *(ncu, "--clock-control", "none", "--set", "full", "--force-overwrite"),
-        *("--kernel-name", args.kernel or KERNELS[args.backend]),
+        *("--kernel-name", kernel),
         *("--launch-skip", str(CALLS - 1), "--launch-count", "1", "--export", str(target)),
-        *(sys.executable, "-m", "benchmarks.gpu.profile", "--call", "--out", str(args.out)),
+    )
+    code = common.run(
+        *("-m", "benchmarks.gpu.profile", "--call", "--out", str(args.out.resolve())),
         *("--op", args.op, "--tokens", str(args.tokens), "--vocabulary", str(args.vocabulary)),
         *("--dtype", args.dtype, "--backend", args.backend),
-    ]
-    try:
-        code = subprocess.run(command, cwd=common.ROOT, timeout=args.seconds).returncode
-    except subprocess.TimeoutExpired:
-        print(f"stopped after {args.seconds:.0f} s")
-        return 124
+        seconds=args.seconds,
+        under=profiler,
+    )
     if code == 0:
         text = subprocess.run(
             [ncu, "--import", f"{target}.ncu-rep", "--page", "details"],

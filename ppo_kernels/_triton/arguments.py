@@ -16,7 +16,7 @@ _KINDS = {
     "ref_softmax_stats": "stats",
     "bootstrap_values": "row",
     "cu_seqlens": "bounds",
-    "denominator": "number",
+    "denominator": "double",
     "scale": "number",
     "scalars": "scalars",
 }
@@ -24,6 +24,7 @@ _SCALARS = {"ppo_loss": 6, "ppo_loss_and_gradient": 6, "ppo_loss_": 6, "sample_t
 _SCALARS |= {"clipped_policy_loss": 3, "gae": 2, "gae_packed": 2}
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32)
+_SCALAR_RULE = "contiguous float64 numbers on the CPU, one for each of a call"
 
 
 @functools.cache
@@ -41,53 +42,49 @@ def _declared(op):
 
 def check(op, arguments):
     declared, leading = _declared(op)
-    first, bounds = arguments[leading], None
-    of_logits = declared[leading][0] in ("logits", "grad")
-    per_token = tuple(first.shape)
-    _require(first.dtype in _FLOATING, declared[leading][0], "float32, 64, bfloat16 or float16")
-    if of_logits:
-        if not per_token or per_token[-1] == 0:
-            raise ValueError(
-                f"{declared[leading][0]} must have shape (..., V) with V >= 1, got {per_token}"
-            )
-        per_token = per_token[:-1]
-    for (name, kind), x in zip(declared, arguments, strict=True):
-        if kind == "bounds" and x is not None:
-            _require(x.ndim == 1 and x.numel() > 0, name, "in one dimension, with one element")
-            bounds = x.numel()
-    if op == "gae" or (op == "discounted_sums" and bounds is None):
-        name = declared[leading][0]
-        if len(per_token) != 2:
-            raise ValueError(f"{name} must have two dimensions, got {per_token}")
+    first_name, first = declared[leading][0], arguments[leading]
+    shape = per_token = tuple(first.shape)
+    if first_name in ("logits", "grad"):
+        if not shape or shape[-1] == 0:
+            raise ValueError(f"{first_name} must have shape (..., V) with V >= 1, got {shape}")
+        per_token = shape[:-1]
+    given = [
+        (name, kind, x)
+        for (name, kind), x in zip(declared, arguments, strict=True)
+        if isinstance(x, torch.Tensor)
+    ]
+    bounds = next((x.numel() for _, kind, x in given if kind == "bounds"), None)
+    if op in ("gae", "discounted_sums") and bounds is None and len(shape) != 2:
+        raise ValueError(f"{first_name} must have two dimensions, got {shape}")
+    real = result_dtype(first)
+    dtypes = {
+        "ids": (_INTEGERS, "int64 or int32"),
+        "bounds": (_INTEGERS, "int64 or int32"),
+        "mask": ((torch.bool,), "bool"),
+        "like": ((first.dtype,), "of the logits' dtype"),
+        "exact": ((real,), "of the results' dtype"),
+        "stats": ((real,), "of the results' dtype"),
+        "double": ((torch.float64,), "float64"),
+    }
     shapes = {
-        "like": tuple(first.shape),
+        "like": shape,
         "stats": (*per_token, 2),
         "row": per_token[:-1] if bounds is None else (bounds - 1,),
     }
-    for i, ((name, kind), x) in enumerate(zip(declared, arguments, strict=True)):
-        if i == leading or not isinstance(x, torch.Tensor):
-            continue
+    for name, kind, x in given:
         if kind == "scalars":
             numbers = x.dtype == torch.float64 and x.is_cpu and x.is_contiguous()
-            numbers = numbers and x.numel() >= _SCALARS.get(op, 1)
-            _require(numbers, name, "contiguous float64 numbers on the CPU, one for each of a call")
+            _require(numbers and x.numel() >= _SCALARS.get(op, 1), name, _SCALAR_RULE)
             continue
         _require(x.device == first.device, name, "on the device of the other tensors")
-        if kind in ("ids", "bounds"):
-            _require(x.dtype in _INTEGERS, name, "int64 or int32")
-        elif kind == "mask":
-            _require(x.dtype == torch.bool, name, "bool")
-        elif kind == "like":
-            _require(x.dtype == first.dtype, name, "of the logits' dtype")
-        elif kind in ("exact", "stats"):
-            _require(x.dtype == result_dtype(first), name, "of the results' dtype")
-        elif name == "denominator":
-            _require(x.dtype == torch.float64, name, "float64")
-        else:
-            _require(x.dtype in _FLOATING, name, "float32, float64, bfloat16 or float16")
-        if kind == "number":
+        allowed, rule = dtypes.get(kind, (_FLOATING, "float32, float64, bfloat16 or float16"))
+        _require(x.dtype in allowed, name, rule)
+        if kind in ("number", "double"):
             _require(x.numel() == 1, name, "one number")
-        elif kind != "bounds":
+        elif kind == "bounds":
+            inside = x.ndim == 1 and x.numel() > 0
+            _require(inside, name, "in one dimension, with one element or more")
+        elif name != first_name:
             expected = shapes.get(kind, per_token)
             if x.shape != expected:
                 raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
