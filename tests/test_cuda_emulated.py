@@ -82,11 +82,9 @@ def test_every_way_to_keep_a_row(emulated, device, dtype, vocabulary):
     scores = token_logprobs_and_entropy(*scored, temperature=0.7, backend="native")
     for x, y in zip(scores, (result.logprobs, result.token_entropy), strict=True):
         assert torch.equal(x[inputs["mask"]], y[inputs["mask"]])
-    if dtype == torch.float32 and vocabulary == 4100:
+    if dtype == torch.float32 and vocabulary in (4099, 4100):
         assert emulated.largest_cluster() == DEVICES[device][1]
         assert (emulated.bulk_copies() > 0) == DEVICES[device][2]
-    if vocabulary in (7, 4099):  # not aligned
-        assert emulated.bulk_copies() == 0
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,9 @@ Division division_of(const Device& device, int64_t length, bool clusters) {
     for (int parts = 1; parts <= most_parts; parts *= 2) {
       const int64_t part = ceil_div(ceil_div<int64_t>(length, parts), n) * n;
       const int64_t threads = threads_for<T>(length, part);
-      // Where elements stand apart there is room for the last vector of every thread.
-      const int64_t vectors = length % n == 0 ? part / n : ceil_div(part, threads * n) * threads;
-      const int64_t bytes = kHead + vectors * 16;
-      if (resident * (bytes + reserved) <= shared && vectors <= kMostCopies * kTogether * threads) {
+      const int64_t bytes = kHead + part * sizeof(T);
+      if (resident * (bytes + reserved) <= shared &&
+          part <= kMostCopies * kTogether * threads * n) {
         return {parts, int(part), int(threads), true, bytes};
       }
     }

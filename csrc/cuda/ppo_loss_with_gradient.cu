@@ -18,29 +18,79 @@ struct Head {
   Barrier copied[kMostCopies];
 };
 
-// By one thread: begins to copy what of a row is to be kept, kTogether vectors of each thread at a
-// time.
-template <class T, class Place>
-__device__ void begin_copies(const T* row, const Place& kept, Barrier* copied) {
-  const int size = kTogether * int(blockDim.x), copies = ceil_div(kept.count, size);
-  for (int i = 0; i < copies; ++i) barrier_init(copied + i);
-  barriers_ready();
-  for (int i = 0; i < copies; ++i) {
-    const int first = i * size;
-    bulk_copy(kept.vectors + first, row + first * kVector<T>, 16 * min(size, kept.count - first),
-              copied + i);
+// 16 bytes of a row in shared memory, from element `first`, a multiple of a vector: threads read
+// the aligned vectors that hold them, for single elements of 16 bits would come from a quarter of
+// the banks.
+template <class T>
+__device__ __forceinline__ uint4 shared_vector(const T* row, int first) {
+  const int beyond = int(reinterpret_cast<uintptr_t>(row) % 16);
+  const auto* vectors =
+      reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + first) - beyond);
+  const uint4 x = vectors[0], y = vectors[beyond != 0];
+  uint32_t words[] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+  if (beyond & 8) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) words[i] = words[i + 2];
   }
+  if (beyond & 4) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) words[i] = words[i + 1];
+  }
+  const auto word = [&](int i) {
+    return uint32_t((uint64_t(words[i + 1]) << 32 | words[i]) >> beyond % 4 * 8);
+  };
+  return {word(0), word(1), word(2), word(3)};
 }
 
-// The statistics of a thread's vectors, which copies bring.
+// Where a row is in shared memory.
+template <class T, Layout kLayout>
+struct InShared {
+  T* row;
+  int length;
+
+  template <bool kWhole>
+  __device__ __forceinline__ uint4 load(int i) const {
+    if constexpr (kLayout == Layout::apart) return cuda::load<T, kLayout, kWhole>(row, length, i);
+    const int first = first_of<T, kLayout>(i);
+    if (!kWhole && first >= length) return no_vector<T>();
+    if constexpr (kLayout == Layout::together) return shared_vector(row, first);
+    return reinterpret_cast<const uint4&>(row[first]);
+  }
+  template <Layout kOther>
+  __device__ InShared<T, kOther> part(const Inner& inner) const {
+    return {row + inner.begin, inner.length};
+  }
+};
+
+// Begins to copy a row: its aligned vectors in bulk, kTogether of each thread to a copy, and the
+// ends by threads. Returns the number of copies.
+template <class T, Layout kLayout>
+__device__ int begin_copies(const T* row, const InShared<T, kLayout>& kept, Barrier* copied) {
+  const Inner inner = inner_of<T, kLayout>(row, kept.length);
+  const int size = kTogether * block_size<T, kLayout>(), copies = ceil_div(inner.length, size);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < copies; ++i) barrier_init(copied + i);
+    barriers_ready();
+    for (int i = 0; i < copies; ++i) {
+      const int first = inner.begin + i * size, count = min(size, inner.length - i * size);
+      bulk_copy(kept.row + first, row + first, count * sizeof(T), copied + i);
+    }
+  }
+  for_ends(inner, kept.length, [&](int at) { kept.row[at] = row[at]; });
+  return copies;
+}
+
+// The statistics of a thread's vectors, which so many copies bring.
 template <class T, Layout kLayout>
 __device__ __forceinline__ SoftmaxState<Real<T>> copied_statistics(const InShared<T, kLayout>& kept,
-                                                                   int length, Barrier* copied,
+                                                                   int copies, Barrier* copied,
                                                                    Real<T> k) {
   SoftmaxState<Real<T>> state;
   nothing_seen(state);
-  for_vectors<T, kLayout, kTogether>(length, [&](int i, auto whole) {
-    barrier_wait(copied + i / kTogether);
+  for_vectors<T, kLayout, kTogether>(kept.length, [&](int i, auto whole) {
+    const int copy = i / kTogether;
+    // At the end of a row there may be elements after the last of the copies.
+    if (kLayout == Layout::aligned || copy < copies) barrier_wait(copied + copy);
     uint4 x[kTogether];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) x[j] = kept.template load<whole>(i + j);
@@ -60,28 +110,31 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   const T *z = call.logits[part.row], *mine = z + part.begin;
   T* out = gradient[part.row] + part.begin;
   if (excluded(call.mask, part.row)) {
-    write_row<T, kLayout>(out, part.length, Zeros<T>{});
+    const InGlobal<T, kLayout> nothing{out, part.length};
+    write_gradient<T, kLayout>({}, nothing, out, part.length, kElsewhere, R(0));
     if (first && part.index == 0) write_no_loss(call, part.row);
     return;
   }
   begin_row(call.division);
   auto& head = *reinterpret_cast<Head<R>*>(shared_memory());
   static_assert(sizeof(head) <= kHead);
-  const InShared<T, kLayout> kept{reinterpret_cast<uint4*>(shared_memory() + kHead),
-                                  vectors_in<T, kLayout>(part.length)};
+  // It begins as far from 16 bytes as the row does.
+  T* const row =
+      reinterpret_cast<T*>(shared_memory() + kHead + reinterpret_cast<uintptr_t>(mine) % 16);
+  const InShared<T, kLayout> kept{row, part.length};
   const auto temperature = call.temperatures[part.row];
   SoftmaxState<R> state;
-  if (kKept && kLayout == Layout::aligned && in_bulk) {
-    if (first) begin_copies(mine, kept, head.copied);
+  if (kKept && in_bulk) {
+    const int copies = begin_copies(mine, kept, head.copied);
     __syncthreads();
     // While the copies are under way.
     if (first) head.token = token_input(call, part.row, z);
-    state = copied_statistics(kept, part.length, head.copied, temperature.k);
+    state = copied_statistics(kept, copies, head.copied, temperature.k);
   } else {
     state = thread_statistics<T, kLayout>(mine, part.length, temperature.k,
                                           [&](int i, const uint4& vector, auto whole) {
                                             if constexpr (kKept)
-                                              kept.template keep<whole>(i, vector);
+                                              store<T, kLayout, whole>(row, part.length, i, vector);
                                           });
     if (first) head.token = token_input(call, part.row, z);
   }
@@ -109,7 +162,9 @@ void launch(const Device& device, Call<T>& call, const Rows<T>& gradient) {
     const bool has_sm90 = device.has_sm90(kernel_of_kept);
     const auto division = call.division = division_of<T>(device, call.length, has_sm90);
     const auto kernel = division.kept ? kernel_of_kept : with_gradient<T, layout, false>;
-    device.launch(kernel, division.grid(call.count, division.shared), call, gradient, has_sm90);
+    // A row that does not begin at 16 bytes is as far from them in shared memory, and ends later.
+    const int64_t shared = division.shared + (layout == Layout::aligned ? 0 : 16);
+    device.launch(kernel, division.grid(call.count, shared), call, gradient, has_sm90);
   });
 }
 

@@ -4,7 +4,8 @@
 // together, and are one load if rows begin at multiples of 16 bytes too; for other V (50257) they
 // stand apart by the number of threads, so that the loads of a warp are together. Which thread sums
 // what depends on the device, V and dtype alone: a row comes out bitwise the same wherever it
-// stands.
+// stands. Who copies or writes what does not matter to that: bulk copies and gradients take what of
+// a row is aligned vectors, and the few elements at its ends by themselves.
 #pragma once
 
 #include "states.cuh"
@@ -119,15 +120,17 @@ __device__ __forceinline__ uint4 load(const T* row, int length, int i) {
 
 // Puts vector `i` of this thread's where `load` took it from.
 template <class T, Layout kLayout, bool kWhole>
-__device__ __forceinline__ void store(T* row, int length, int i, const Real<T> (&x)[kVector<T>]) {
+__device__ __forceinline__ void store(T* row, int length, int i, const uint4& vector) {
   const int first = first_of<T, kLayout>(i);
   if constexpr (kLayout == Layout::aligned) {
-    if (kWhole || first < length) *reinterpret_cast<uint4*>(row + first) = pack_vector<T>(x);
+    if (kWhole || first < length) *reinterpret_cast<uint4*>(row + first) = vector;
   } else {
+    T x[kVector<T>];
+    memcpy(x, &vector, sizeof(x));
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
       const int step = j * kStep<kLayout>;
-      if (kWhole || first + step < length) row[first + step] = T(x[j]);
+      if (kWhole || first + step < length) row[first + step] = x[j];
     }
   }
 }
@@ -168,11 +171,25 @@ __device__ __forceinline__ State thread_statistics(const T* row, int length, Rea
   return state;
 }
 
-// Whether this thread is the one that stores element `at` of a row.
+// What of a row is vectors that are aligned in memory.
+struct Inner {
+  int begin, length;
+};
+
 template <class T, Layout kLayout>
-__device__ __forceinline__ bool stores(int at) {
-  const int vector = kLayout == Layout::apart ? at : at / kVector<T>;
-  return vector % threads<kLayout>() == int(threadIdx.x);
+__device__ __forceinline__ Inner inner_of(const T* row, int length) {
+  if constexpr (kLayout == Layout::aligned) return {0, length};
+  const int before = int(-reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+  const int begin = min(before, length);
+  return {begin, (length - begin) / kVector<T> * kVector<T>};
+}
+
+// f(at) for the elements before it and after it, each by another thread.
+template <class F>
+__device__ __forceinline__ void for_ends(const Inner& inner, int length, const F& f) {
+  const int thread = int(threadIdx.x);
+  const int at = thread < inner.begin ? thread : thread + inner.length;
+  if (at < length) f(at);
 }
 
 // Writes a row vector by vector: `source.load<whole>(i)` is what vector i is made of and
@@ -189,7 +206,7 @@ __device__ __forceinline__ void write_row(T* row, int length, const Source& sour
     for (int j = 0; j < n; ++j) {
       Real<T> x[kVector<T>];
       source.compute(loaded[j], x);
-      store<T, kLayout, whole>(row, length, i + j, x);
+      store<T, kLayout, whole>(row, length, i + j, pack_vector<T>(x));
     }
   });
 }
@@ -207,7 +224,7 @@ struct Zeros {
   }
 };
 
-// Where a source finds the vectors of a row: in global memory,
+// Where a source finds the vectors of a row: in global memory.
 template <class T, Layout kLayout>
 struct InGlobal {
   const T* row;
@@ -217,39 +234,19 @@ struct InGlobal {
   __device__ __forceinline__ uint4 load(int i) const {
     return cuda::load<T, kLayout, kWhole>(row, length, i);
   }
-};
-
-// or `count` of them in shared memory, each in the place of its thread's.
-template <class T, Layout kLayout>
-struct InShared {
-  uint4* vectors;
-  int count;
-
-  template <bool kWhole>
-  __device__ __forceinline__ uint4 load(int i) const {
-    const int at = place(i);
-    return kWhole || at < count ? vectors[at] : no_vector<T>();
-  }
-  template <bool kWhole>
-  __device__ __forceinline__ void keep(int i, const uint4& vector) const {
-    const int at = place(i);
-    if (kWhole || at < count) vectors[at] = vector;
-  }
-
- private:
-  __device__ __forceinline__ int place(int i) const {
-    return i * threads<kLayout>() + int(threadIdx.x);
+  template <Layout kOther>
+  __device__ InGlobal<T, kOther> part(const Inner& inner) const {
+    return {row + inner.begin, inner.length};
   }
 };
-
-// The vectors of n elements; where these stand apart, the last of every thread.
-template <class T, Layout kLayout>
-__device__ __forceinline__ int vectors_in(int n) {
-  if constexpr (kLayout != Layout::apart) return n / kVector<T>;
-  return ceil_div(n, block_size<T, kLayout>()) * threads<kLayout>();
-}
 
 // The gradient of a row away from the token, 2^t (a + b t).
+template <class R>
+__device__ __forceinline__ R gradient_at(R logit, const RowGradient<R>& row, R k) {
+  const R t = exponent(logit, k, row.shift);
+  return fast_exp2(t) * std::fma(row.b, t, row.a);
+}
+
 template <class T, class Place>
 struct Gradient {
   using Loaded = uint4;
@@ -264,23 +261,37 @@ struct Gradient {
   __device__ __forceinline__ void compute(const uint4& loaded, Real<T> (&x)[kVector<T>]) const {
     unpack_vector<T>(loaded, x);
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j) {
-      const Real<T> t = exponent(x[j], k, row.shift);
-      x[j] = fast_exp2(t) * std::fma(row.b, t, row.a);
-    }
+    for (int j = 0; j < kVector<T>; ++j) x[j] = gradient_at(x[j], row, k);
   }
 };
 
-// `token` counts from `out` and may lie outside of it.
+// Threads write aligned vectors, whichever elements they summed. `token` counts from `out` and may
+// lie outside of it.
 template <class T, Layout kLayout, class Place>
 __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& row, const Place& logits,
                                                T* out, int length, int64_t token, Real<T> k) {
+  const Inner inner = inner_of<T, kLayout>(out, length);
+  const auto write = [&](const auto& source) {
+    write_row<T, Layout::aligned>(out + inner.begin, inner.length, source);
+  };
   if (row.zero()) {
-    write_row<T, kLayout>(out, length, Zeros<T>{});
+    write(Zeros<T>{});
+    for_ends(inner, length, [&](int at) { out[at] = T(0); });
     return;
   }
-  write_row<T, kLayout>(out, length, Gradient<T, Place>{logits, row, k});
-  if (token >= 0 && token < length && stores<T, kLayout>(int(token))) {
+  const auto address = [](const T* p) { return reinterpret_cast<uintptr_t>(p); };
+  if (kLayout == Layout::aligned || (address(logits.row) - address(out)) % 16 == 0) {
+    const auto vectors = logits.template part<Layout::aligned>(inner);
+    write(Gradient<T, decltype(vectors)>{vectors, row, k});
+  } else {
+    const auto vectors = logits.template part<Layout::together>(inner);
+    write(Gradient<T, decltype(vectors)>{vectors, row, k});
+  }
+  for_ends(inner, length, [&](int at) {
+    out[at] = T(at == token ? row.at_token : gradient_at(Real<T>(logits.row[at]), row, k));
+  });
+  const int64_t at = token - inner.begin;
+  if (at >= 0 && at < inner.length && int(at / kVector<T> % blockDim.x) == int(threadIdx.x)) {
     out[token] = T(row.at_token);
   }
 }
