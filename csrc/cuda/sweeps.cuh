@@ -168,11 +168,11 @@ __device__ __forceinline__ State thread_statistics(const T* row, int length, Rea
   return state;
 }
 
-// Whether this thread is the one that stores element `at` of a row.
+// Whether this thread is the one that stores element `at` of a row of `length`, if it has one.
 template <class T, Layout kLayout>
-__device__ __forceinline__ bool stores(int at) {
-  const int vector = kLayout == Layout::apart ? at : at / kVector<T>;
-  return vector % threads<kLayout>() == int(threadIdx.x);
+__device__ __forceinline__ bool stores(int64_t at, int length) {
+  const int vector = kLayout == Layout::apart ? int(at) : int(at) / kVector<T>;
+  return at >= 0 && at < length && vector % threads<kLayout>() == int(threadIdx.x);
 }
 
 // Writes a row vector by vector: `source.load<whole>(i)` is what vector i is made of and
@@ -280,9 +280,7 @@ __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& row, 
     return;
   }
   write_row<T, kLayout>(out, length, Gradient<T, Place>{logits, row, k});
-  if (token >= 0 && token < length && stores<T, kLayout>(int(token))) {
-    out[token] = T(row.at_token);
-  }
+  if (stores<T, kLayout>(token, length)) out[token] = T(row.at_token);
 }
 
 }  // namespace ppo::cuda
