@@ -107,4 +107,5 @@ def test_programs(monkeypatch):
 
     assert split(1, 40_000, 132) == (10, 4096)
     assert split(3, 40_000, 1) == (3, 4 * 4096)
-    assert split(8, 40_000, 1)[0] == split(0, 4096, 1)[0] == 1
+    assert split(8, 40_000, 1) == (1, 40_960)
+    assert split(0, 4096, 132) == (4, 1024)
