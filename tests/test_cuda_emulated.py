@@ -7,6 +7,7 @@ import torch
 from ppo_kernels import (
     gae,
     gae_packed,
+    kl_divergence,
     ppo_loss,
     ppo_loss_,
     schemas,
@@ -85,6 +86,20 @@ def test_every_way_to_keep_a_row(emulated, device, dtype, vocabulary):
     if dtype == torch.float32 and vocabulary in (4099, 4100):
         assert emulated.largest_cluster() == DEVICES[device][1]
         assert (emulated.bulk_copies() > 0) == DEVICES[device][2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kl_divergence_of_rows_in_parts(emulated, device):
+    """As many as for the log-probabilities, merged in one order."""
+    pair = awkward_rows(4100).float(), torch.randn(4100).expand(16, 4100)
+    truth = kl_divergence(*(x.double() for x in pair), backend="reference")
+    emulated.device(**DEVICES[device][0])
+    result = kl_divergence(*pair, backend="native")
+    assert_as_exact_as_eager(result, kl_divergence(*pair, backend="reference"), truth)
+    assert emulated.largest_cluster() == DEVICES[device][1]
+    for seed in SEEDS:
+        emulated.seed(seed)
+        assert torch.equal(kl_divergence(*pair, backend="native"), result)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 // kl_divergence and kl_estimate; formulas in ppo_kernels/kl.py.
-#include "sweeps.cuh"
+#include "logprobs.cuh"
 
 namespace ppo::cuda {
 namespace {
@@ -10,32 +10,36 @@ constexpr int kPairs = kInFlight<kLayout> / 2;
 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
-    forward(Rows<T> logits, Rows<T> ref_logits, const bool* mask, int length,
+    forward(Rows<T> logits, Rows<T> ref_logits, const bool* mask, int length, Division division,
             Temperatures<Real<T>> temperatures, Real<T>* result, RowStats<Real<T>>* stats,
             RowStats<Real<T>>* ref_stats) {
-  using State = JointState<Real<T>>;
-  const uint32_t row = blockIdx.x;
+  using R = Real<T>;
+  const Part part(division, length);
+  const uint32_t row = part.row;
+  const bool writes = threadIdx.x == 0 && part.index == 0;
   if (excluded(mask, row)) {
-    if (threadIdx.x > 0) return;
+    if (!writes) return;
     result[row] = 0;
     stats[row] = ref_stats[row] = {};
     return;
   }
-  const T *z = logits[row], *ref = ref_logits[row];
-  const Real<T> k = temperatures[row].k;
-  State state;
+  begin_row(division);
+  const T *z = logits[row] + part.begin, *ref = ref_logits[row] + part.begin;
+  const R k = temperatures[row].k;
+  JointState<R> state;
   nothing_seen(state);
   constexpr int n = kPairs<kLayout>;
-  for_vectors<T, kLayout, n>(length, [&](int i, auto whole) {
+  for_vectors<T, kLayout, n>(part.length, [&](int i, auto whole) {
     uint4 x[n], y[n];
 #pragma unroll
-    for (int j = 0; j < n; ++j) x[j] = load<T, kLayout, whole>(z, length, i + j);
+    for (int j = 0; j < n; ++j) x[j] = load<T, kLayout, whole>(z, part.length, i + j);
 #pragma unroll
-    for (int j = 0; j < n; ++j) y[j] = load<T, kLayout, whole>(ref, length, i + j);
+    for (int j = 0; j < n; ++j) y[j] = load<T, kLayout, whole>(ref, part.length, i + j);
     absorb<T, n>(state, x, y, k);
   });
-  state = merge_threads(state, reinterpret_cast<State*>(shared_memory()), k);
-  if (threadIdx.x > 0) return;
+  auto& states = *reinterpret_cast<States<R, JointState>*>(shared_memory());
+  state = merge_row(state, states, division, part, k);
+  if (!writes) return;
   result[row] = kl(state);
   stats[row] = {state.shift, std::log2(state.sum)};
   ref_stats[row] = {state.ref_shift, std::log2(state.ref_sum)};
@@ -58,10 +62,11 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logit
     const Tensor held = readable(logits), ref_held = readable(ref_logits);
     const auto z = rows<T>(held), ref = rows<T>(ref_held);
     const int64_t length = logits.size(-1);
-    const Grid grid{result.numel(), threads_for<T>(length, length),
-                    kMostThreads / kWarp * sizeof(JointState<R>)};
     with_layout(layout_of(length, z, ref), [&](auto layout) {
-      device.launch(forward<T, layout>, grid, z, ref, data_or_null<bool>(counts), length,
+      const auto kernel = forward<T, layout>;
+      const auto division = division_of<T>(device, length, device.has_sm90(kernel));
+      const Grid grid = division.grid(result.numel(), sizeof(States<R, JointState>));
+      device.launch(kernel, grid, z, ref, data_or_null<bool>(counts), length, division,
                     temperatures_of<R>(own, scalars), data<R>(result), data<RowStats<R>>(stats),
                     data<RowStats<R>>(ref_stats));
     });
@@ -98,24 +103,25 @@ struct JointGradient {
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_kl, Rows<T> logits, Rows<T> ref_logits, int length,
-             const Real<T>* divergence, const RowStats<Real<T>>* stats,
+             Division division, const Real<T>* divergence, const RowStats<Real<T>>* stats,
              const RowStats<Real<T>>* ref_stats, Temperatures<Real<T>> temperatures,
              T* grad_logits) {
   using R = Real<T>;
-  const uint32_t row = blockIdx.x;
-  T* out = grad_logits + int64_t(row) * length;
+  const Part part(division, length, block_from_last());
+  const uint32_t row = part.row;
+  T* out = grad_logits + int64_t(row) * length + part.begin;
   const R g = grad_kl[row];
   if (g == R(0)) {
-    write_row<T, kLayout>(out, length, Zeros<T>{});
+    write_row<T, kLayout>(out, part.length, Zeros<T>{});
     return;
   }
   const RowStats<R> p = stats[row], q = ref_stats[row];
   const auto temperature = temperatures[row];
   const R weight = g * std::exp2(-p.log2_sum) / temperature.value;
   const R a = weight * (R(kLn2) * (q.log2_sum - p.log2_sum) - divergence[row]);
-  write_row<T, kLayout>(out, length,
-                        JointGradient<T, kLayout>{{logits[row], length},
-                                                  {ref_logits[row], length},
+  write_row<T, kLayout>(out, part.length,
+                        JointGradient<T, kLayout>{{logits[row] + part.begin, part.length},
+                                                  {ref_logits[row] + part.begin, part.length},
                                                   temperature.k,
                                                   p.shift,
                                                   q.shift,
@@ -135,11 +141,12 @@ Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, 
     const Tensor stats = packed(softmax_stats), ref_stats = packed(ref_softmax_stats);
     const Tensor held = readable(logits), ref_held = readable(ref_logits);
     const auto z = rows<T>(held), ref = rows<T>(ref_held);
-    const int64_t length = logits.size(-1);
-    const Grid grid{divergence.numel(), threads_for<T>(length, length)};
+    const int64_t length = logits.size(-1), count = divergence.numel();
+    const auto division = elementwise_division<T>(device, count, length);
+    const Grid grid{count * division.parts, division.threads};
     with_layout(layout_of(length, z, ref, rows<T>(grad_logits)), [&](auto layout) {
-      device.launch(backward<T, layout>, grid, data<R>(g), z, ref, length, data<R>(divergence),
-                    data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats),
+      device.launch(backward<T, layout>, grid, data<R>(g), z, ref, length, division,
+                    data<R>(divergence), data<RowStats<R>>(stats), data<RowStats<R>>(ref_stats),
                     temperatures_of<R>(own, scalars), data<T>(grad_logits));
     });
     return grad_logits;

@@ -60,28 +60,30 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
     backward(const Real<T>* grad_logprobs, const Real<T>* grad_entropy, Rows<T> logits, Ids tokens,
-             const Real<T>* entropy, const RowStats<Real<T>>* stats, int length,
+             const Real<T>* entropy, const RowStats<Real<T>>* stats, int length, Division division,
              Temperatures<Real<T>> temperatures, Rows<T> grad_logits) {
   using R = Real<T>;
-  const uint32_t row = blockIdx.x;
+  const Part part(division, length, block_from_last());
+  const uint32_t row = part.row;
   const R g = grad_logprobs ? grad_logprobs[row] : R(0);
   const R h = grad_entropy ? grad_entropy[row] : R(0);
-  T* out = grad_logits[row];
+  T* out = grad_logits[row] + part.begin;
   // A row without upstream gradient may be one that a mask excluded, whose token is anything.
   if (g == R(0) && h == R(0)) {
-    write_row<T, kLayout>(out, length, Zeros<T>{});
+    write_row<T, kLayout>(out, part.length, Zeros<T>{});
     return;
   }
-  const T* z = logits[row];
-  const int64_t token = tokens[row];
-  const R logit = token == kElsewhere ? R(0) : logit_of(z, length, token);
-  const auto temperature = temperatures[row];
+  const T* z = logits[row] + part.begin;
+  const int64_t token = tokens[row], at = token - part.begin;
   // NaN, as the log-probability of a token outside of the row.
+  const bool known = token == kElsewhere || (token >= 0 && token < length);
+  // Its logit is for the thread alone that writes there.
+  const auto inner = inner_of<T, kLayout>(out, part.length);
+  const R logit = writes<T>(inner, part.length, at) ? R(z[at]) : R(0);
+  const auto temperature = temperatures[row];
   const auto gradient =
-      row_gradient(std::isnan(logit) ? logit : g, h, entropy[row], stats[row], temperature, logit);
-  // All have read the token's logit, where the gradient may come.
-  __syncthreads();
-  write_gradient<T, kLayout>(gradient, InGlobal<T, kLayout>{z, length}, out, length, token,
+      row_gradient(known ? g : R(NAN), h, entropy[row], stats[row], temperature, logit);
+  write_gradient<T, kLayout>(gradient, InGlobal<T, kLayout>{z, part.length}, out, part.length, at,
                              temperature.k);
 }
 
@@ -98,11 +100,13 @@ void write_backward(const OptionalTensor& grad_logprobs, const OptionalTensor& g
     const auto g = as<R>(grad_logprobs), h = as<R>(grad_entropy);
     const Tensor ids = packed(tokens), entropies = packed(entropy), stats = packed(softmax_stats);
     const auto z = rows<T>(logits), out = rows<T>(grad_logits);
-    const int64_t length = logits.size(-1);
+    const int64_t length = logits.size(-1), count = tokens.numel();
+    const auto division = elementwise_division<T>(device, count, length);
     with_layout(layout_of(length, z, out), [&](auto layout) {
-      device.launch(backward<T, layout>, Grid{tokens.numel(), threads_for<T>(length, length)},
+      device.launch(backward<T, layout>, Grid{count * division.parts, division.threads},
                     data_or_null<R>(g), data_or_null<R>(h), z, Ids(ids), data<R>(entropies),
-                    data<RowStats<R>>(stats), length, temperatures_of<R>(own, scalars), out);
+                    data<RowStats<R>>(stats), length, division, temperatures_of<R>(own, scalars),
+                    out);
     });
   });
 }

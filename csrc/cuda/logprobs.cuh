@@ -5,13 +5,14 @@
 
 namespace ppo::cuda {
 
-// A row goes to a cluster of `parts` CTAs, `length` elements to each; `kept` in their shared
-// memory, which has room for them behind `kHead` bytes.
+// A row goes to `parts` CTAs, `length` elements to each; `kept` in their shared memory, which has
+// room for them behind `kHead` bytes.
 struct Division {
   int parts, length, threads;
   bool kept;
   int64_t shared;
 
+  // The CTAs of a row are a cluster.
   Grid grid(int64_t rows, int64_t bytes) const { return {rows * parts, threads, bytes, parts}; }
 };
 
@@ -45,17 +46,34 @@ Division division_of(const Device& device, int64_t length, bool clusters) {
   return {1, int(length), threads_for<T>(length, length), false, kHead};
 }
 
-// What of a row falls to a CTA.
+// Where elements are computed each by itself, so that no division changes their bits: of as many
+// CTAs as keep all multiprocessors busy, however few the rows; each takes whole steps of its
+// threads.
+template <class T>
+Division elementwise_division(const Device& device, int64_t rows, int64_t length) {
+  constexpr int64_t kWanted = 8;  // of a multiprocessor, where three or four run at once
+  const int64_t threads = threads_for<T>(length, length), step = threads * kTogether * kVector<T>;
+  const int64_t all = ceil_div(length, step);
+  const int64_t wanted = kWanted * device.attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t steps = ceil_div(all, std::min(all, ceil_div(wanted, std::max<int64_t>(rows, 1))));
+  return {int(ceil_div(all, steps)), int(steps * step), int(threads), false, 0};
+}
+
+// What of a row falls to a CTA, the one of its cluster that has this rank or that `block` of all.
 struct Part {
   uint32_t row;
   int index, begin, length;
 
-  __device__ Part(const Division& division, int row_length)
-      : row(blockIdx.x / division.parts),
-        index(division.parts > 1 ? int(cluster_rank()) : 0),
+  __device__ Part(const Division& division, int row_length, uint32_t block = blockIdx.x)
+      : row(block / division.parts),
+        index(block % division.parts),
         begin(index * division.length),
         length(max(0, min(division.length, row_length - begin))) {}
 };
+
+// In a backward, for `Part`: rows from the last to the first, so that what the forward read last is
+// still in cache.
+__device__ __forceinline__ uint32_t block_from_last() { return gridDim.x - 1 - blockIdx.x; }
 
 // The states on their way to that of the row, in shared memory.
 template <class R, template <class> class State = SoftmaxState>

@@ -225,10 +225,11 @@ struct Scaled {
 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>))
-    rescale(Rows<T> grad, int length, const Real<T>* scale) {
+    rescale(Rows<T> grad, int length, Division division, const Real<T>* scale) {
   if (*scale == Real<T>(1)) return;
-  T* row = grad[blockIdx.x];
-  write_row<T, kLayout>(row, length, Scaled<T, kLayout>{{row, length}, *scale});
+  const Part part(division, length, block_from_last());
+  T* row = grad[part.row] + part.begin;
+  write_row<T, kLayout>(row, part.length, Scaled<T, kLayout>{{row, part.length}, *scale});
 }
 
 void rescale_(Tensor grad, Tensor scale) {
@@ -236,13 +237,13 @@ void rescale_(Tensor grad, Tensor scale) {
   dispatch(grad.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const Tensor factor = as<Real<T>>(scale);
-    const int64_t length = grad.size(-1);
+    const int64_t length = grad.size(-1), count = grad.numel() / length;
+    const auto division = elementwise_division<T>(device, count, length);
     written_in_place(grad, [&](const Tensor& target) {
       const auto z = rows<T>(target);
       with_layout(layout_of(length, z), [&](auto layout) {
-        device.launch(rescale<T, layout>,
-                      Grid{grad.numel() / length, threads_for<T>(length, length)}, z, length,
-                      data<Real<T>>(factor));
+        device.launch(rescale<T, layout>, Grid{count * division.parts, division.threads}, z, length,
+                      division, data<Real<T>>(factor));
       });
     });
   });

@@ -34,12 +34,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // --- clusters
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank = 0;
-  PPO_SM90(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
-  return rank;
-}
-
 // All threads of a cluster meet between `arrive` and `wait`. What a thread wrote before it arrived,
 // also to the shared memory of others, is seen by those that waited, and what it read it read
 // before they write, if it called `fence_cluster` before it arrived.

@@ -192,6 +192,15 @@ __device__ __forceinline__ void for_ends(const Inner& inner, int length, const F
   if (at < length) f(at);
 }
 
+// Whether this thread is the one that `write_gradient` has write element `at`, if there is one.
+template <class T>
+__device__ __forceinline__ bool writes(const Inner& inner, int length, int64_t at) {
+  const int64_t within = at - inner.begin;
+  const int thread = int(threadIdx.x);
+  if (within >= 0 && within < inner.length) return int(within / kVector<T> % blockDim.x) == thread;
+  return at >= 0 && at < length && (within < 0 ? at : at - inner.length) == thread;
+}
+
 // Writes a row vector by vector: `source.load<whole>(i)` is what vector i is made of and
 // `source.compute(loaded, x)` its elements. Walks back, so that what was read last is still in
 // cache; the source may read where it writes.
@@ -288,12 +297,9 @@ __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& row, 
     write(Gradient<T, decltype(vectors)>{vectors, row, k});
   }
   for_ends(inner, length, [&](int at) {
-    out[at] = T(at == token ? row.at_token : gradient_at(Real<T>(logits.row[at]), row, k));
+    out[at] = T(gradient_at(Real<T>(logits.row[at]), row, k));
   });
-  const int64_t at = token - inner.begin;
-  if (at >= 0 && at < inner.length && int(at / kVector<T> % blockDim.x) == int(threadIdx.x)) {
-    out[token] = T(row.at_token);
-  }
+  if (writes<T>(inner, length, token)) out[token] = T(row.at_token);
 }
 
 }  // namespace ppo::cuda

@@ -97,6 +97,8 @@ def _backward(
     temperatures_ptr,
     grad_ptr,
     V: tl.int32,
+    parts: tl.int32,
+    length: tl.int32,
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
@@ -104,8 +106,8 @@ def _backward(
 ):
     """p (log p - log q - KL) g / τ = 2^t (a + b (t - t_ref))"""
     R: tl.constexpr = kl_ptr.dtype.element_ty
-    row = tl.program_id(0)
-    out_start = row.to(tl.int64) * V
+    row, begin, n = sweeps.part_of_row(V, parts, length)
+    out_start = row.to(tl.int64) * V + begin
     g = tl.load(grad_kl_ptr + row).to(R)
     if g != 0.0:
         stats = 2 * row.to(tl.int64)
@@ -118,10 +120,10 @@ def _backward(
             logits_ptr,
             ref_logits_ptr,
             grad_ptr,
-            sweeps.row_start(row, inner, outer_stride, inner_stride),
-            sweeps.row_start(row, ref_inner, ref_outer_stride, ref_inner_stride),
+            sweeps.row_start(row, inner, outer_stride, inner_stride) + begin,
+            sweeps.row_start(row, ref_inner, ref_outer_stride, ref_inner_stride) + begin,
             out_start,
-            V,
+            n,
             scale,
             shift,
             ref_shift,
@@ -131,7 +133,7 @@ def _backward(
             ALIGNED,
         )
     else:
-        sweeps.fill_zero(grad_ptr, out_start, V, L, ALIGNED)
+        sweeps.fill_zero(grad_ptr, out_start, n, L, ALIGNED)
 
 
 @implement("kl_divergence_backward")
@@ -141,15 +143,16 @@ def kl_divergence_backward(
     (temperature,) = scalars.tolist()
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     laid, ref_laid = rows(logits), rows(ref_logits)
+    parts, length = sweeps.split(logits)
     launch(
         _backward,
-        kl.numel(),
+        kl.numel() * parts,
         per_token(grad_kl),
         *laid,
         *ref_laid,
         *map(per_token, (kl, softmax_stats, ref_softmax_stats, temperatures)),
         grad_logits,
-        logits.shape[-1],
+        *(logits.shape[-1], parts, length),
         temperature,
         math.exponent_scale(temperature),
         **sweeps.lanes(logits),

@@ -143,6 +143,8 @@ def _backward(
     grad_outer_stride: tl.int64,
     grad_inner_stride: tl.int64,
     V: tl.int32,
+    parts: tl.int32,
+    length: tl.int32,
     temperature: tl.float64,
     k: tl.float64,
     L: tl.constexpr,
@@ -150,9 +152,9 @@ def _backward(
 ):
     """`grad_ptr` may be `logits_ptr`."""
     R: tl.constexpr = stats_ptr.dtype.element_ty
-    row = tl.program_id(0)
-    start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-    out_start = sweeps.row_start(row, grad_inner, grad_outer_stride, grad_inner_stride)
+    row, begin, n = sweeps.part_of_row(V, parts, length)
+    start = sweeps.row_start(row, inner, outer_stride, inner_stride) + begin
+    out_start = sweeps.row_start(row, grad_inner, grad_outer_stride, grad_inner_stride) + begin
     g = tl.zeros((), R)
     h = tl.zeros((), R)
     if grad_logprobs_ptr is not None:
@@ -163,19 +165,19 @@ def _backward(
     if (g != 0.0) | (h != 0.0):
         stats = stats_ptr + 2 * row.to(tl.int64)
         token = tl.load(tokens_ptr + row).to(tl.int64)
-        logit = load_logit(logits_ptr, start, V, token, R)
-        # Before another thread writes a gradient there.
-        tl.debug_barrier()
         # NaN, as the log-probability of a token outside of the row.
-        g = tl.where((logit == logit) | (token == ELSEWHERE), g, logit)
+        g = tl.where((token >= 0) & (token < V) | (token == ELSEWHERE), g, float("nan"))
+        # Of the program alone that writes there, and before another thread of it does.
+        logit = load_logit(logits_ptr, start, n, token - begin, R)
+        tl.debug_barrier()
         tau, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
         write_gradient(
             logits_ptr,
             grad_ptr,
             start,
             out_start,
-            V,
-            token,
+            n,
+            token - begin,
             logit,
             g,
             h,
@@ -188,7 +190,7 @@ def _backward(
             ALIGNED,
         )
     else:
-        sweeps.fill_zero(grad_ptr, out_start, V, L, ALIGNED)
+        sweeps.fill_zero(grad_ptr, out_start, n, L, ALIGNED)
 
 
 def _write_backward(
@@ -204,14 +206,15 @@ def _write_backward(
 ):
     (temperature, *_) = scalars.tolist()
     laid, out = rows(logits), rows(grad_logits)
+    parts, length = sweeps.split(logits)
     launch(
         _backward,
-        tokens.numel(),
+        tokens.numel() * parts,
         *(per_token(grad_logprobs), per_token(grad_entropy)),
         *laid,
         *map(per_token, (tokens, entropy, softmax_stats, temperatures)),
         *out,
-        logits.shape[-1],
+        *(logits.shape[-1], parts, length),
         temperature,
         math.exponent_scale(temperature),
         **sweeps.lanes(logits),

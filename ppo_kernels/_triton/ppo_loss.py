@@ -208,14 +208,16 @@ def _rescale(
     inner_stride: tl.int64,
     scale_ptr,
     V: tl.int32,
+    parts: tl.int32,
+    length: tl.int32,
     L: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     factor = tl.load(scale_ptr)
     if factor != 1.0:
-        row = tl.program_id(0)
-        start = sweeps.row_start(row, inner, outer_stride, inner_stride)
-        sweeps.scale(grad_ptr, start, V, factor, L, ALIGNED)
+        row, begin, n = sweeps.part_of_row(V, parts, length)
+        start = sweeps.row_start(row, inner, outer_stride, inner_stride) + begin
+        sweeps.scale(grad_ptr, start, n, factor, L, ALIGNED)
 
 
 @implement("rescale_")
@@ -223,11 +225,12 @@ def rescale_(grad, scale):
     with written_in_place(grad, anywhere=True) as target:
         options = sweeps.lanes(target)
         options["ALIGNED"] &= begins_aligned(target)
+        parts, length = sweeps.split(target)
         launch(
             _rescale,
-            grad.shape[:-1].numel(),
+            grad.shape[:-1].numel() * parts,
             *rows(target, anywhere=True),
             scale.to(result_dtype(grad)),
-            grad.shape[-1],
+            *(grad.shape[-1], parts, length),
             **options,
         )

@@ -7,6 +7,8 @@ together. Which lane sums what, and in which order, depends on V and dtype alone
 bitwise the same wherever it stands.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,8 @@ WARP_SIZE = 32 if torch.version.hip is None else 64
 # A lane has two vectors in flight: 512 of them 16 KiB.
 _BYTES_PER_LANE = 128
 _MOST_LANES = 512
+# Programs to a multiprocessor that few rows are split into.
+_PROGRAMS = 8
 
 
 def lanes(x):
@@ -27,6 +31,35 @@ def lanes(x):
     lanes = min(_MOST_LANES, max(32, wanted))
     aligned = row_bytes % 16 == 0
     return {"L": lanes, "ALIGNED": aligned, "num_warps": max(1, lanes // WARP_SIZE)}
+
+
+@functools.cache
+def _multiprocessors(device):
+    if device.type == "cpu":  # interpreted
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split(x):
+    """(programs to a row of `x` (..., V), elements to each) where elements are computed each by
+    itself, so that no split changes their bits: whole steps of a program's lanes, and as many
+    programs as keep all multiprocessors busy, however few the rows."""
+    V = x.shape[-1]
+    step = 2 * lanes(x)["L"] * (16 // x.element_size())
+    whole = triton.cdiv(V, step)
+    wanted = triton.cdiv(_PROGRAMS * _multiprocessors(x.device), max(1, x.numel() // V))
+    steps = triton.cdiv(whole, min(whole, wanted))
+    return triton.cdiv(whole, steps), steps * step
+
+
+@triton.jit
+def part_of_row(V, parts, length):
+    """(row, first element, number of elements) that fall to a program where rows are `split`: from
+    the last to the first, so that what a forward read last is still in cache."""
+    i = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = i // parts
+    begin = (i - row * parts) * length
+    return row, begin, tl.minimum(length, V - begin)
 
 
 @triton.jit

@@ -100,14 +100,23 @@ class Emulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
-        for name in ("switches", "launches", "last_cluster", "largest_cluster", "bulk_copies"):
+        counts = "switches", "launches", "last_blocks", "last_cluster", "largest_cluster"
+        for name in (*counts, "bulk_copies"):
             getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
 
-    def device(self, major=9, shared_per_block=232448, shared_per_sm=233472, ptx=None):
-        """From now on the device is one of this compute capability and shared memory (bytes), and
-        the code that it runs for sm_`ptx`, unless told of 90 from capability 9 on, else of 80."""
+    def device(
+        self,
+        major=9,
+        shared_per_block=232448,
+        shared_per_sm=233472,
+        ptx=None,
+        multiprocessors=132,
+    ):
+        """From now on the device is one of this compute capability, shared memory (bytes) and
+        number of multiprocessors, and the code that it runs for sm_`ptx`, unless told of 90 from
+        capability 9 on, else of 80."""
         ptx = (90 if major >= 9 else 80) if ptx is None else ptx
-        self.library.emulator_device(major, shared_per_block, shared_per_sm, ptx)
+        self.library.emulator_device(major, shared_per_block, shared_per_sm, ptx, multiprocessors)
 
     def seed(self, seed):
         """The same seed gives the same order of threads in all launches that follow."""
@@ -119,6 +128,10 @@ class Emulator:
 
     def launches(self):
         return self.library.emulator_launches()
+
+    def last_blocks(self):
+        """Of the last launch."""
+        return self.library.emulator_last_blocks()
 
     def last_cluster(self):
         """Blocks in a cluster of the last launch."""

@@ -148,11 +148,6 @@ uint64_t exchange(Collective kind, uint32_t mask, uint64_t value, uint32_t sourc
   return running->value;
 }
 
-uint32_t cluster_rank(Site at) {
-  need_sm90(at);
-  return running->block->rank;
-}
-
 void cluster_arrive(Site at) {
   need_sm90(at);
   if (running->arrived) fail("cluster_arrive again without cluster_wait", at);

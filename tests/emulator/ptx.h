@@ -13,10 +13,6 @@ using Barrier = uint64_t;
 
 inline char* shared_memory() { return emulator::shared_memory(); }
 
-inline uint32_t cluster_rank(emulator::Site at = emulator::Site::current()) {
-  return emulator::cluster_rank(at);
-}
-
 inline void cluster_arrive(emulator::Site at = emulator::Site::current()) {
   emulator::cluster_arrive(at);
 }

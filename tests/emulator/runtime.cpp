@@ -20,11 +20,11 @@ constexpr uint64_t kMostThreads = 1024;
 constexpr uint64_t kMostBlocksInCluster = 8;
 
 struct Device {
-  int shared_per_block, shared_per_sm;
-} device{232448, 233472};  // of sm_90
+  int shared_per_block, shared_per_sm, multiprocessors;
+} device{232448, 233472, 132};  // of sm_90
 
 std::map<const void*, size_t> shared_bytes_granted;
-uint64_t launches = 0, last_cluster = 0, largest_cluster = 0;
+uint64_t launches = 0, last_blocks = 0, last_cluster = 0, largest_cluster = 0;
 std::mutex one_launch;  // calls may come from several threads of Python
 
 Dimensions dimensions(const dim3& d) { return {d.x, d.y, d.z}; }
@@ -73,6 +73,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function,
   const cudaError_t error = check(kernel, function);
   if (error != cudaSuccess) return error;
   ++launches;
+  last_blocks = kernel.grid.count();
   last_cluster = kernel.cluster.count();
   largest_cluster = std::max(largest_cluster, last_cluster);
   launch(kernel);
@@ -96,6 +97,9 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.multiprocessors;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = device.shared_per_sm;
       return cudaSuccess;
@@ -145,11 +149,11 @@ void __ubsan_handle_type_mismatch_v1(const Misaligned* place, uintptr_t) {
 
 // --- called from Python
 
-AOTI_TORCH_EXPORT void emulator_device(int major, int shared_per_block, int shared_per_sm,
-                                       int ptx) {
+AOTI_TORCH_EXPORT void emulator_device(int major, int shared_per_block, int shared_per_sm, int ptx,
+                                       int multiprocessors) {
   device_major = major;
   ptx_version = ptx;
-  device = {shared_per_block, shared_per_sm};
+  device = {shared_per_block, shared_per_sm, multiprocessors};
   largest_cluster = bulk_copies = 0;
 }
 
@@ -157,6 +161,7 @@ AOTI_TORCH_EXPORT void emulator_seed(uint64_t value) { seed(value); }
 AOTI_TORCH_EXPORT uint64_t emulator_switches() { return switches; }
 AOTI_TORCH_EXPORT uint64_t emulator_bulk_copies() { return bulk_copies; }
 AOTI_TORCH_EXPORT uint64_t emulator_launches() { return launches; }
+AOTI_TORCH_EXPORT uint64_t emulator_last_blocks() { return last_blocks; }
 AOTI_TORCH_EXPORT uint64_t emulator_last_cluster() { return last_cluster; }
 AOTI_TORCH_EXPORT uint64_t emulator_largest_cluster() { return largest_cluster; }
 

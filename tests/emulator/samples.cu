@@ -74,7 +74,7 @@ __global__ void reduce(const float* x, float* out, Fault fault) {
 // blocks before and after.
 __global__ void exchange(const float* x, float* out, Fault fault) {
   float* mine = reinterpret_cast<float*>(shared_memory());
-  const uint32_t size = 4, rank = cluster_rank();
+  const uint32_t size = 4, rank = blockIdx.x % size;
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (fault != no_first_cluster_barrier) {
     cluster_arrive();

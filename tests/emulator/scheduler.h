@@ -46,7 +46,6 @@ void sync_threads(Site at);
 // What each lane named in `mask` gets: the value of lane `source`, or for a ballot one bit of each.
 uint64_t exchange(Collective kind, uint32_t mask, uint64_t value, uint32_t source, Site at);
 
-uint32_t cluster_rank(Site at);
 void cluster_arrive(Site at);
 void cluster_wait(Site at);
 void fence_cluster(Site at);
