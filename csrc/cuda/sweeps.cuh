@@ -296,9 +296,8 @@ __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& row, 
     const auto vectors = logits.template part<Layout::together>(inner);
     write(Gradient<T, decltype(vectors)>{vectors, row, k});
   }
-  for_ends(inner, length, [&](int at) {
-    out[at] = T(gradient_at(Real<T>(logits.row[at]), row, k));
-  });
+  for_ends(inner, length,
+           [&](int at) { out[at] = T(gradient_at(Real<T>(logits.row[at]), row, k)); });
   if (writes<T>(inner, length, token)) out[token] = T(row.at_token);
 }
 
