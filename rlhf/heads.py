@@ -46,7 +46,7 @@ class TokenLogits(NamedTuple):
         return ppo_loss_(self.logits, tokens, *per_token, **options)
 
 
-class Recipe(NamedTuple):
+class LogitRule(NamedTuple):
     """Logits z = softcap(logit_scale (h Wᵀ + b)) of hidden states h; softcap(x) = c tanh(x / c)."""
 
     logit_scale: float
@@ -63,7 +63,7 @@ class TokenStates(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    recipe: Recipe
+    rule: LogitRule
     stopping: Stopping
 
     def logprobs(self, tokens: Tensor, **options) -> Tensor:
@@ -96,7 +96,7 @@ class TokenStates(NamedTuple):
                     self.weight,
                     *(x[:, columns] for x in per_token),
                     bias=own_bias,
-                    **self.recipe._asdict(),
+                    **self.rule._asdict(),
                     **options,
                 )
 
@@ -130,11 +130,11 @@ class LogitsHead:
 
 
 class HiddenHead:
-    """Reads tokens off the last hidden states, of a model with this recipe."""
+    """Reads tokens off the last hidden states, of a model that makes its logits by this rule."""
 
-    def __init__(self, stopping: Stopping, recipe: Recipe):
+    def __init__(self, stopping: Stopping, rule: LogitRule):
         self.stopping = stopping
-        self.recipe = recipe
+        self.rule = rule
 
     def __call__(
         self,
@@ -156,7 +156,7 @@ class HiddenHead:
         rows = slice(0, self.stopping.vocab_size)
         bias = None if layer.bias is None else layer.bias[rows]
         states = hidden[:, -num_tokens:], layer.weight[rows], bias
-        return TokenStates(*states, self.recipe, self.stopping), hidden
+        return TokenStates(*states, self.rule, self.stopping), hidden
 
 
 Head = LogitsHead | HiddenHead
@@ -199,7 +199,7 @@ class ActorCritic(nn.Module):
 
 
 @torch.no_grad()
-def find_recipe(model: PreTrainedModel) -> Recipe | None:
+def find_rule(model: PreTrainedModel) -> LogitRule | None:
     """How the model makes logits, by its configuration (that of Gemma 2, Cohere and Granite among
     others) and proven on a few tokens; None if it does so otherwise."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -207,18 +207,18 @@ def find_recipe(model: PreTrainedModel) -> Recipe | None:
         return None
     scale = getattr(config, "logit_scale", None) or 1.0
     scaling = getattr(config, "logits_scaling", None) or 1.0
-    recipe = Recipe(scale / scaling, getattr(config, "final_logit_softcapping", None))
+    rule = LogitRule(scale / scaling, getattr(config, "final_logit_softcapping", None))
     ids = torch.arange(min(8, len(layer.weight)), device=model.device)[None]
     logits = model(input_ids=ids, use_cache=False).logits
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     atol = 1e-4 * logits.abs().max().item()
 
-    def gives(recipe: Recipe) -> bool:
-        return torch.allclose(recipe.logits(hidden, layer), logits, rtol=1e-4, atol=atol)
+    def gives(rule: LogitRule) -> bool:
+        return torch.allclose(rule.logits(hidden, layer), logits, rtol=1e-4, atol=atol)
 
     # Of small logits nobody can tell whether they were capped.
-    untold = recipe.softcap is not None and gives(recipe._replace(softcap=None))
-    return recipe if gives(recipe) and not untold else None
+    untold = rule.softcap is not None and gives(rule._replace(softcap=None))
+    return rule if gives(rule) and not untold else None
 
 
 def make_head(
@@ -230,18 +230,18 @@ def make_head(
     size = model.config.get_text_config().vocab_size
     if logits_from == "logits" or (logits_from == "auto" and size < LARGE_VOCABULARY):
         return LogitsHead(stopping)
-    recipe = None if filtered else find_recipe(model)
+    rule = None if filtered else find_rule(model)
     if filtered:
         reason = "top_k, top_p and min_p need the logits of what they keep"
-    elif recipe is None:
+    elif rule is None:
         reason = (
             f"{type(model).__name__} makes its logits otherwise than by one matrix, a scale and a "
             "soft cap, or they are too small to show the cap"
         )
-    elif recipe.softcap is not None and stopping.min_length:
+    elif rule.softcap is not None and stopping.min_length:
         reason = "a soft cap would let in again what min_response_length rules out"
     else:
-        return HiddenHead(stopping, recipe)
+        return HiddenHead(stopping, rule)
     if logits_from == "hidden":
         raise UserError(f"logits_from hidden cannot be: {reason}: take auto or logits")
     say(f"logits_from auto takes logits: {reason}")

@@ -151,9 +151,9 @@ def test_a_head_that_does_otherwise_keeps_its_logits(monkeypatch, stopping, save
         assert type(make_head("logits", model, stopping)) is LogitsHead
 
 
-def test_a_soft_cap_that_small_logits_cannot_prove_is_no_recipe():
+def test_a_soft_cap_that_small_logits_cannot_prove_is_no_rule():
     small = SIZES | {"initializer_range": 0.02, "final_logit_softcapping": 30.0}
-    assert heads.find_recipe(LlamaForCausalLM(LlamaConfig(**small))) is None
+    assert heads.find_rule(LlamaForCausalLM(LlamaConfig(**small))) is None
 
 
 def test_auto_takes_hidden_states_of_large_vocabularies(stopping, capsys):
