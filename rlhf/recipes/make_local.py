@@ -22,14 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.batches import pad
-from rlhf.config import SFTConfig
+from rlhf.config.training import SFTConfig
+from rlhf.data.batches import pad
+from rlhf.demo.base import MAX_LENGTH, train_tokenizer
+from rlhf.demo.labelled import Example, read_examples
 from rlhf.errors import UserError
-from rlhf.models import default_device
+from rlhf.models.passes import default_device
+from rlhf.run.state import save_model
 from rlhf.sft import train_sft
-from rlhf.state import save_model
-from rlhf.tasks.base import MAX_LENGTH, train_tokenizer
-from rlhf.tasks.labelled import Example, read_examples
 
 BATCH_SIZE = 32
 FOLDERS = ("gpt2-untrained", "gpt2", "distilbert", "imdb")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import transformers
 
+from rlhf.data.hub import may_be_hub_id
 from rlhf.errors import UserError, one_line
-from rlhf.hub import may_be_hub_id
-from rlhf.models import default_device
+from rlhf.models.passes import default_device
 
 LABEL = "POSITIVE"
 

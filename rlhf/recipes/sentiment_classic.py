@@ -16,11 +16,11 @@ from rich.progress import track
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
 from rlhf.classic import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer
-from rlhf.columns import load_columns
+from rlhf.data.columns import load_columns
 from rlhf.errors import UserError
-from rlhf.files import disk_errors
-from rlhf.loading import load_tokenizer
+from rlhf.models.loading import load_tokenizer
 from rlhf.recipes.sentiment import positive_scorer
+from rlhf.run.files import disk_errors
 
 PROMPT_TOKENS = (2, 8)
 RESPONSE_TOKENS = (4, 16)

@@ -28,15 +28,15 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from rlhf import checkpoint as module
-from rlhf import files
-from rlhf.checkpoint import Run, open_run, rotate_checkpoints, save_checkpoint
-from rlhf.config import PPOConfig, SFTConfig
+from rlhf.config.training import PPOConfig, SFTConfig
 from rlhf.errors import UserError
-from rlhf.folder import MARKER
-from rlhf.generators import random_state, set_random_state
-from rlhf.manifest import Best, checkpoint_damage, read_manifest
-from rlhf.state import (
+from rlhf.run import checkpoints as module
+from rlhf.run import files
+from rlhf.run.checkpoints import Run, open_run, rotate_checkpoints, save_checkpoint
+from rlhf.run.folder import MARKER
+from rlhf.run.generators import random_state, set_random_state
+from rlhf.run.manifest import Best, checkpoint_damage, read_manifest
+from rlhf.run.state import (
     hash_data,
     hash_weights,
     load_state,
@@ -663,8 +663,8 @@ def test_a_kill_anywhere_while_a_checkpoint_is_taken_over(run, make_config, tmp_
 
 IN_ANOTHER_PROCESS = """
 import sys
-from rlhf.checkpoint import open_run
-from rlhf.config import PPOConfig
+from rlhf.run.checkpoints import open_run
+from rlhf.config.training import PPOConfig
 
 config = PPOConfig(
     model_name_or_path="model",

@@ -5,14 +5,14 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf import heads
 from rlhf.errors import UserError
-from rlhf.generation import Stopping
-from rlhf.heads import HiddenHead, LogitsHead, make_head
-from rlhf.loading import load_causal_lm
+from rlhf.models import heads
+from rlhf.models.generation import Stopping
+from rlhf.models.heads import HiddenHead, LogitsHead, make_head
+from rlhf.models.loading import load_causal_lm
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rollout import Responses
-from rlhf.state import save_model
-from rlhf.trainer import PPOTrainer
+from rlhf.run.state import save_model
 from tests.rlhf.conftest import WORDS
 from tests.rlhf.test_ppo import collect
 

@@ -14,11 +14,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rlhf.batches import pad
+from rlhf.data.batches import pad
 from rlhf.errors import UserError
-from rlhf.iteration import Batch, iteration_metrics
-from rlhf.models import sequence_scores, token_values
-from rlhf.ppo import train_ppo
+from rlhf.models.passes import sequence_scores, token_values
+from rlhf.ppo.metrics import Batch, iteration_metrics
+from rlhf.ppo.train import train_ppo
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rollout import (
     Draws,
     Responses,
@@ -26,7 +27,6 @@ from rlhf.rollout import (
     shaped_scores,
     token_rewards,
 )
-from rlhf.trainer import PPOTrainer
 
 EOS = 2
 METRICS = {

@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rlhf.recipes
 from rlhf.classic import AutoModelForCausalLMWithValueHead
 from rlhf.cli import parse_config
-from rlhf.columns import load_columns
+from rlhf.data.columns import load_columns
+from rlhf.demo.base import write_jsonl
+from rlhf.demo.labelled import read_examples
 from rlhf.errors import UserError
-from rlhf.functions import load_function
-from rlhf.ppo import train_ppo
+from rlhf.ppo.train import train_ppo
 from rlhf.recipes import sentiment, sentiment_classic
 from rlhf.recipes.make_local import make_local
-from rlhf.tasks.base import write_jsonl
-from rlhf.tasks.labelled import read_examples
+from rlhf.rewards.functions import load_function
 from tests.rlhf.conftest import BAD, GOOD, review
 
 YAML = Path(rlhf.recipes.__file__).parent / "gpt2-imdb.yaml"
