@@ -71,7 +71,7 @@ def make_trainer(folder: Path, vocab_size: int = MODEL["vocab_size"], **options)
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf.config.training import PPOConfig
+    from rlhf.config.ppo import PPOConfig
     from rlhf.demo.base import write_jsonl
     from rlhf.models.passes import load_scorer
     from rlhf.ppo.trainer import PPOTrainer

@@ -18,7 +18,8 @@ import yaml
 from rlhf.config.fields import Options, expand
 from rlhf.config.inference import EvaluateConfig, GenerateConfig
 from rlhf.config.parser import CommandParser, Parser, default, describe, is_required, sections
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.errors import UserError
 from rlhf.run.processes import world_size
 from rlhf.run.signals import Stopped

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf import distributed
 from rlhf.config.training import RewardConfig
-from rlhf.data.batches import pad
 from rlhf.data.loaders import Ranking, load_rankings
+from rlhf.data.padding import pad
 from rlhf.models.loading import load_learning_reward_model, load_tokenizer, padding_in_text
 from rlhf.models.passes import (
     autocast,

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_kernels import kl_estimate
 from rlhf import distributed
 from rlhf.config.fields import ResponseOptions
-from rlhf.config.training import PPOConfig
-from rlhf.data.batches import pad
+from rlhf.config.ppo import PPOConfig
+from rlhf.data.padding import pad
 from rlhf.data.seam import decode_completions
 from rlhf.models.generation import Decoding, Stopping, generate
 from rlhf.models.heads import ActorCritic, TokenLogits, TokenStates

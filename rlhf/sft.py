@@ -9,15 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ppo_kernels import masked_mean, token_logprobs
 from rlhf import distributed
 from rlhf.config.training import SFTConfig
-from rlhf.data.batches import pad
 from rlhf.data.loaders import Text, load_texts
+from rlhf.data.padding import pad
 from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.models.passes import (
-    autocast,
-    check_fits,
-    default_device,
-    enable_gradient_checkpointing,
-)
+from rlhf.models.passes import autocast, check_fits, default_device, enable_gradient_checkpointing
 from rlhf.models.proof import prove_causal
 from rlhf.report.card import write_card
 from rlhf.run.metrics import MetricsLog, plot_metrics

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.classic import checks
 from rlhf.classic.model import AutoModelForCausalLMWithValueHead
-from rlhf.data.batches import pad
+from rlhf.data.padding import pad
 from rlhf.errors import UserError
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.fields import is_unicode
 from rlhf.config.inference import InferenceConfig
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.data.chat import (
     Messages,
     Text,

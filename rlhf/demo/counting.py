@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.config.training import PPOConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.demo.base import write_jsonl
 from rlhf.ppo.train import train_ppo
 from rlhf.run.metrics import read_metrics

@@ -4,7 +4,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.demo import labelled
 from rlhf.demo.base import PPO_SETTINGS, Stopwatch, make_base, write_jsonl
 from rlhf.demo.evaluation import compare

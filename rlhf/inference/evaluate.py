@@ -25,7 +25,7 @@ from rlhf.inference.policy import (
     text_prompts,
     write_output,
 )
-from rlhf.rewards.kinds import check_rewards, for_tokenizer, make_rewards
+from rlhf.rewards.loading import check_rewards, for_tokenizer, make_rewards
 from rlhf.rewards.scoring import Samples, score_apart, to_jsonl
 from rlhf.run.files import disk_errors
 from rlhf.run.progress import Display, is_live

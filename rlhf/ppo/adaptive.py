@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf.config.training import PPOConfig
+from rlhf.config.ppo import PPOConfig
 
 
 def adapt(kl_coef: float, kl: float, target: float, num_responses: int, horizon: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rlhf import distributed
-from rlhf.config.training import PPOConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.data.seam import decode
 from rlhf.ppo.metrics import (
     NUM_COMPLETIONS,

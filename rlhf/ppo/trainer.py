@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from ppo_kernels import gae, masked_mean, masked_whiten, value_loss
 from rlhf import distributed
-from rlhf.config.training import PPOConfig
-from rlhf.data.batches import pad
+from rlhf.config.ppo import PPOConfig
 from rlhf.data.loaders import Prompts, load_prompts
+from rlhf.data.padding import pad
 from rlhf.errors import UserError
 from rlhf.models.generation import Stopping
 from rlhf.models.heads import ActorCritic, make_head
@@ -38,7 +38,7 @@ from rlhf.models.truncation import KeptIds, make_filters
 from rlhf.optim import clip_gradients, make_optimizer, resume_schedule
 from rlhf.ppo.adaptive import KLController, ScoreScaler
 from rlhf.ppo.metrics import Batch
-from rlhf.rewards.kinds import check_rewards, critic_path, load_rewards
+from rlhf.rewards.loading import check_rewards, critic_path, load_rewards
 from rlhf.rewards.scoring import Samples, Scores, score_samples
 from rlhf.rollout import (
     Draws,

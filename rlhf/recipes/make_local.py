@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from rlhf.config.training import SFTConfig
-from rlhf.data.batches import pad
+from rlhf.data.padding import pad
 from rlhf.demo.base import MAX_LENGTH, train_tokenizer
 from rlhf.demo.labelled import Example, read_examples
 from rlhf.errors import UserError

@@ -31,12 +31,7 @@ from rlhf.report.charts import (
     points,
 )
 from rlhf.run.files import disk_errors, read_file, write_file
-from rlhf.run.folder import (
-    COMPLETIONS_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-    SUMMARY_FILE,
-)
+from rlhf.run.folder import COMPLETIONS_FILE, METRICS_FILE, REPORT_FILE, SUMMARY_FILE
 from rlhf.run.terminal import say
 
 TEMPLATE = Path(__file__).with_name(REPORT_FILE)

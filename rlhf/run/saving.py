@@ -14,13 +14,7 @@ from rlhf.run.checkpoints import open_run, record_settings, rotate_checkpoints, 
 from rlhf.run.folder import STATE_FILE
 from rlhf.run.generators import random_state, set_random_state
 from rlhf.run.manifest import Best, checkpoint_damage, read_manifest
-from rlhf.run.state import (
-    hash_config,
-    load_state,
-    load_weights,
-    save_model,
-    save_state,
-)
+from rlhf.run.state import hash_config, load_state, load_weights, save_model, save_state
 
 # The option that a model to be trained comes from, by its folder in a checkpoint.
 MODEL_OPTIONS = {"": "model_name_or_path", "critic": "critic_model_path"}

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, one_line
-from rlhf.models.loading import quiet, restore_padding, weights_lacking
+from rlhf.models.weights import quiet, restore_padding, weights_lacking
 from rlhf.run.files import GO_ON, disk_errors, remove, saving_name, sync, sync_tree
 
 # Integers as wide as an element, by its bytes.

@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.demo.base import write_jsonl
 from rlhf.models.loading import load_scorer
 from rlhf.reward_model import train_reward

@@ -31,10 +31,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rlhf.inference.generate
 from rlhf.config.inference import GenerateConfig
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError, one_line
-from rlhf.models.loading import quiet, restore_padding
+from rlhf.models.weights import quiet, restore_padding
 from rlhf.ppo.train import train_ppo
 from rlhf.reward_model import train_reward
 from rlhf.sft import train_sft

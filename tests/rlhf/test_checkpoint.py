@@ -28,7 +28,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from rlhf.config.training import PPOConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import SFTConfig
 from rlhf.errors import UserError
 from rlhf.run import checkpoints as module
 from rlhf.run import files
@@ -36,14 +37,7 @@ from rlhf.run.checkpoints import Run, open_run, rotate_checkpoints, save_checkpo
 from rlhf.run.folder import MARKER
 from rlhf.run.generators import random_state, set_random_state
 from rlhf.run.manifest import Best, checkpoint_damage, read_manifest
-from rlhf.run.state import (
-    hash_data,
-    hash_weights,
-    load_state,
-    load_weights,
-    save_model,
-    save_state,
-)
+from rlhf.run.state import hash_data, hash_weights, load_state, load_weights, save_model, save_state
 
 WEIGHTS = "model.safetensors"
 SMALL = {

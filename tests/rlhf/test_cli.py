@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.cli import COMMANDS, CONFIGURED, STAGES, main, parse_config, sections
 from rlhf.config.fields import SECTIONS
-from rlhf.config.training import PPOConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
 from rlhf.run.checkpoints import checkpoint_damage

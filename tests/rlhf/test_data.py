@@ -16,16 +16,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
-from rlhf.data.batches import Batches, pad
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
+from rlhf.data.batches import Batches
 from rlhf.data.columns import load_columns
-from rlhf.data.loaders import (
-    Text,
-    load_prompts,
-    load_rankings,
-    load_texts,
-    prompt_ids,
-)
+from rlhf.data.loaders import Text, load_prompts, load_rankings, load_texts, prompt_ids
+from rlhf.data.padding import pad
 from rlhf.demo.base import train_tokenizer, write_jsonl
 from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm

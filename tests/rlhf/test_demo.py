@@ -8,11 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli import main
 from rlhf.demo import command as demo

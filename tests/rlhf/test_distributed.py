@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from rlhf import cli
-from rlhf.config.training import PPOConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.errors import UserError
 from rlhf.optim import clip_gradients
 from tests.rlhf.test_ppo import records

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.data.batches import pad
+from rlhf.data.padding import pad
 from rlhf.errors import UserError
 from rlhf.ppo.train import train_ppo
 from rlhf.rewards.functions import call, load_function

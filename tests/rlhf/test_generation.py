@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.config.training import PPOConfig
-from rlhf.data.batches import pad
+from rlhf.config.ppo import PPOConfig
+from rlhf.data.padding import pad
 from rlhf.demo.base import train_tokenizer
 from rlhf.errors import UserError
 from rlhf.models.generation import Decoding, Stopping, cache_keyword, generate, sample_tokens

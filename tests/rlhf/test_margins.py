@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.config.training import RewardConfig
-from rlhf.data.batches import pad
 from rlhf.data.loaders import Ranking, load_rankings
+from rlhf.data.padding import pad
 from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
 from rlhf.models.loading import load_scorer

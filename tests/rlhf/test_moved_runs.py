@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from rlhf import distributed
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig, TrainConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig, TrainConfig
 from rlhf.data.batches import Batches
 from rlhf.errors import UserError
 from rlhf.optim import make_optimizer, resume_schedule

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf.config.training import PPOConfig, TrainConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import TrainConfig
 from rlhf.demo import counting
 from rlhf.demo.base import write_jsonl
 from rlhf.optim import make_optimizer

@@ -8,7 +8,8 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.config.inference import EvaluateConfig, GenerateConfig
-from rlhf.config.training import PPOConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import SFTConfig
 from rlhf.demo import command as demo
 from rlhf.errors import UserError
 from rlhf.inference.policy import check_output

@@ -28,8 +28,8 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from rlhf.config.training import PPOConfig
-from rlhf.data.batches import pad
+from rlhf.config.ppo import PPOConfig
+from rlhf.data.padding import pad
 from rlhf.errors import UserError
 from rlhf.models.generation import Decoding, Stopping, cache_keyword, generate
 from rlhf.models.loading import load_scorer

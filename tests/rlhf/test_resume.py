@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from rlhf import distributed, sft
 from rlhf import reward_model as reward
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig, TrainConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig, TrainConfig
 from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
 from rlhf.ppo import train as ppo

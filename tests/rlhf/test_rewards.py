@@ -20,13 +20,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.config.training import PPOConfig, RewardConfig
-from rlhf.data.batches import pad
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig
 from rlhf.data.loaders import Prompts, load_rankings
+from rlhf.data.padding import pad
 from rlhf.demo.base import train_tokenizer, write_jsonl
 from rlhf.errors import UserError
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.rewards.kinds import ModelReward, check_rewards, critic_path, load_rewards
+from rlhf.rewards.kinds import ModelReward
+from rlhf.rewards.loading import check_rewards, critic_path, load_rewards
 from rlhf.rewards.scoring import Samples, score_samples
 from rlhf.rollout import Responses, decode_responses
 

@@ -13,13 +13,14 @@ from transformers import (
 )
 
 from rlhf.config.inference import GenerateConfig
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
-from rlhf.data.batches import pad
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.data.loaders import Prompts, load_prompts, load_rankings, load_texts
+from rlhf.data.padding import pad
 from rlhf.demo.base import write_jsonl
 from rlhf.inference.generate import run as generate
 from rlhf.inference.policy import text_prompts
-from rlhf.rewards.kinds import load_rewards
+from rlhf.rewards.loading import load_rewards
 from rlhf.rewards.scoring import Samples
 from rlhf.rollout import Responses, decode_responses
 from tests.rlhf.tokenizer_kinds import KINDS, LOSSY, byte_level, sentencepiece

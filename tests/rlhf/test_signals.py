@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from rlhf import cli
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.ppo.train import train_ppo
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward_model import train_reward

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from rlhf.config.training import PPOConfig, RewardConfig, SFTConfig
-from rlhf.data.batches import pad
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.data.chat import Text
 from rlhf.data.loaders import Prompts, load_prompts, load_rankings, load_texts
+from rlhf.data.padding import pad
 from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
 from rlhf.rewards.kinds import ModelReward
