@@ -28,6 +28,11 @@ PATHS = {
     *("output_dir", "output_file", "resume_from_checkpoint"),
 }
 
+# Modules of reward functions, by the names that stand in the configurations of earlier runs.
+MOVED = {
+    "rlhf.tasks.reviews": "rlhf.demo.reviews",
+    "rlhf.recipes.sentiment": "examples/imdb/sentiment.py",
+}
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -57,6 +62,11 @@ def _path_as_text(value: object) -> object:
     if isinstance(value, list):
         return [_path_as_text(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _moved(name: object) -> object:
+    module, _, function = str(name).partition(":")
+    return f"{MOVED[module]}:{function}" if module in MOVED else name
 
 
 def expand(name: str, path: str) -> str:
@@ -153,6 +163,10 @@ class RewardOptions(Options):
         "a reward model, module:function, or file.py:function, called as f(prompts, completions, "
         "**columns) -> one score (or None, or a list with one for each token) per completion.",
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.reward_funcs = [_moved(name) for name in self.reward_funcs]
 
 
 @dataclass(kw_only=True)

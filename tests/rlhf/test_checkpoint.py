@@ -778,6 +778,26 @@ def test_options_that_this_version_added_count_as_their_default(run, make_config
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rlhf.tasks.reviews:gold", "rlhf.demo.reviews:gold"),
+        ("rlhf.recipes.sentiment:me/it", "examples/imdb/sentiment.py:me/it"),
+    ],
+)
+def test_a_run_goes_on_whose_reward_function_has_moved(run, make_config, old, new):
+    """Under the name that stands in its configuration, and under the new one."""
+    stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text())
+    (run.output_dir / "ppo.yaml").write_text(yaml.safe_dump(stored | {"reward_funcs": [old]}))
+    save(run, 2)
+    for name in (old, new, new.replace("examples/imdb", "elsewhere")):
+        config = make_config(resume_from_checkpoint="auto", reward_funcs=[name])
+        assert step_of(open_run(config, "ppo")) == 2
+    assert make_config(reward_funcs=[old]).reward_funcs == [new]
+    with pytest.raises(UserError, match="belongs to another configuration: reward_funcs is"):
+        open_run(make_config(resume_from_checkpoint="auto", reward_funcs=["mine:gold"]), "ppo")
+
+
+@pytest.mark.parametrize(
     "text", ["é", "\x85", "\ud800", "\x00", "\u2028", "🙂", "no", "1e3", "null", "~", "", "a: b #c"]
 )
 def test_every_text_comes_back_from_the_configuration(make_config, text):

@@ -1,14 +1,14 @@
-"""The recipes, run on small folders of the layout that the hub has."""
+"""`examples/imdb`, run on small folders of the layout that the hub has."""
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import rlhf.recipes
 from rlhf.classic import AutoModelForCausalLMWithValueHead
 from rlhf.cli import parse_config
 from rlhf.data.columns import load_columns
@@ -16,12 +16,16 @@ from rlhf.demo.base import write_jsonl
 from rlhf.demo.labelled import read_examples
 from rlhf.errors import UserError
 from rlhf.ppo.train import train_ppo
-from rlhf.recipes import sentiment, sentiment_classic
-from rlhf.recipes.make_local import make_local
 from rlhf.rewards.functions import load_function
 from tests.rlhf.conftest import BAD, GOOD, review
 
-YAML = Path(rlhf.recipes.__file__).parent / "gpt2-imdb.yaml"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "imdb"
+SENTIMENT = EXAMPLE / "sentiment.py"
+make_local = load_function(f"{EXAMPLE / 'make_local.py'}:make_local")
+sentiment = sys.modules[load_function(f"{SENTIMENT}:positive_scorer").__module__]
+sentiment_classic = sys.modules[
+    load_function(f"{EXAMPLE / 'sentiment_classic.py'}:main").__module__
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_reward_is_the_raw_positive_score(local):
     texts = ["film is good .", "plot is bad ."]
     with torch.no_grad():
         expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 1] for text in texts]
-    reward = load_function(f"rlhf.recipes.sentiment:{path}")
+    reward = load_function(f"{SENTIMENT}:{path}")
     scores = reward(prompts=["film", "plot is"], completions=[" is good .", " bad ."])
     assert scores == pytest.approx(torch.stack(expected).tolist(), rel=1e-4)
     assert scores[0] > 1 > -1 > scores[1]
@@ -70,10 +74,10 @@ def test_classifier_that_cannot_serve_is_told(world):
         (str(world / "llama-reward"), r"must have a label POSITIVE, it has \['LABEL_0'\]"),
     ):
         with pytest.raises(UserError, match=message):
-            load_function(f"rlhf.recipes.sentiment:{name}")
+            load_function(f"{SENTIMENT}:{name}")
     with pytest.raises(UserError, match="cannot open the classifier"):
         (world / "empty").mkdir()
-        load_function(f"rlhf.recipes.sentiment:{world / 'empty'}")
+        load_function(f"{SENTIMENT}:{world / 'empty'}")
 
 
 def test_classifier_is_opened_once_and_only_where_one_is_named(local, monkeypatch, tmp_path):
@@ -89,18 +93,18 @@ def test_classifier_is_opened_once_and_only_where_one_is_named(local, monkeypatc
         for name in ("__wrapped__", "_ipython_display_", "load_tests", "positive"):
             assert not hasattr(sentiment, name)
         for name in ("positive", "pipeline"):
-            with pytest.raises(UserError, match=f"rlhf.recipes.sentiment has no function '{name}'"):
-                load_function(f"rlhf.recipes.sentiment:{name}")
+            with pytest.raises(UserError, match=f"sentiment.py has no function '{name}'"):
+                load_function(f"{SENTIMENT}:{name}")
         assert not opened
         with pytest.raises(UserError, match="cannot open the classifier 'me/it': OSError: no hub"):
-            load_function("rlhf.recipes.sentiment:me/it")
+            load_function(f"{SENTIMENT}:me/it")
         monkeypatch.chdir(local)
         with pytest.raises(UserError, match="cannot open the classifier 'distilbert'"):
-            load_function("rlhf.recipes.sentiment:distilbert")
+            load_function(f"{SENTIMENT}:distilbert")
         assert opened == ["me/it", "distilbert"]
     made = []
     monkeypatch.setattr(sentiment, "positive_scorer", made.append)
-    load_function(f"rlhf.recipes.sentiment:{local / 'distilbert'}")
+    load_function(f"{SENTIMENT}:{local / 'distilbert'}")
     assert made == [str(local / "distilbert")]
 
 
@@ -156,15 +160,21 @@ def test_classic_script_learns_to_please(local, tmp_path):
     assert torch.equal(model(ids)[2], again(ids)[2])
 
 
+def test_yaml_names_the_reward_beside_it():
+    argv = ["--config", str(EXAMPLE / "gpt2-imdb.yaml"), "--output_dir", "unused"]
+    (reward,) = parse_config("ppo", argv).reward_funcs
+    assert (EXAMPLE.parents[1] / reward.partition(":")[0]).samefile(SENTIMENT)
+
+
 def test_yaml_runs_through_rlhf_ppo(local, tmp_path):
     """Only names and sizes are changed."""
     config = parse_config(
         "ppo",
         [
-            *("--config", str(YAML), "--output_dir", str(tmp_path)),
+            *("--config", str(EXAMPLE / "gpt2-imdb.yaml"), "--output_dir", str(tmp_path)),
             *("--model_name_or_path", str(local / "gpt2")),
             *("--dataset_name", str(local / "imdb")),
-            *("--reward_funcs", f"rlhf.recipes.sentiment:{local / 'distilbert'}"),
+            *("--reward_funcs", f"{SENTIMENT}:{local / 'distilbert'}"),
             *("--total_episodes", "320", "--rollout_batch_size", "32"),
             *("--learning_rate", "3e-3"),
             *("--save_steps", "0", "--report_to", "none"),

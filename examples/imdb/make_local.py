@@ -1,6 +1,6 @@
-"""Stand-ins for what the recipes fetch from the hub, made here of a file of labelled texts.
+"""Stand-ins for what the examples here fetch from the hub, made of a file of labelled texts.
 
-`python -m rlhf.recipes.make_local DATA FOLDER` reads DATA, with columns `text` and `label`
+`python examples/imdb/make_local.py DATA FOLDER` reads DATA, with columns `text` and `label`
 ("positive" or "negative"), and leaves in FOLDER what the hub has as lvwerra/gpt2-imdb (`gpt2`, a
 small GPT-2 tuned on the texts, and as it was before, `gpt2-untrained`), lvwerra/distilbert-imdb
 (`distilbert`, a classifier of their sentiment) and stanfordnlp/imdb (`imdb`, the data as `datasets`

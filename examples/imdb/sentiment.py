@@ -1,4 +1,4 @@
-"""Sentiment classifiers as reward functions: `rlhf.recipes.sentiment:MODEL`, where MODEL is the
+"""Sentiment classifiers as reward functions: `examples/imdb/sentiment.py:MODEL`, where MODEL is the
 folder or hub id of a classifier with a label POSITIVE, such as lvwerra/distilbert-imdb.
 
 The score of a completion is the classifier's raw score (its logit) of that label for the prompt

@@ -1,8 +1,8 @@
 """Positive film reviews with the classic API: a GPT-2 tuned on reviews continues their first words,
 a sentiment classifier scores what it writes, and PPO makes it write what scores well.
 
-The same experiment through `rlhf ppo` is `gpt2-imdb.yaml`. Without a hub, `rlhf.recipes.make_local`
-makes models and data that stand in for those named here.
+The same experiment through `rlhf ppo` is `gpt2-imdb.yaml`. Without a hub, `make_local.py` makes
+models and data that stand in for those named here.
 """
 
 import sys
@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from rich.progress import track
+from sentiment import positive_scorer
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
 from rlhf.classic import AutoModelForCausalLMWithValueHead, LengthSampler, PPOConfig, PPOTrainer
 from rlhf.data.columns import load_columns
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
-from rlhf.recipes.sentiment import positive_scorer
 from rlhf.run.files import disk_errors
 
 PROMPT_TOKENS = (2, 8)
