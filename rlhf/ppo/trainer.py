@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ppo_kernels import gae, masked_mean, masked_whiten, value_loss
+from ppo_kernels import masked_mean, value_loss
 from rlhf import distributed
 from rlhf.config.ppo import PPOConfig
 from rlhf.data.loaders import Prompts, load_prompts
@@ -37,6 +37,7 @@ from rlhf.models.proof import prove_policy, prove_scorer
 from rlhf.models.truncation import KeptIds, make_filters
 from rlhf.optim import clip_gradients, make_optimizer, resume_schedule
 from rlhf.ppo.adaptive import KLController, ScoreScaler
+from rlhf.ppo.advantages import estimate_advantages
 from rlhf.ppo.metrics import Batch
 from rlhf.rewards.loading import check_rewards, critic_path, load_rewards
 from rlhf.rewards.scoring import Samples, Scores, score_samples
@@ -214,15 +215,7 @@ class PPOTrainer:
             self.kl_controller.kl_coef,
             config.kl_estimator,
         )
-        advantages, returns = gae(
-            masked_whiten(rewards, mask) if config.whiten_rewards else rewards,
-            experience.values,
-            mask,
-            gamma=config.gamma,
-            lam=config.lam,
-        )
-        if config.whiten_advantages:
-            advantages = masked_whiten(advantages, mask)
+        advantages, returns = estimate_advantages(rewards, experience.values, mask, config)
         return Batch(responses, experience, scores, shaped, rewards, advantages, returns)
 
     def update(self, batch: Batch) -> list[dict[str, Tensor]]:
