@@ -658,7 +658,7 @@ def test_a_kill_anywhere_while_a_checkpoint_is_taken_over(run, make_config, tmp_
 IN_ANOTHER_PROCESS = """
 import sys
 from rlhf.run.checkpoints import open_run
-from rlhf.config.training import PPOConfig
+from rlhf.config.ppo import PPOConfig
 
 config = PPOConfig(
     model_name_or_path="model",

@@ -108,7 +108,7 @@ def test_an_interrupt_in_the_first_seconds_is_one_line(module, tmp_path):
 def test_an_interrupt_that_the_parent_ignores_stays_ignored():
     command = f"trap '' INT; {sys.executable} -c 'PROGRAM'"
     program = (
-        "import os, signal; from rlhf import signals; signals.interrupt_at_once([]); "
+        "import os, signal; from rlhf.run import signals; signals.interrupt_at_once([]); "
         "signals.catch(); os.kill(os.getpid(), signal.SIGINT); print(signals.received())"
     )
     shell = ["sh", "-c", command.replace("PROGRAM", program)]

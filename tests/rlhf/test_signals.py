@@ -235,7 +235,7 @@ def python(program: str, **environment: str) -> subprocess.Popen:
         [
             sys.executable,
             "-c",
-            f"import os, signal, sys, time; from rlhf import signals\n{program}",
+            f"import os, signal, sys, time; from rlhf.run import signals\n{program}",
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
