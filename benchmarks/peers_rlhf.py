@@ -71,11 +71,11 @@ def make_trainer(folder: Path, vocab_size: int = MODEL["vocab_size"], **options)
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf.config import PPOConfig
-    from rlhf.models import load_scorer
-    from rlhf.state import save_model
-    from rlhf.tasks.base import write_jsonl
-    from rlhf.trainer import PPOTrainer
+    from rlhf.config.ppo import PPOConfig
+    from rlhf.demo.base import write_jsonl
+    from rlhf.models.passes import load_scorer
+    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.run.state import save_model
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer(vocab_size)

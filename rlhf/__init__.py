@@ -1,1 +1,28 @@
-"""RLHF from end to end: supervised fine-tuning, a reward model, and PPO."""
+"""RLHF from end to end: supervised fine-tuning, a reward model, and PPO.
+
+Each public name is imported from its module when it is asked for: `import rlhf` needs no torch.
+"""
+
+import importlib
+
+# Public name -> the module that has it.
+_MODULES = {
+    "train_sft": "rlhf.sft",
+    "train_reward": "rlhf.reward_model",
+    "train_ppo": "rlhf.ppo.train",
+    "SFTConfig": "rlhf.config.training",
+    "RewardConfig": "rlhf.config.training",
+    "PPOConfig": "rlhf.config.ppo",
+    "UserError": "rlhf.errors",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

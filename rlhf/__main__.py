@@ -3,8 +3,8 @@
 import os
 import sys
 
-from rlhf import signals
-from rlhf.processes import world_size
+from rlhf.run import signals
+from rlhf.run.processes import world_size
 
 
 def main() -> int:

@@ -1,7 +1,4 @@
-"""The command line: `rlhf sft | reward | ppo | generate | evaluate | report | demo | config | env`.
-
-What a command runs is imported when its options are right, for torch takes seconds.
-"""
+"""Command line: `rlhf sft | reward | ppo | generate | evaluate | report | demo | config | env`."""
 
 import argparse
 import errno
@@ -10,41 +7,73 @@ import os
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-from rlhf import config
+from rlhf.config.fields import Options, expand
+from rlhf.config.inference import EvaluateConfig, GenerateConfig
+from rlhf.config.parser import CommandParser, Parser, default, describe, is_required, sections
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
 from rlhf.errors import UserError
-from rlhf.inference_config import EvaluateConfig, GenerateConfig
-from rlhf.options import Options, expand
-from rlhf.parser import CommandParser, Parser, default, describe, is_required, sections
-from rlhf.processes import world_size
-from rlhf.signals import Stopped
-from rlhf.terminal import complain, say
+from rlhf.run.processes import world_size
+from rlhf.run.signals import Stopped
+from rlhf.run.terminal import complain, say
 
 # GNU OpenMP's threads spin while they wait. On a machine with another busy process that makes small
 # models tens of times slower, and asleep they cost next to nothing. It must be set before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-STAGES = {
-    "sft": (config.SFTConfig, "Supervised fine-tuning of a causal language model."),
-    "reward": (config.RewardConfig, "A reward model from preferences."),
-    "ppo": (config.PPOConfig, "PPO of a policy against rewards."),
+
+class Command(NamedTuple):
+    """What a command runs, module:function, which is imported when its options are right, for torch
+    takes seconds; a line of help; and its configuration, if it has one."""
+
+    function: str
+    about: str
+    config: type[Options] | None = None
+
+
+COMMANDS = {
+    "sft": Command(
+        "rlhf.sft:train_sft", "Supervised fine-tuning of a causal language model.", SFTConfig
+    ),
+    "reward": Command(
+        "rlhf.reward_model:train_reward", "A reward model from preferences.", RewardConfig
+    ),
+    "ppo": Command("rlhf.ppo.train:train_ppo", "PPO of a policy against rewards.", PPOConfig),
+    "generate": Command(
+        "rlhf.inference.generate:run",
+        "Completions of prompts by a model, in a JSONL file.",
+        GenerateConfig,
+    ),
+    "evaluate": Command(
+        "rlhf.inference.evaluate:run",
+        "Two policies on the same prompts, compared by judges.",
+        EvaluateConfig,
+    ),
+    "report": Command(
+        "rlhf.report.page:main", "One self-contained HTML page of a run's or a demo's folder."
+    ),
+    "demo": Command(
+        "rlhf.demo.command:main",
+        "All stages on a small built-in task or a labelled file; counting; CartPole-v1.",
+    ),
+    "config": Command(
+        "rlhf.cli:print_config", "Print a commented YAML file with every option of a command."
+    ),
+    "env": Command(
+        "rlhf.report.env:main",
+        "Versions, devices and backends: what to put into a bug report.",
+    ),
 }
-CONFIGURED = STAGES | {
-    "generate": (GenerateConfig, "Completions of prompts by a model, in a JSONL file."),
-    "evaluate": (EvaluateConfig, "Two policies on the same prompts, compared by judges."),
-}
-OTHERS = {
-    "report": "One self-contained HTML page of a run's or a demo's folder.",
-    "demo": "All stages on a small built-in task or a labelled file; counting; CartPole-v1.",
-    "config": "Print a commented YAML file with every option of a command.",
-    "env": "Versions, devices and backends: what to put into a bug report.",
-}
+STAGES = ("sft", "reward", "ppo")
+CONFIGURED = [name for name, command in COMMANDS.items() if command.config is not None]
 COLUMNS = 96
 
 
@@ -52,16 +81,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for an error of the user, 128 + its number for
     a signal."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {name: text for name, (_, text) in CONFIGURED.items()} | OTHERS
     parser = Parser(
         prog="rlhf",
         description=__doc__.splitlines()[0],
-        epilog="\n".join(f"{name:8} {text}" for name, text in commands.items())
+        epilog="\n".join(f"{name:8} {command.about}" for name, command in COMMANDS.items())
         + "\n\nOptions of a command: rlhf COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    parser.add_argument("command", choices=commands, nargs="?")
+    parser.add_argument("command", choices=COMMANDS, nargs="?")
     given = parser.parse_args(argv[:1])
     if given.version:
         print(f"rlhf {importlib.import_module('ppo_kernels').__version__}")
@@ -75,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     elif command in CONFIGURED:
         run = run_configured
     else:
-        run = run_config if command == "config" else run_module
+        run = print_config if command == "config" else run_module
     try:
         with quiet_writer_threads():
             return run(command, argv[1:])
@@ -125,17 +153,23 @@ def quiet_libraries() -> None:
     huggingface_hub.logging.set_verbosity_error()
 
 
+def load(command: str) -> Callable:
+    """The function that a command runs."""
+    module, _, function = COMMANDS[command].function.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def run_module(command: str, argv: list[str]) -> int:
-    parser = Parser(prog=f"rlhf {command}", description=OTHERS[command])
+    parser = Parser(prog=f"rlhf {command}", description=COMMANDS[command].about)
     check_one_process(command)
     quiet_libraries()
-    module = importlib.import_module(f"rlhf.{command}")
-    module.add_arguments(parser)
-    return module.main(parser.parse_args(argv))
+    run = load(command)
+    sys.modules[run.__module__].add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
-def run_config(command: str, argv: list[str]) -> int:
-    parser = Parser(prog=f"rlhf {command}", description=OTHERS[command])
+def print_config(command: str, argv: list[str]) -> int:
+    parser = Parser(prog=f"rlhf {command}", description=COMMANDS[command].about)
     parser.add_argument("command", choices=CONFIGURED)
     print(config_yaml(parser.parse_args(argv).command), end="")
     return 0
@@ -145,7 +179,7 @@ def run_configured(command: str, argv: list[str]) -> int:
     check_one_process(command)
     values = parse_config(command, argv)
     quiet_libraries()
-    importlib.import_module(f"rlhf.{command}").run(values)
+    load(command)(values)
     return 0
 
 
@@ -166,16 +200,15 @@ def run_stage(stage: str, argv: list[str]) -> int:
             # torchrun ends all once one has ended: by itself another process might find what is
             # wrong, and end, before the main one could say so.
             stage_config = distributed.together(lambda: parse_config(stage, argv))
-        train = getattr(importlib.import_module(f"rlhf.{stage}"), f"train_{stage}")
-        metrics = train(stage_config)
+        metrics = load(stage)(stage_config)
         say(f"{stage_config.output_dir}: done in {metrics['seconds']:.0f} s")
     return 0
 
 
 def parse_config(command: str, argv: list[str]) -> Options:
     """The command's configuration from `[--config FILE] [--key value ...]`; the latter wins."""
-    config_class, description = CONFIGURED[command]
-    parser = CommandParser(command, config_class, description)
+    _, about, config_class = COMMANDS[command]
+    parser = CommandParser(command, config_class, about)
     file = parser.parse(argv)["config"]
     if file is not None:
         parser.set_defaults(**parser.read(Path(expand("config", file))))
@@ -194,8 +227,8 @@ def parse_config(command: str, argv: list[str]) -> Options:
 
 def config_yaml(command: str) -> str:
     """A file for --config that gives every option its default, under its help as a comment."""
-    config_class, description = CONFIGURED[command]
-    text = f"# {description} Use: rlhf {command} --config FILE\n# null is as good as nothing.\n"
+    _, about, config_class = COMMANDS[command]
+    text = f"# {about} Use: rlhf {command} --config FILE\n# null is as good as nothing.\n"
     for title, section in sections(config_class).items():
         text += "\n\n" + f"# {title} ".ljust(COLUMNS, "-") + "\n"
         for field in section:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.processes import is_main, rank, world_size
+from rlhf.run.processes import is_main, rank, world_size
 
 Result = TypeVar("Result")
 

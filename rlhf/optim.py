@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from rlhf.config import TrainConfig
+from rlhf.config.training import TrainConfig
 from rlhf.errors import UserError
 
 

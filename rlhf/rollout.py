@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kernels import kl_estimate
 from rlhf import distributed
-from rlhf.batches import pad
-from rlhf.config import PPOConfig
-from rlhf.generation import Decoding, Stopping, generate
-from rlhf.heads import ActorCritic, TokenLogits, TokenStates
-from rlhf.models import autocast
-from rlhf.options import ResponseOptions
-from rlhf.seam import decode_completions
-from rlhf.truncation import KeptIds, KeptTokenLogits, make_filters
+from rlhf.config.fields import ResponseOptions
+from rlhf.config.ppo import PPOConfig
+from rlhf.data.padding import pad
+from rlhf.data.seam import decode_completions
+from rlhf.models.generation import Decoding, Stopping, generate
+from rlhf.models.heads import ActorCritic, TokenLogits, TokenStates
+from rlhf.models.passes import autocast
+from rlhf.models.truncation import KeptIds, KeptTokenLogits, make_filters
 
 
 class Draws(NamedTuple):

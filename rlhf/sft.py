@@ -8,22 +8,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ppo_kernels import masked_mean, token_logprobs
 from rlhf import distributed
-from rlhf.batches import pad
-from rlhf.card import write_card
-from rlhf.config import SFTConfig
-from rlhf.data import Text, load_texts
-from rlhf.loading import load_causal_lm, load_tokenizer
-from rlhf.metrics import MetricsLog, plot_metrics
-from rlhf.models import (
-    autocast,
-    check_fits,
-    default_device,
-    enable_gradient_checkpointing,
-)
-from rlhf.progress import num_passes
-from rlhf.proof import prove_causal
-from rlhf.safe_points import SafePoints, stoppable
-from rlhf.saving import Checkpoints, is_due
+from rlhf.config.training import SFTConfig
+from rlhf.data.loaders import Text, load_texts
+from rlhf.data.padding import pad
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.passes import autocast, check_fits, default_device, enable_gradient_checkpointing
+from rlhf.models.proof import prove_causal
+from rlhf.report.card import write_card
+from rlhf.run.metrics import MetricsLog, plot_metrics
+from rlhf.run.progress import num_passes
+from rlhf.run.safe_points import SafePoints, stoppable
+from rlhf.run.saving import Checkpoints, is_due
 from rlhf.supervised import SupervisedTrainer
 
 SHOWN = ("loss", "eval/loss", "eval/perplexity", "tokens_per_second", "lr")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rlhf import distributed
-from rlhf.batches import Batches
-from rlhf.config import SupervisedConfig
+from rlhf.config.training import SupervisedConfig
+from rlhf.data.batches import Batches
 from rlhf.errors import UserError
-from rlhf.metrics import to_floats
 from rlhf.optim import clip_gradients, make_optimizer, resume_schedule
-from rlhf.state import hash_data
+from rlhf.run.metrics import to_floats
+from rlhf.run.state import hash_data
 
 
 class SupervisedTrainer:

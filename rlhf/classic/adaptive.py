@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf.adaptive import Moments, adapt
+from rlhf.ppo.adaptive import Moments, adapt
 
 
 class FixedKLController:
@@ -17,7 +17,7 @@ class FixedKLController:
 
 
 class AdaptiveKLController(FixedKLController):
-    """A KL coefficient that adapts to a target (`rlhf.adaptive.adapt`)."""
+    """A KL coefficient that adapts to a target (`rlhf.ppo.adaptive.adapt`)."""
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float):
         super().__init__(init_kl_coef)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.batches import pad
 from rlhf.classic import checks
 from rlhf.classic.model import AutoModelForCausalLMWithValueHead
+from rlhf.data.padding import pad
 from rlhf.errors import UserError
 
 

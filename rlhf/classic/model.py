@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.generation import cache_keyword
-from rlhf.loading import account_for
-from rlhf.models import enable_gradient_checkpointing, freeze
+from rlhf.models.generation import cache_keyword
+from rlhf.models.passes import enable_gradient_checkpointing, freeze
+from rlhf.models.weights import account_for
 
 # Options that TRL took for models which are not trained as a whole.
 REFUSED = ("peft_config", "reward_adapter", "load_in_8bit", "load_in_4bit")

@@ -33,8 +33,8 @@ from rlhf.classic.logs import make_tracker
 from rlhf.classic.model import AutoModelForCausalLMWithValueHead, create_reference_model
 from rlhf.classic.stats import describe_minibatch, describe_step, deviation
 from rlhf.errors import UserError
-from rlhf.models import checkpointed, default_device, enable_gradient_checkpointing, freeze
-from rlhf.state import save_model
+from rlhf.models.passes import checkpointed, default_device, enable_gradient_checkpointing, freeze
+from rlhf.run.state import save_model
 
 COLUMNS = ("input_ids", "attention_mask", "label", "query", "response")
 

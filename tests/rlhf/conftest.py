@@ -15,12 +15,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf.loading import load_scorer
-from rlhf.reward import train_reward
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
+from rlhf.demo.base import write_jsonl
+from rlhf.models.loading import load_scorer
+from rlhf.reward_model import train_reward
+from rlhf.run.state import save_model
 from rlhf.sft import train_sft
-from rlhf.state import save_model
-from rlhf.tasks.base import write_jsonl
 
 GOOD, BAD = ("good", "fine", "great"), ("bad", "dull", "weak")
 WORDS = ("<pad>", "<bos>", "<eos>", "film", "plot", "is", ".", *GOOD, *BAD)

@@ -83,8 +83,8 @@ def run_noting_phases(config: Path, phase: Phase) -> int:
     import torch
 
     from rlhf import cli
-    from rlhf.saving import Checkpoints
-    from rlhf.trainer import PPOTrainer
+    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.run.saving import Checkpoints
 
     torch.set_num_threads(1)
     phase.wrap(PPOTrainer, "sample", "rollout", lambda args: args[0])

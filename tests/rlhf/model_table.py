@@ -29,15 +29,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import rlhf.generate
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
+import rlhf.inference.generate
+from rlhf.config.inference import GenerateConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
+from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError, one_line
-from rlhf.inference_config import GenerateConfig
-from rlhf.loading import quiet, restore_padding
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
+from rlhf.models.weights import quiet, restore_padding
+from rlhf.ppo.train import train_ppo
+from rlhf.reward_model import train_reward
 from rlhf.sft import train_sft
-from rlhf.tasks.base import write_jsonl
 from tests.rlhf.conftest import BAD, GOOD, WORDS, make_tokenizer
 from tests.rlhf.tiny_models import NOT_BUILT, make_model, model_types
 
@@ -123,7 +124,7 @@ def check_samples(model: PreTrainedModel, folder: Path, data: Path) -> None:
         sample_response_length=True,
         temperature=1e-5,
     )
-    rows = rlhf.generate.run(config)
+    rows = rlhf.inference.generate.run(config)
     if len({row["tokens"] for row in rows}) <= 2:
         raise Fault("all completions are of one length: the rows that end early are not tried")
     tokenizer = make_tokenizer()

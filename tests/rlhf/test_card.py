@@ -10,9 +10,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rlhf.card import write_card
 from rlhf.cli import main
-from rlhf.ppo import train_ppo
+from rlhf.ppo.train import train_ppo
+from rlhf.report.card import write_card
 
 
 @pytest.fixture(scope="module")

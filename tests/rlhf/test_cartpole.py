@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("gymnasium", reason='gymnasium is missing: pip install "ppo_kernels[gym]"')
 
-from rlhf.tasks import cartpole
-from rlhf.tasks.cartpole import GAMMA, LAM, advantages_and_returns, run_cartpole
+from rlhf.demo import cartpole
+from rlhf.demo.cartpole import GAMMA, LAM, advantages_and_returns, run_cartpole
 
 
 def test_where_time_was_up_the_last_value_counts_and_where_the_pole_fell_it_does_not():

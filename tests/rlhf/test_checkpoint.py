@@ -28,22 +28,16 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from rlhf import checkpoint as module
-from rlhf import files
-from rlhf.checkpoint import Run, open_run, rotate_checkpoints, save_checkpoint
-from rlhf.config import PPOConfig, SFTConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import SFTConfig
 from rlhf.errors import UserError
-from rlhf.folder import MARKER
-from rlhf.generators import random_state, set_random_state
-from rlhf.manifest import Best, checkpoint_damage, read_manifest
-from rlhf.state import (
-    hash_data,
-    hash_weights,
-    load_state,
-    load_weights,
-    save_model,
-    save_state,
-)
+from rlhf.run import checkpoints as module
+from rlhf.run import files
+from rlhf.run.checkpoints import Run, open_run, rotate_checkpoints, save_checkpoint
+from rlhf.run.folder import MARKER
+from rlhf.run.generators import random_state, set_random_state
+from rlhf.run.manifest import Best, checkpoint_damage, read_manifest
+from rlhf.run.state import hash_data, hash_weights, load_state, load_weights, save_model, save_state
 
 WEIGHTS = "model.safetensors"
 SMALL = {
@@ -663,8 +657,8 @@ def test_a_kill_anywhere_while_a_checkpoint_is_taken_over(run, make_config, tmp_
 
 IN_ANOTHER_PROCESS = """
 import sys
-from rlhf.checkpoint import open_run
-from rlhf.config import PPOConfig
+from rlhf.run.checkpoints import open_run
+from rlhf.config.ppo import PPOConfig
 
 config = PPOConfig(
     model_name_or_path="model",
@@ -781,6 +775,26 @@ def test_options_that_this_version_added_count_as_their_default(run, make_config
     another = "written by another version, which had the option magic: go on with that version"
     with pytest.raises(UserError, match=another):
         open_run(make_config(resume_from_checkpoint="auto"), "ppo")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rlhf.tasks.reviews:gold", "rlhf.demo.reviews:gold"),
+        ("rlhf.recipes.sentiment:me/it", "examples/imdb/sentiment.py:me/it"),
+    ],
+)
+def test_a_run_goes_on_whose_reward_function_has_moved(run, make_config, old, new):
+    """Under the name that stands in its configuration, and under the new one."""
+    stored = yaml.safe_load((run.output_dir / "ppo.yaml").read_text())
+    (run.output_dir / "ppo.yaml").write_text(yaml.safe_dump(stored | {"reward_funcs": [old]}))
+    save(run, 2)
+    for name in (old, new, new.replace("examples/imdb", "elsewhere")):
+        config = make_config(resume_from_checkpoint="auto", reward_funcs=[name])
+        assert step_of(open_run(config, "ppo")) == 2
+    assert make_config(reward_funcs=[old]).reward_funcs == [new]
+    with pytest.raises(UserError, match="belongs to another configuration: reward_funcs is"):
+        open_run(make_config(resume_from_checkpoint="auto", reward_funcs=["mine:gold"]), "ppo")
 
 
 @pytest.mark.parametrize(

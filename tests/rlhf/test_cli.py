@@ -12,12 +12,12 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.checkpoint import checkpoint_damage
-from rlhf.cli import CONFIGURED, STAGES, main, parse_config, sections
-from rlhf.config import PPOConfig
+from rlhf.cli import COMMANDS, CONFIGURED, STAGES, main, parse_config, sections
+from rlhf.config.fields import SECTIONS
+from rlhf.config.ppo import PPOConfig
+from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
-from rlhf.options import SECTIONS
-from rlhf.tasks.base import write_jsonl
+from rlhf.run.checkpoints import checkpoint_damage
 
 REQUIRED = {
     "sft": ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"],
@@ -150,7 +150,7 @@ def test_a_list_option_given_twice_collects_what_it_was_given(tmp_path):
 def test_headings_stand_in_their_order():
     titles = list(sections(PPOConfig))
     assert titles == [*SECTIONS] and titles[0] == "Models and data" and titles[-1] == "Responses"
-    assert "Learning" not in sections(CONFIGURED["generate"][0])
+    assert "Learning" not in sections(COMMANDS["generate"].config)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_config_prints_a_file_of_all_defaults(stage, tmp_path, capsys):
     assert main(["config", stage]) == 0
     text = capsys.readouterr().out
     (tmp_path / "all.yaml").write_text(text)
-    config_class, _ = CONFIGURED[stage]
+    config_class = COMMANDS[stage].config
     required = [
         f"--{field.name}"
         for field in dataclasses.fields(config_class)
@@ -276,9 +276,10 @@ def test_the_file_of_a_run_is_one_to_run(options, parse_yaml, tmp_path):
     assert parse_config("ppo", ["--config", str(tmp_path / "run.yaml")]) == config
 
 
-@pytest.mark.parametrize(("config", "_"), CONFIGURED.values())
-def test_every_option_is_documented(config, _):
-    assert all(len(field.metadata["help"]) > 10 for field in dataclasses.fields(config))
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_every_option_is_documented(command):
+    fields = dataclasses.fields(COMMANDS[command].config)
+    assert all(len(field.metadata["help"]) > 10 for field in fields)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -292,7 +293,7 @@ def test_help(stage, width, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert width - 12 < max(map(len, lines)) <= width
     starts = [line.split()[0] for line in lines if line.startswith("  --")]
-    fields = dataclasses.fields(CONFIGURED[stage][0])
+    fields = dataclasses.fields(COMMANDS[stage].config)
     assert sorted(starts) == sorted(["--config", *(f"--{field.name}" for field in fields)])
     headings = [line.removesuffix(":") for line in lines if line and line[0].isupper()]
     for field in fields:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import terminal
 from rlhf.cli import main, parse_config, quiet_writer_threads
+from rlhf.config.fields import expand
 from rlhf.errors import UserError, quote
-from rlhf.options import expand
+from rlhf.run import terminal
 
 REQUIRED = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o", "--reward_funcs=r"]
 
@@ -89,7 +89,9 @@ def test_an_option_may_be_a_switch_a_list_or_none():
 # Ctrl-C before there is anything to save
 
 
-@pytest.mark.parametrize("module", ["rlhf.options", "numpy", "torch", "torch.nn", "transformers"])
+@pytest.mark.parametrize(
+    "module", ["rlhf.config.fields", "numpy", "torch", "torch.nn", "transformers"]
+)
 def test_an_interrupt_in_the_first_seconds_is_one_line(module, tmp_path):
     """As soon as the module has been imported, and while the next one is."""
     argv = ["demo", f"--output_dir={tmp_path / 'demo'}", "--task=counting"]
@@ -106,7 +108,7 @@ def test_an_interrupt_in_the_first_seconds_is_one_line(module, tmp_path):
 def test_an_interrupt_that_the_parent_ignores_stays_ignored():
     command = f"trap '' INT; {sys.executable} -c 'PROGRAM'"
     program = (
-        "import os, signal; from rlhf import signals; signals.interrupt_at_once([]); "
+        "import os, signal; from rlhf.run import signals; signals.interrupt_at_once([]); "
         "signals.catch(); os.kill(os.getpid(), signal.SIGINT); print(signals.received())"
     )
     shell = ["sh", "-c", command.replace("PROGRAM", program)]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data import load_prompts
-from rlhf.loading import load_causal_lm, load_tokenizer
-from rlhf.ppo import train_ppo
-from rlhf.tasks import counting
+from rlhf.data.loaders import load_prompts
+from rlhf.demo import counting
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.ppo.train import train_ppo
 
 
 def test_the_world(tmp_path):

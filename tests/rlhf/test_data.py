@@ -16,20 +16,16 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.batches import Batches, pad
-from rlhf.columns import load_columns
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf.data import (
-    Text,
-    load_prompts,
-    load_rankings,
-    load_texts,
-    prompt_ids,
-)
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
+from rlhf.data.batches import Batches
+from rlhf.data.columns import load_columns
+from rlhf.data.loaders import Text, load_prompts, load_rankings, load_texts, prompt_ids
+from rlhf.data.padding import pad
+from rlhf.demo.base import train_tokenizer, write_jsonl
 from rlhf.errors import UserError
-from rlhf.loading import load_causal_lm
+from rlhf.models.loading import load_causal_lm
 from rlhf.sft import count_learnt, token_loss
-from rlhf.tasks.base import train_tokenizer, write_jsonl
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzINST[]/?! \n"

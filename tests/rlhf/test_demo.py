@@ -8,16 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf import demo
 from rlhf.cli import main
+from rlhf.demo import command as demo
+from rlhf.demo.labelled import LABELS
 from rlhf.errors import UserError
-from rlhf.tasks.labelled import LABELS
 from tests.rlhf.test_tasks import examples, write
 
 REVIEWS = demo.ReviewsSizes(
@@ -192,7 +188,7 @@ def test_contradicting_options_are_one_line(options, named, tmp_path, capsys):
 
 def test_without_gymnasium_the_message_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    monkeypatch.delitem(sys.modules, "rlhf.tasks.cartpole", raising=False)
+    monkeypatch.delitem(sys.modules, "rlhf.demo.cartpole", raising=False)
     assert main(["demo", "--task", "cartpole", "--output_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert 'pip install "ppo_kernels[gym]"' in error and error.count("\n") == 1
@@ -207,7 +203,7 @@ def test_every_seed_is_held_against_the_threshold(
     task = SimpleNamespace(
         THRESHOLD=475.0, run_cartpole=lambda seed: {"return": returns[seed], "seconds": 1.5}
     )
-    monkeypatch.setitem(sys.modules, "rlhf.tasks.cartpole", task)
+    monkeypatch.setitem(sys.modules, "rlhf.demo.cartpole", task)
     arguments = ["demo", "--task", "cartpole", "--seed", "5", "--seeds", "3"]
     arguments += ["--output_dir", str(tmp_path / "run")]
     assert main(arguments) == code

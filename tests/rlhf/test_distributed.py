@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from rlhf import cli
-from rlhf.config import PPOConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.errors import UserError
 from rlhf.optim import clip_gradients
 from tests.rlhf.test_ppo import records
@@ -68,7 +68,7 @@ def assert_close(actual: list[dict], expected: list[dict]) -> None:
 
 def test_world_size_invariance(config_file, ppo_config, tmp_path, world):
     """Metrics (to 1e-6) and weights of two processes are those of one."""
-    from rlhf.ppo import train_ppo
+    from rlhf.ppo.train import train_ppo
 
     options = WHOLE_RUN | {"eval_dataset_name": str(world / "prompts.jsonl"), "save_steps": 2}
     file = config_file(**options)

@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from rlhf.cli import main
+from rlhf.config.inference import EvaluateConfig
+from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
-from rlhf.evaluate import judge_figures, run, show
-from rlhf.inference_config import EvaluateConfig
-from rlhf.intervals import mean_interval, win_rate_interval
+from rlhf.inference.evaluate import judge_figures, run, show
+from rlhf.inference.intervals import mean_interval, win_rate_interval
+from rlhf.rewards.scoring import Samples
 from rlhf.rollout import Responses
-from rlhf.scores import Samples
-from rlhf.tasks.base import write_jsonl
 from tests.rlhf.conftest import GOOD, WORDS
 
 NAN = math.nan
@@ -302,7 +302,7 @@ def printed(monkeypatch):
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
         monkeypatch.setattr(
-            "rlhf.evaluate.Console",
+            "rlhf.inference.evaluate.Console",
             lambda **options: Console(file=file, width=99, _environ=environment, **options),
         )
         answers = {"tokens": 1.0, "characters": 1.0, "ended": 1.0}

@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import files
-from rlhf.files import create, is_leftover, open_to_append, open_to_read, saving_name, write_file
-from rlhf.iteration import write_completions
-from rlhf.metrics import MetricsLog, plot_metrics
+from rlhf.ppo.metrics import write_completions
+from rlhf.run import files
+from rlhf.run.files import (
+    create,
+    is_leftover,
+    open_to_append,
+    open_to_read,
+    saving_name,
+    write_file,
+)
+from rlhf.run.metrics import MetricsLog, plot_metrics
 
 
 def test_temporary_names_are_new_each_time_and_known_as_leftovers(tmp_path):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.batches import pad
+from rlhf.data.padding import pad
 from rlhf.errors import UserError
-from rlhf.functions import call, load_function
-from rlhf.generators import random_state, seed_all, set_random_state
-from rlhf.ppo import train_ppo
-from rlhf.rewards import FunctionReward
+from rlhf.ppo.train import train_ppo
+from rlhf.rewards.functions import call, load_function
+from rlhf.rewards.kinds import FunctionReward
+from rlhf.rewards.scoring import Samples, score_apart
 from rlhf.rollout import Responses
-from rlhf.scores import Samples, score_apart
+from rlhf.run.generators import random_state, seed_all, set_random_state
 
 
 @pytest.fixture

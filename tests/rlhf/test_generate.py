@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli import main
+from rlhf.config.inference import GenerateConfig
+from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
-from rlhf.generate import run
-from rlhf.inference_config import GenerateConfig
-from rlhf.tasks.base import write_jsonl
+from rlhf.inference.generate import run
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_folder_that_takes_no_files_is_named_before_anything_is_sampled(config
     """Linux's own: nobody may write there, root neither."""
     if not Path("/proc/self").is_dir():
         pytest.skip("no /proc")
-    monkeypatch.setattr("rlhf.generate.Policy", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("rlhf.inference.generate.Policy", lambda *_: pytest.fail("too late"))
     for name in ("answers.jsonl", "new/answers.jsonl"):
         with pytest.raises(UserError, match=rf"cannot write output_file /proc/self/{name}: "):
             run(config(output_file=f"/proc/self/{name}"))

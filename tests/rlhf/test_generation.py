@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.batches import pad
-from rlhf.config import PPOConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.data.padding import pad
+from rlhf.demo.base import train_tokenizer
 from rlhf.errors import UserError
-from rlhf.generation import Decoding, Stopping, cache_keyword, generate, sample_tokens
-from rlhf.loading import load_causal_lm
-from rlhf.models import positions
-from rlhf.tasks.base import train_tokenizer
+from rlhf.models.generation import Decoding, Stopping, cache_keyword, generate, sample_tokens
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.passes import positions
 
 EOS, PAD = 2, 0
 PROMPTS = [[3], [4, 5], [3, 5, 7], [1, 4, 5, 8, 6]]

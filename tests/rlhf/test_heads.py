@@ -5,14 +5,14 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf import heads
 from rlhf.errors import UserError
-from rlhf.generation import Stopping
-from rlhf.heads import HiddenHead, LogitsHead, make_head
-from rlhf.loading import load_causal_lm
+from rlhf.models import heads
+from rlhf.models.generation import Stopping
+from rlhf.models.heads import HiddenHead, LogitsHead, make_head
+from rlhf.models.loading import load_causal_lm
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rollout import Responses
-from rlhf.state import save_model
-from rlhf.trainer import PPOTrainer
+from rlhf.run.state import save_model
 from tests.rlhf.conftest import WORDS
 from tests.rlhf.test_ppo import collect
 
@@ -151,9 +151,9 @@ def test_a_head_that_does_otherwise_keeps_its_logits(monkeypatch, stopping, save
         assert type(make_head("logits", model, stopping)) is LogitsHead
 
 
-def test_a_soft_cap_that_small_logits_cannot_prove_is_no_recipe():
+def test_a_soft_cap_that_small_logits_cannot_prove_is_no_rule():
     small = SIZES | {"initializer_range": 0.02, "final_logit_softcapping": 30.0}
-    assert heads.find_recipe(LlamaForCausalLM(LlamaConfig(**small))) is None
+    assert heads.find_rule(LlamaForCausalLM(LlamaConfig(**small))) is None
 
 
 def test_auto_takes_hidden_states_of_large_vocabularies(stopping, capsys):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import demo
+from rlhf.demo import command as demo
 from rlhf.errors import UserError
-from rlhf.files import lock_folder
-from rlhf.folder import MARKER
+from rlhf.run.files import lock_folder
+from rlhf.run.folder import MARKER
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from rlhf.files import lock_folder
+from rlhf.run.files import lock_folder
 
 lock_folder(Path(sys.argv[1]))
 helper = os.fork() if len(sys.argv) > 2 else None

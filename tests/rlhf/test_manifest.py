@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 
-from rlhf import manifest as module
-from rlhf.checkpoint import open_run
-from rlhf.config import SFTConfig
+from rlhf.config.training import SFTConfig
 from rlhf.errors import UserError
-from rlhf.manifest import checkpoint_damage, metrics_line
-from rlhf.metrics import read_metrics, write_csv
-from rlhf.report import write_report
+from rlhf.report.page import write_report
+from rlhf.run import manifest as module
+from rlhf.run.checkpoints import open_run
+from rlhf.run.manifest import checkpoint_damage, metrics_line
+from rlhf.run.metrics import read_metrics, write_csv
 from rlhf.sft import train_sft
 from tests.rlhf.test_checkpoint import save, write_parts
 

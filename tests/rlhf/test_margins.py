@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.batches import pad
-from rlhf.config import RewardConfig
-from rlhf.data import Ranking, load_rankings
+from rlhf.config.training import RewardConfig
+from rlhf.data.loaders import Ranking, load_rankings
+from rlhf.data.padding import pad
+from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
-from rlhf.loading import load_scorer
-from rlhf.models import sequence_scores
-from rlhf.reward import evaluate, pair_metrics, train_reward
-from rlhf.tasks.base import write_jsonl
+from rlhf.models.loading import load_scorer
+from rlhf.models.passes import sequence_scores
+from rlhf.reward_model import evaluate, pair_metrics, train_reward
 
 UNUSED = {"model_name_or_path": "unused", "dataset_name": "unused", "output_dir": "unused"}
 PAIR = {"prompt": "film", "chosen": " good", "rejected": " bad"}

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf import metrics as module
 from rlhf.errors import UserError
-from rlhf.metrics import MetricsLog, plot_metrics
-from rlhf.ppo import compare_completions, train_ppo
-from rlhf.progress import Display, num_passes
-from rlhf.reward import train_reward
+from rlhf.ppo.train import compare_completions, train_ppo
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.reward_model import train_reward
+from rlhf.run import metrics as module
+from rlhf.run.metrics import MetricsLog, plot_metrics
+from rlhf.run.progress import Display, num_passes
 from rlhf.sft import train_sft
-from rlhf.trainer import PPOTrainer
 from tests.rlhf.conftest import GOOD
 
 
@@ -193,7 +193,7 @@ def terminal(monkeypatch) -> io.StringIO:
     shown = io.StringIO()
     shown.isatty = lambda: True
     make = partial(Console, file=shown, force_terminal=True, width=100, color_system=None)
-    monkeypatch.setattr("rlhf.progress.Console", make)
+    monkeypatch.setattr("rlhf.run.progress.Console", make)
     return shown
 
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_redrawn_gets_plain_lines(
     file = io.StringIO()
     file.isatty = lambda: isatty
     make = partial(Console, file=file, _environ=environment)
-    monkeypatch.setattr("rlhf.progress.Console", make)
+    monkeypatch.setattr("rlhf.run.progress.Console", make)
     with make_log(tmp_path) as log:
         log.write(1, {"loss": 0.5})
         assert capsys.readouterr().out.startswith("ppo 1/10  loss 0.5  eta ")
@@ -291,7 +291,7 @@ def test_the_main_process_counts_what_it_alone_does(ppo_config, tmp_path, monkey
         def __exit__(self, *error):
             stages.append((self.progress.tasks[0].completed, self.progress.tasks[0].total))
 
-    monkeypatch.setattr("rlhf.ppo.Display", Watched)
+    monkeypatch.setattr("rlhf.ppo.train.Display", Watched)
     compare_completions(trainer)
     assert stages == [(32, 32)]  # two models, 3 prompts in two parts, 8 tokens
 
@@ -381,7 +381,8 @@ def test_completions_are_of_held_out_prompts_if_there_are_any(world, ppo_config,
 def test_the_report_is_made_last_of_all(ppo_config, tmp_path, monkeypatch, report_to, pages):
     there = []
     monkeypatch.setattr(
-        "rlhf.ppo.write_report", lambda folder: there.append({x.name for x in folder.iterdir()})
+        "rlhf.ppo.train.write_report",
+        lambda folder: there.append({x.name for x in folder.iterdir()}),
     )
     output_dir = tmp_path / "ppo"
     train_ppo(ppo_config(output_dir=str(output_dir), total_episodes=16, report_to=report_to))

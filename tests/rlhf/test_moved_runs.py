@@ -12,16 +12,17 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from rlhf import distributed
-from rlhf.batches import Batches
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig, TrainConfig
+from rlhf.data.batches import Batches
 from rlhf.errors import UserError
 from rlhf.optim import make_optimizer, resume_schedule
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
+from rlhf.ppo.train import train_ppo
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.reward_model import train_reward
+from rlhf.run.state import load_state
 from rlhf.sft import train_sft
-from rlhf.state import load_state
 from rlhf.supervised import SupervisedTrainer
-from rlhf.trainer import PPOTrainer
 from tests.rlhf.test_checkpoint import unlock
 from tests.rlhf.test_data import take
 from tests.rlhf.test_ppo import records

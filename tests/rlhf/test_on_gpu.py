@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ppo_kernels import dispatch
-from rlhf import demo
-from rlhf.models import default_device
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
+from rlhf.demo import command as demo
+from rlhf.models.passes import default_device
+from rlhf.ppo.train import train_ppo
+from rlhf.reward_model import train_reward
 from rlhf.sft import train_sft
 from tests.rlhf.test_demo import REVIEWS, check_models
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from rlhf.classic import AutoModelForCausalLMWithValueHead
 from rlhf.errors import UserError
-from rlhf.loading import (
+from rlhf.models.loading import (
     load_causal_lm,
     load_learning_reward_model,
     load_reward_model,
@@ -32,9 +32,9 @@ from rlhf.loading import (
     load_tokenizer,
     value_head,
 )
-from rlhf.models import check_fits, normalise_scores, sequence_scores, token_values
-from rlhf.reward import train_reward
-from rlhf.state import load_weights, save_model
+from rlhf.models.passes import check_fits, normalise_scores, sequence_scores, token_values
+from rlhf.reward_model import train_reward
+from rlhf.run.state import load_weights, save_model
 from tests.rlhf.conftest import WORDS, make_tokenizer
 from tests.rlhf.tiny_models import make_model, model_types
 
@@ -295,7 +295,7 @@ def test_the_revision_is_that_of_model_and_tokenizer(tmp_path, reward_config, mo
 
     path = save(tmp_path, LlamaForCausalLM(llama_config()))
     tokenizer = make_tokenizer()
-    monkeypatch.setattr("rlhf.loading._open", refuse)
+    monkeypatch.setattr("rlhf.models.loading._open", refuse)
     for load in (
         lambda: load_tokenizer(path, None, "v2"),
         lambda: load_causal_lm(path, revision="v2"),

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf.config import PPOConfig, TrainConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import TrainConfig
+from rlhf.demo import counting
+from rlhf.demo.base import write_jsonl
 from rlhf.optim import make_optimizer
-from rlhf.state import load_state, save_model, save_state
-from rlhf.tasks import counting
-from rlhf.tasks.base import write_jsonl
-from rlhf.trainer import PPOTrainer
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.run.state import load_state, save_model, save_state
 
 BETA1, BETA2, EPSILON, RATE, DECAY = 0.8, 0.95, 0.1, 0.03, 0.2
 

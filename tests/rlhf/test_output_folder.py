@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import demo
-from rlhf import folder as output_folder
-from rlhf.answers import check_output
-from rlhf.checkpoint import open_run, rotate_checkpoints
 from rlhf.cli import main
-from rlhf.config import PPOConfig, SFTConfig
+from rlhf.config.inference import EvaluateConfig, GenerateConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import SFTConfig
+from rlhf.demo import command as demo
 from rlhf.errors import UserError
-from rlhf.folder import MARKER, claim_output_dir, kind_of
-from rlhf.inference_config import EvaluateConfig, GenerateConfig
-from rlhf.iteration import PLOTS
-from rlhf.report import write_report
+from rlhf.inference.policy import check_output
+from rlhf.ppo.metrics import PLOTS
+from rlhf.report.page import write_report
+from rlhf.run import folder as output_folder
+from rlhf.run.checkpoints import open_run, rotate_checkpoints
+from rlhf.run.folder import MARKER, claim_output_dir, kind_of
 from tests.rlhf.test_checkpoint import save
 
 
@@ -198,7 +199,7 @@ def test_a_folder_that_holds_an_input_is_kept(run, tmp_path):
     defaults = {
         "model_name_or_path": "hub/model",
         "dataset_name": "hub/data",
-        "reward_funcs": ["rlhf.tasks.reviews:gold"],
+        "reward_funcs": ["rlhf.demo.reviews:gold"],
         "output_dir": str(run),
         "overwrite_output_dir": True,
     }
@@ -295,7 +296,7 @@ def test_a_run_that_goes_on_writes_through_no_link(tmp_path, name):
 
 
 def test_the_names_of_plots_are_known():
-    from rlhf.folder import STAGES
+    from rlhf.run.folder import STAGES
 
     assert {f"{name}.png" for name in PLOTS} <= {p.replace("\\", "") for p in STAGES["ppo"]}
 

@@ -8,25 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.batches import pad
+from rlhf.data.padding import pad
 from rlhf.errors import UserError
-from rlhf.iteration import Batch, iteration_metrics
-from rlhf.models import sequence_scores, token_values
-from rlhf.ppo import train_ppo
-from rlhf.rollout import (
-    Draws,
-    Responses,
-    sample_responses,
-    shaped_scores,
-    token_rewards,
-)
-from rlhf.trainer import PPOTrainer
+from rlhf.models.passes import sequence_scores, token_values
+from rlhf.ppo.metrics import Batch, iteration_metrics
+from rlhf.ppo.train import train_ppo
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.rollout import Draws, Responses, sample_responses, shaped_scores, token_rewards
 
 EOS = 2
 METRICS = {

@@ -13,15 +13,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from rlhf.adaptive import KLController, ScoreScaler
 from rlhf.errors import UserError
-from rlhf.generation import Stopping
-from rlhf.heads import ActorCritic, make_head
-from rlhf.loading import load_causal_lm, value_head
-from rlhf.models import token_values
-from rlhf.ppo import train_ppo
+from rlhf.models.generation import Stopping
+from rlhf.models.heads import ActorCritic, make_head
+from rlhf.models.loading import load_causal_lm, value_head
+from rlhf.models.passes import token_values
+from rlhf.ppo.adaptive import KLController, ScoreScaler
+from rlhf.ppo.train import train_ppo
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rollout import token_rewards
-from rlhf.trainer import PPOTrainer
 from tests.rlhf.test_ppo import collect, records
 
 

@@ -28,12 +28,12 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from rlhf.batches import pad
-from rlhf.config import PPOConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.data.padding import pad
 from rlhf.errors import UserError
-from rlhf.generation import Decoding, Stopping, cache_keyword, generate
-from rlhf.loading import load_scorer
-from rlhf.proof import prove_causal, prove_policy, prove_scorer
+from rlhf.models.generation import Decoding, Stopping, cache_keyword, generate
+from rlhf.models.loading import load_scorer
+from rlhf.models.proof import prove_causal, prove_policy, prove_scorer
 from tests.rlhf.test_opening import HEADS, IDS, SIZES, llama_config
 
 

@@ -8,10 +8,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlhf import hub
-from rlhf.columns import load_columns
+from rlhf.data import hub
+from rlhf.data.columns import load_columns
 from rlhf.errors import UserError
-from rlhf.loading import load_tokenizer
+from rlhf.models.loading import load_tokenizer
 
 ROWS = [{"prompt": "é\u2028", "n": 1}, {"prompt": "b", "n": 2}]
 COLUMNS = {"prompt": ["é\u2028", "b"], "n": [1, 2]}
@@ -193,7 +193,7 @@ def test_whenever_the_hub_is_asked_a_line_says_so_first(monkeypatch, capsys):
         raise ConnectionError("no network")
 
     hub.say_asking.cache_clear()
-    monkeypatch.setattr("rlhf.loading.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("rlhf.models.loading.AutoTokenizer.from_pretrained", refuse)
     for _ in range(2):
         with pytest.raises(UserError, match="someone/model"):
             load_tokenizer("someone/model")

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from matplotlib import image
 
-from rlhf import charts
 from rlhf.cli import main
 from rlhf.errors import UserError
-from rlhf.iteration import NUM_COMPLETIONS
-from rlhf.ppo import train_ppo
-from rlhf.report import numbers, write_report
+from rlhf.ppo.metrics import NUM_COMPLETIONS
+from rlhf.ppo.train import train_ppo
+from rlhf.report import charts
+from rlhf.report.page import numbers, write_report
 from tests.rlhf.conftest import GOOD
 
 BROWSER = next(

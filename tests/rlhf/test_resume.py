@@ -11,15 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf import checkpoint, distributed, ppo, reward, sft
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainConfig
+from rlhf import distributed, sft
+from rlhf import reward_model as reward
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig, TrainConfig
+from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
+from rlhf.ppo import train as ppo
+from rlhf.ppo.train import train_ppo
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.reward_model import train_reward
+from rlhf.run import checkpoints as checkpoint
 from rlhf.sft import train_sft
 from rlhf.supervised import SupervisedTrainer
-from rlhf.tasks.base import write_jsonl
-from rlhf.trainer import PPOTrainer
 from tests.rlhf.test_ppo import records
 
 REWARD = """

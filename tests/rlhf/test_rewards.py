@@ -20,15 +20,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.batches import pad
-from rlhf.config import PPOConfig, RewardConfig
-from rlhf.data import Prompts, load_rankings
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig
+from rlhf.data.loaders import Prompts, load_rankings
+from rlhf.data.padding import pad
+from rlhf.demo.base import train_tokenizer, write_jsonl
 from rlhf.errors import UserError
-from rlhf.rewards import ModelReward, check_rewards, critic_path, load_rewards
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.rewards.kinds import ModelReward
+from rlhf.rewards.loading import check_rewards, critic_path, load_rewards
+from rlhf.rewards.scoring import Samples, score_samples
 from rlhf.rollout import Responses, decode_responses
-from rlhf.scores import Samples, score_samples
-from rlhf.tasks.base import train_tokenizer, write_jsonl
-from rlhf.trainer import PPOTrainer
 
 EOS = 2
 WORDS = ("film", "plot", "is", "good", "fine", "great", "bad")

@@ -12,16 +12,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.answers import text_prompts
-from rlhf.batches import pad
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf.data import Prompts, load_prompts, load_rankings, load_texts
-from rlhf.generate import run as generate
-from rlhf.inference_config import GenerateConfig
-from rlhf.rewards import load_rewards
+from rlhf.config.inference import GenerateConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
+from rlhf.data.loaders import Prompts, load_prompts, load_rankings, load_texts
+from rlhf.data.padding import pad
+from rlhf.demo.base import write_jsonl
+from rlhf.inference.generate import run as generate
+from rlhf.inference.policy import text_prompts
+from rlhf.rewards.loading import load_rewards
+from rlhf.rewards.scoring import Samples
 from rlhf.rollout import Responses, decode_responses
-from rlhf.scores import Samples
-from rlhf.tasks.base import write_jsonl
 from tests.rlhf.tokenizer_kinds import KINDS, LOSSY, byte_level, sentencepiece
 
 UNUSED = {"model_name_or_path": "unused", "dataset_name": "unused", "output_dir": "unused"}
@@ -260,7 +261,7 @@ def test_generate_writes_prompt_and_completion_that_belong_together(tmp_path, mo
     ids = tokenizer("the film was good").input_ids
     prompt = tokenizer("the film").input_ids
     given = answered([prompt], [ids[len(prompt) :]])
-    monkeypatch.setattr("rlhf.answers.sample_responses", lambda *_: given)
+    monkeypatch.setattr("rlhf.inference.policy.sample_responses", lambda *_: given)
     config = GenerateConfig(
         model_name_or_path=str(tmp_path / "model"),
         prompt=["the film"],
@@ -280,7 +281,7 @@ def read(tmp_path, monkeypatch):
         own.save_pretrained(tmp_path / "reward")
         seen = []
         take = lambda score, responses, config: seen.append(responses.unpadded)  # noqa: E731
-        monkeypatch.setattr("rlhf.rewards._score_in_parts", take)
+        monkeypatch.setattr("rlhf.rewards.kinds._score_in_parts", take)
         [reward] = load_rewards(ppo_config(reward_funcs=[str(tmp_path / "reward")]), policy)
         ids, _ = samples.responses.unpadded
         reward.check(Prompts(ids, samples.prompts, samples.columns), 99)

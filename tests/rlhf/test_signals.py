@@ -12,16 +12,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlhf import cli, signals
-from rlhf.checkpoint import checkpoint_damage
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
-from rlhf.saving import Checkpoints
+from rlhf import cli
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
+from rlhf.ppo.train import train_ppo
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.reward_model import train_reward
+from rlhf.run import signals
+from rlhf.run.checkpoints import checkpoint_damage
+from rlhf.run.saving import Checkpoints
+from rlhf.run.state import load_state
 from rlhf.sft import train_sft
-from rlhf.state import load_state
 from rlhf.supervised import SupervisedTrainer
-from rlhf.trainer import PPOTrainer
 from tests.rlhf.test_distributed import torchrun
 from tests.rlhf.test_ppo import records
 
@@ -218,7 +220,7 @@ def test_processes_end_together_at_the_signal_of_one(stages, tmp_path):
     file = tmp_path / "ppo.yaml"
     file.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
     done = torchrun(2, "-m", "rlhf", "ppo", "--config", str(file))
-    assert done.returncode != 0 and "rlhf/ppo.py" not in done.stderr  # but torchrun's own report
+    assert done.returncode != 0 and "rlhf/ppo/" not in done.stderr  # but torchrun's own report
     assert done.stderr.startswith("rlhf ppo: ended by SIGTERM: checkpoint-1 is saved in ")
     assert done.stderr.count("rlhf ppo: ") == 1
     assert checkpoint_damage(tmp_path / "out" / "checkpoint-1") is None
@@ -233,7 +235,7 @@ def python(program: str, **environment: str) -> subprocess.Popen:
         [
             sys.executable,
             "-c",
-            f"import os, signal, sys, time; from rlhf import signals\n{program}",
+            f"import os, signal, sys, time; from rlhf.run import signals\n{program}",
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

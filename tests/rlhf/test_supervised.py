@@ -19,14 +19,14 @@ from transformers import (
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from rlhf.config import RewardConfig, SFTConfig
-from rlhf.data import Ranking, Text, load_rankings
+from rlhf.config.training import RewardConfig, SFTConfig
+from rlhf.data.loaders import Ranking, Text, load_rankings
 from rlhf.errors import UserError
-from rlhf.loading import load_causal_lm, load_scorer
+from rlhf.models.loading import load_causal_lm, load_scorer
 from rlhf.optim import clip_gradients, make_optimizer
-from rlhf.reward import Scorer, pair_indices, pair_metrics, score_answers, train_reward
+from rlhf.reward_model import Scorer, pair_indices, pair_metrics, score_answers, train_reward
+from rlhf.run.state import save_model
 from rlhf.sft import token_loss, train_sft
-from rlhf.state import save_model
 from rlhf.supervised import SupervisedTrainer
 from tests.rlhf.test_ppo import records
 

@@ -8,13 +8,13 @@ import re
 import pytest
 import torch
 
+from rlhf.demo import labelled, reviews
+from rlhf.demo.base import BOS, EOS, train_tokenizer
+from rlhf.demo.judge import Judge
+from rlhf.demo.labelled import Example
+from rlhf.demo.lexicon import plural_verb
 from rlhf.errors import UserError
-from rlhf.functions import load_function
-from rlhf.tasks import labelled, reviews
-from rlhf.tasks.base import BOS, EOS, train_tokenizer
-from rlhf.tasks.judge import Judge
-from rlhf.tasks.labelled import Example
-from rlhf.tasks.lexicon import plural_verb
+from rlhf.rewards.functions import load_function
 
 
 def write_review(rng: random.Random) -> str:
@@ -123,7 +123,7 @@ def test_gold_score_by_hand(text, score):
 
 
 def test_gold_is_a_reward_function_of_prompts_and_completions():
-    source = "rlhf.tasks.reviews:gold"
+    source = "rlhf.demo.reviews:gold"
     prompts = ["The plot is superb", "We watched this drama last week."]
     completions = [" and charming, but the pace drags.", ""]
     assert load_function(source)(prompts, completions) == pytest.approx([1 / 3, 0.0])

@@ -6,15 +6,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from rlhf.batches import pad
-from rlhf.chat import Text
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf.data import Prompts, load_prompts, load_rankings, load_texts
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.training import RewardConfig, SFTConfig
+from rlhf.data.chat import Text
+from rlhf.data.loaders import Prompts, load_prompts, load_rankings, load_texts
+from rlhf.data.padding import pad
+from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
-from rlhf.rewards import ModelReward
+from rlhf.rewards.kinds import ModelReward
+from rlhf.rewards.scoring import Samples
 from rlhf.rollout import Responses
-from rlhf.scores import Samples
-from rlhf.tasks.base import write_jsonl
 from tests.rlhf.tokenizer_kinds import byte_level, sentencepiece
 
 UNUSED = {"model_name_or_path": "unused", "dataset_name": "unused", "output_dir": "unused"}
@@ -357,7 +358,7 @@ def test_a_reward_model_reads_tools_and_options_if_its_template_knows_them(
     samples = Samples.of(qwen, given, answered(given.ids, [end]))
     read = []
     take = lambda score, responses, config: read.append(responses.unpadded)  # noqa: E731
-    monkeypatch.setattr("rlhf.rewards._score_in_parts", take)
+    monkeypatch.setattr("rlhf.rewards.kinds._score_in_parts", take)
     config = PPOConfig(**UNUSED, reward_funcs=["unused"])
     reward = ModelReward("judge", 1.0, Scorer(), own, qwen, None, config)
     reward.check(given, 99)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from rlhf.answers import Policy
-from rlhf.data import Prompts
+from rlhf.config.inference import GenerateConfig
+from rlhf.data.loaders import Prompts
 from rlhf.errors import UserError
-from rlhf.inference_config import GenerateConfig
-from rlhf.ppo import train_ppo
-from rlhf.trainer import PPOTrainer
-from rlhf.truncation import make_filters
+from rlhf.inference.policy import Policy
+from rlhf.models.truncation import make_filters
+from rlhf.ppo.train import train_ppo
+from rlhf.ppo.trainer import PPOTrainer
 
 OPTIONS = {
     "top_k": {"top_k": 3},

@@ -43,7 +43,7 @@ def observe(config_file: str, folder: str) -> None:
 
 def load(config_file: str, **changes: str):
     from rlhf.cli import parse_config
-    from rlhf.trainer import PPOTrainer
+    from rlhf.ppo.trainer import PPOTrainer
 
     options = [text for name, value in changes.items() for text in (f"--{name}", value)]
     return PPOTrainer(parse_config("ppo", ["--config", config_file, *options]))

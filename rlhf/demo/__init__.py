@@ -1,0 +1,1 @@
+"""`rlhf demo`: built-in reviews, labelled text, and two tasks with known curves."""

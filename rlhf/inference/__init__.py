@@ -1,0 +1,1 @@
+"""Saved policies: their answers to prompts, and how two of them compare."""

@@ -1,0 +1,1 @@
+"""Models: how they are opened and proven, passed through and sampled from."""

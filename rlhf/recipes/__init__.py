@@ -1,1 +1,0 @@
-"""Whole experiments: a YAML file for a stage of `rlhf`, or a script."""

@@ -1,0 +1,1 @@
+"""Scores of responses, by reward models, modules and Python functions."""

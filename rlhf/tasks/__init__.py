@@ -1,1 +1,0 @@
-"""The worlds of `rlhf demo`: built-in reviews, and labelled text."""
