@@ -3,12 +3,18 @@
 import os
 import sys
 
-from rlhf import signals
-from rlhf.processes import world_size
+import rlhf
 
 
 def main() -> int:
     """Runs the command that the process was started with; returns its exit code."""
+    if rlhf.MISSING:
+        print(f"rlhf: error: {rlhf.HOW_TO_INSTALL}", file=sys.stderr)
+        return 2
+
+    from rlhf import signals
+    from rlhf.processes import world_size
+
     signals.interrupt_at_once(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # whatever a terminal's encoding lacks is printed as an escape
