@@ -1,4 +1,4 @@
-"""The wheels of `make wheel`, each where torch is installed and nothing else, not even a compiler."""
+"""The wheels of `make wheel`, where torch is installed and nothing else, not even a compiler."""
 
 import os
 import shutil
@@ -71,10 +71,8 @@ def test_tags_and_contents(wheels):
     assert "-cp310-abi3-manylinux_2_28_" in native.name
     assert pure.name.endswith("-py3-none-any.whl")
     assert names(native) - names(pure) == {"ppo_kernels/_C.abi3.so"}
-    sources = {
-        str(x.relative_to(ROOT))
-        for x in [*ROOT.glob("ppo_kernels/**/*.py"), *ROOT.glob("rlhf/**/*.py")]
-    }
+    files = [*ROOT.glob("ppo_kernels/**/*.py"), *ROOT.glob("rlhf/**/*.py")]
+    sources = {str(x.relative_to(ROOT)) for x in files}
     assert {x for x in names(pure) if x.endswith(".py")} == sources
 
 
