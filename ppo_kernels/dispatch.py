@@ -110,10 +110,13 @@ def _why_no_cuda(device_index):
     )
 
 
-# torch.compile calls it while it traces and keeps the answer.
-@torch.compiler.assume_constant_result
 def _why_not_native_on_cuda(device_index):
     return _why_no_cuda(device_index)
+
+
+# torch.compile calls it while it traces and keeps the answer: torch.compiler.assume_constant_result
+# sets this too, but imports all of torch._dynamo, ten times what this package costs otherwise.
+_why_not_native_on_cuda._dynamo_marked_constant = True
 
 
 def why_not(backend, device_type, device_index=None):

@@ -5,6 +5,8 @@ Each public name is imported from its module when it is asked for: `import rlhf`
 
 import importlib
 
+from rlhf.errors import of_the_extra
+
 # Public name -> the module that has it.
 _MODULES = {
     "train_sft": "rlhf.sft",
@@ -21,7 +23,11 @@ __all__ = list(_MODULES)
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        raise of_the_extra(error) from None
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 import os
 import sys
 
+from rlhf.errors import of_the_extra
 from rlhf.run import signals
 from rlhf.run.processes import world_size
 
@@ -14,9 +15,15 @@ def main() -> int:
         if stream is not None:  # whatever a terminal's encoding lacks is printed as an escape
             stream.reconfigure(errors="backslashreplace")
 
-    from rlhf import cli
+    try:
+        from rlhf import cli
 
-    code = cli.main()
+        code = cli.main()
+    except ModuleNotFoundError as error:
+        if (missing := of_the_extra(error)) is error:
+            raise
+        print(f"rlhf: error: {missing}", file=sys.stderr)
+        code = 2
     if world_size() > 1:
         # Threads of gloo that live on while the interpreter goes down can abort the process.
         sys.stdout.flush()

@@ -25,3 +25,20 @@ def quote(value: object, length: int = 60) -> str:
     except Exception as error:  # an integer of thousands of digits, or whatever a class raises
         text = f"<{type(value).__name__}: {one_line(error)}>"
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+# What the extra `rlhf` of pyproject.toml brings, by the names that it is imported by.
+EXTRA = (
+    *("transformers", "datasets", "tokenizers", "safetensors", "tensorboard"),
+    *("rich", "matplotlib", "yaml", "jinja2", "numpy"),
+)
+
+
+def of_the_extra(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """The error, or if a package of the extra is missing one that says how to install it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRA:
+        return error
+    return ModuleNotFoundError(
+        f'the trainer needs {package}: pip install "ppo-kernels[rlhf]"', name=package
+    )

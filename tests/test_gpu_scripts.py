@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks.gpu import __main__ as everything
 from benchmarks.gpu import smoke, sweep
 from benchmarks.gpu.families import CHECKS, FIGURES
 from tests import ROOT
@@ -81,3 +82,23 @@ def test_without_a_folder_for_the_results_nothing_starts(monkeypatch, capsys):
 def test_variants_of_the_sweep_fit_the_sources(tmp_path, name):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     sweep.varied(tmp_path / "csrc", name)
+
+
+@pytest.mark.parametrize("nvcc", (False, True))
+@pytest.mark.parametrize("extension", (False, True))
+def test_a_carried_extension_is_not_built_again(tmp_path, monkeypatch, nvcc, extension):
+    """Without nvcc it would be replaced by one without CUDA."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "ppo_kernels").mkdir()
+    if nvcc:
+        (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    if extension:
+        (tmp_path / "ppo_kernels" / "_C.abi3.so").touch()
+    ran = []
+    monkeypatch.setattr(everything, "run", lambda *command, **_: ran.append(command[0]) or 0)
+    monkeypatch.setattr(everything, "why_not_native", lambda device: "not asked")
+    monkeypatch.setattr(everything, "ROOT", tmp_path)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    everything.measure(tmp_path / "results.json", [], dry_run=False)
+    assert ("setup.py" in ran) == (nvcc or not extension)

@@ -138,3 +138,23 @@ def test_force_cuda_without_a_compiler():
     )
     assert result.returncode != 0
     assert "FORCE_CUDA=1 asks for the CUDA sources, but there is no C++ compiler" in result.stderr
+
+
+def test_the_build_removes_extensions_of_older_versions(tmp_path, monkeypatch):
+    """Python takes `_C.cpython-311-x86_64-linux-gnu.so` before `_C.abi3.so`."""
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / "ppo_kernels", tmp_path / "build" / "lib" / "ppo_kernels"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+
+    class Build:
+        build_lib = "build/lib"
+
+        def run(self):
+            for folder in folders:
+                (folder / "_C.abi3.so").touch()
+
+    setup_py().without_other_builds(Build)().run()
+    for folder in folders:
+        assert [x.name for x in folder.iterdir()] == ["_C.abi3.so"]

@@ -6,7 +6,8 @@ interpreter, on tiny tensors, and the figures, which mean nothing, are kept only
 says so. It does not rehearse what only a GPU has: code for it, its tests (skipped), the sanitizers
 (the ops run under none), and the benchmarks of the CUDA C++ kernels.
 
-The CUDA C++ kernels are compiled for this GPU only. Beside the tests their ops run under
+The CUDA C++ kernels are compiled for this GPU only; where there is no nvcc, those that were carried
+here, see `make gpu-wheel`, run. Beside the tests their ops run under
 compute-sanitizer; its last words go to `<machine>-sanitizer.txt`. They are measured first, without
 the baselines, which take most of the time: `<machine>-native.json`, beside the figures of `auto`
 and the baselines in `<machine>.json`.
@@ -46,6 +47,15 @@ def compile_for_this_gpu() -> None:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}" + "a" * (major >= 9))
     # So that compute-sanitizer can name lines; the machine code is the same.
     os.environ.setdefault("NVCC_APPEND_FLAGS", "-lineinfo")
+
+
+def is_carried() -> bool:
+    """Whether the extension is of `make gpu-wheel`: there is one, and no nvcc. To build it here
+    would leave CUDA out."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = shutil.which("nvcc", path=f"{CUDA_HOME}/bin{os.pathsep}{os.environ.get('PATH', '')}")
+    return nvcc is None and any(ROOT.glob("ppo_kernels/_C.*.so"))
 
 
 def why_not_native(device: str) -> str | None:
@@ -128,10 +138,10 @@ def measure(results: Path, options: list[str], dry_run: bool) -> int:
     """0 if all steps end well. The benchmarks, called with `options`, write to `results`, those of
     the CUDA C++ kernels beside it."""
     end = time.monotonic() + SECONDS
-    codes = [
-        run("setup.py", "--quiet", "build_ext", "--inplace", seconds=BUILD_SECONDS),
-        run("-m", "ppo_kernels", seconds=INFO_SECONDS),
-    ]
+    codes = []
+    if dry_run or not is_carried():
+        codes.append(run("setup.py", "--quiet", "build_ext", "--inplace", seconds=BUILD_SECONDS))
+    codes.append(run("-m", "ppo_kernels", seconds=INFO_SECONDS))
     reason = why_not_native("cpu" if dry_run else "cuda")
     if reason is not None:
         print(f"the native kernels are neither checked nor measured: {reason}", flush=True)
