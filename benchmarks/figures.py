@@ -87,8 +87,7 @@ def _over_logits(shapes: list[tuple[int, int]], **goals: dict[str, float]) -> di
     }
 
 
-# (label, shape, dtype) -> figure -> goal, on a CPU with two cores. Times of ops over logits, of `gae`
-# and of a tiny call are the targets of the design; the others came with the ops.
+# (label, shape, dtype) -> figure -> goal, on a CPU with two cores.
 GOALS = _over_logits(
     [(512, 32000), (256, 128256)],
     ppo_loss_={"copies": 1.3, "times_eager": 20, "times_compile": 6, "memory": 0.001},
