@@ -21,7 +21,7 @@ with torch.no_grad():
 advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.95)
 advantages = masked_whiten(advantages, mask)
 
-# Update: the whole PPO loss from logits; its gradient takes the place of the logits.
+# Update: the complete PPO loss from logits; its gradient takes the place of the logits.
 loss = ppo_loss_(
     head(hidden[:, :-1]),
     ids[:, 1:],

@@ -6,18 +6,20 @@ columns it names (`**columns` takes the rest), and gives one score for each comp
 
 
 def brevity(completions, **columns):
-    """Best at 12 words."""
+    """Scores completions by their length, best at 12 words."""
     return [-abs(len(text.split()) - 12) / 12 for text in completions]
 
 
 def brevity_of_chats(completions, **columns):
-    """The same where prompts are conversations: a completion is a list with one message."""
+    """Scores those of conversations, where a completion is a list with one message."""
     return brevity([messages[0]["content"] for messages in completions])
 
 
 def keyword(completions, keyword, **columns):
-    """1 for a completion that has the word in the data's column `keyword`; nothing to say (None)
-    where the column is empty."""
+    """Scores 1 for a completion with the word of the data's column `keyword`, 0 for one without.
+
+    None where the column is empty: there is nothing to say.
+    """
     return [
         None if word is None else float(word in text)
         for text, word in zip(completions, keyword, strict=True)
@@ -25,7 +27,7 @@ def keyword(completions, keyword, **columns):
 
 
 def repetition(completion_ids, **columns):
-    """A number for each token: -0.1 for one that repeats the token before it."""
+    """Gives a number for each token: -0.1 for one that repeats the token before it."""
     return [
         [-0.1 * (token == before) for before, token in zip([None, *ids], ids, strict=False)]
         for ids in completion_ids

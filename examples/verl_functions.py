@@ -1,7 +1,7 @@
 """The functions of verl's PPO on the ops of ppo_kernels.
 
-Needs verl, whose pins do not hold together with a new torch: `pip install --no-deps verl==0.9.1` and
-`pip install ray hydra-core codetiming peft tensordict orjson`; then `python examples/verl_functions.py`.
+Needs verl, which pins other versions of what is installed here: `pip install --no-deps verl==0.9.1`
+and `pip install ray hydra-core codetiming peft tensordict orjson`.
 """
 
 import torch

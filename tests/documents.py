@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import textwrap
 
 from tests import ROOT
 
@@ -9,7 +10,8 @@ from tests import ROOT
 def blocks(page, language):
     """The fenced blocks of a language on a page."""
     text = page.read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", text, flags=re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for _, block in found]
 
 
 def execute(source, folder, monkeypatch):
