@@ -90,9 +90,9 @@ def _over_logits(shapes: list[tuple[int, int]], **goals: dict[str, float]) -> di
 # (label, shape, dtype) -> figure -> goal, on a CPU with two cores.
 GOALS = _over_logits(
     [(512, 32000), (256, 128256)],
-    ppo_loss_={"copies": 2.0, "times_eager": 20, "times_compile": 6, "memory": 0.001},
-    ppo_loss={"copies": 2.2},
-    token_logprobs_and_entropy={"copies": 1.2},
+    ppo_loss_={"copies": 1.3, "times_eager": 20, "times_compile": 6, "memory": 0.001},
+    ppo_loss={"copies": 1.8},
+    token_logprobs_and_entropy={"copies": 1.0},
     token_statistics={"cost_logprobs": 1.15},
     kl_divergence={"copies": 1.6},
 )
@@ -108,7 +108,7 @@ GOALS |= {
         ("sample_tokens", (64, V), "float32"): {"copies": 1.3, "times_cumsum": 8}
         for V in (49152, 151936)
     },
-    ("gae", (512, 2048), "float32"): {"copies": 3.0, "times_eager": 50},
+    ("gae", (512, 2048), "float32"): {"copies": 2.0, "times_eager": 50},
     ("gae", (16, 131072), "float32"): {"copies": 2.0},
     ("gae, 1 in 50 done", (512, 2048), "float32"): {
         "times_torchrl": 40,
@@ -122,15 +122,19 @@ VOCABULARIES = (32000, 50257, 128256, 151936)
 GPU_GOALS = _over_logits([(133, V) for V in VOCABULARIES], ppo_loss_={"copies": 1.2})
 GPU_GOALS |= _over_logits(
     [(n, V) for n in (8192, 65537) for V in VOCABULARIES],
-    ppo_loss_={"copies": 1.10, "memory": 0.001},
-    ppo_loss={"copies": 1.65},
-    token_logprobs_and_entropy={"copies": 0.58},
-    kl_divergence={"copies": 1.15},
+    ppo_loss_={"copies": 1.08, "memory": 0.001},
+    ppo_loss={"copies": 1.15},
+    token_logprobs_and_entropy={"copies": 0.55},
+    kl_divergence={"copies": 1.10},
+)
+# Its rows do not begin at multiples of 16 bytes.
+GPU_GOALS |= _over_logits(
+    [(n, 50257) for n in (8192, 65537)], ppo_loss_={"copies": 1.15, "memory": 0.001}
 )
 GPU_GOALS |= {
     ("token_logprobs", (1, 2), "float32"): {"call_us": 20},
-    ("gae", (8192, 2048), "float32"): {"copies": 1.3},
-    ("gae", (16, 131072), "float32"): {"copies": 1.3},
+    ("gae", (512, 2048), "float32"): {"copies": 1.3, "times_compile": 1},
+    ("gae", (16, 131072), "float32"): {"copies": 1.3, "times_compile": 1},
 }
 
 

@@ -15,7 +15,7 @@ from tests import ROOT, build_folder
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"
 # Those of compilers for GPUs, of the peers and of the trainer watch other code.
-OTHERS = ("cuda", "triton", "on_gpu", "setup", "report", "readme")
+OTHERS = ("cuda", "triton", "on_gpu", "setup", "report", "documents")
 COPIED = ("ppo_kernels", "csrc", "tests", "benchmarks", "setup.py", "pyproject.toml", "README.md")
 
 

@@ -2,7 +2,7 @@
 
 verl and OpenRLHF pin other versions of what TRL and torchrl need, so that no extra can hold them;
 their functions run all the same: `pip install --no-deps verl==0.9.1 openrlhf==0.11.2` and
-`pip install ray hydra-core codetiming peft`.
+`pip install ray hydra-core codetiming peft tensordict orjson`.
 """
 
 import importlib.util
