@@ -100,7 +100,15 @@ class Emulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
-        for name in ("switches", "launches", "last_cluster", "largest_cluster", "bulk_copies"):
+        counts = (
+            "switches",
+            "launches",
+            "last_cluster",
+            "largest_cluster",
+            "bulk_copies",
+            "left_out",
+        )
+        for name in counts:
             getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
 
     def device(self, major=9, shared_per_block=232448, shared_per_sm=233472, ptx=None):
@@ -112,6 +120,15 @@ class Emulator:
     def seed(self, seed):
         """The same seed gives the same order of threads in all launches that follow."""
         self.library.emulator_seed(seed)
+
+    def leave_out(self, place):
+        """What synchronises at "file.cu:line" does nothing from now on; at None, all does."""
+        file, line = place.split(":") if place else ("", 0)
+        self.library.emulator_leave_out(f"/{file}".encode(), int(line))
+
+    def left_out(self):
+        """How often something did nothing since `leave_out` was called."""
+        return self.library.emulator_left_out()
 
     def switches(self):
         """How often a thread has been resumed."""
