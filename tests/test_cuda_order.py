@@ -29,8 +29,8 @@ ORDERS = {
 ON_OLDER = {"load_acquire", "store_release", "load_vector"}
 # A line of their code.
 COMPUTES = {
-    "barrier_wait": "@!open bra again;",
-    "shared_memory": "cvta.to.shared.u64",
+    "shared_memory": "mov.u32 %r, _ZN3ppo4cuda6memoryE;",
+    "shared_address": "cvta.to.shared.u64",
     "cluster_rank": "mov.u32 %r, %cluster_ctarank;",
     "in_cluster": "mapa.u64 %rd, %rd, %r;",
     "fast_exp2": "ex2.approx.ftz.f32 %f, %f;",
@@ -91,6 +91,13 @@ def test_functions_that_compute(ptx):
     for name, line in COMPUTES.items():
         if TARGETS[target] or name not in NEW:
             assert any(x.startswith(line) for x in lines(kernels[name])), name
+
+
+def test_a_wait_goes_on_until_the_barrier_opens(ptx):
+    target, kernels = ptx
+    loop = r"^\s*([$\w]+):\s*$.*\.try_wait\..*\bbra\s+\1;"
+    found = re.search(loop, kernels["barrier_wait"], re.MULTILINE | re.DOTALL)
+    assert (found is not None) == TARGETS[target]
 
 
 def test_older_devices_trap(ptx):

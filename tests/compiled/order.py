@@ -76,15 +76,15 @@ RULES = [
         "bulk copies: barriers, how many bytes, the copy; all threads; a wait, then loads",
         *(_IN_BULK, 1),
         *("sass", r"UBLKCP|SYNCS\.(EXCH|ARRIVE)"),
-        r"SYNCS\.EXCH\S* (SYNCS\.ARRIVE\S* UBLKCP\S* )+BAR\.SYNC\S* "
-        r"((?!LDS|SYNCS|UBLKCP)\S+ )*(SYNCS\.PHASECHK\S* LDS\S* )+",
+        r"SYNCS\.EXCH\S* (SYNCS\.ARRIVE\S* UBLKCP\S* )+((?!LDS|SYNCS)\S+ )*BAR\.SYNC\S* "
+        r"((?!LDS|SYNCS)\S+ )*(SYNCS\.PHASECHK\S* LDS\S* )+",
     ),
     Rule(
         "bulk copies: with a fence after the barriers",
         *(_IN_BULK, 1),
         *("ptx", r"cp\.async\.bulk|mbarrier\.(init|arrive)"),
         r"mbarrier\.init\S* fence\.mbarrier_init\.release\.cluster "
-        r"(mbarrier\.arrive\.expect_tx\S* cp\.async\.bulk\S* )+bar\.sync ",
+        r"(mbarrier\.arrive\.expect_tx\S* cp\.async\.bulk\S* )+",
     ),
 ]
 

@@ -11,6 +11,7 @@ using namespace ppo::cuda;
   *data = *data + 1
 
 KERNEL shared_memory_(uint32_t* out) { *out = shared_address(shared_memory()); }
+KERNEL shared_address_(uint32_t* out, const void* p) { *out = shared_address(p); }
 KERNEL cluster_rank_(uint32_t* out) { *out = cluster_rank(); }
 KERNEL cluster_arrive_(int* data) { BETWEEN(data, cluster_arrive()); }
 KERNEL cluster_wait_(int* data) { BETWEEN(data, cluster_wait()); }
