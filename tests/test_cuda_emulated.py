@@ -8,8 +8,11 @@ from ppo_kernels import (
     gae,
     gae_packed,
     kl_divergence,
+    masked_mean,
+    masked_whiten,
     ppo_loss,
     ppo_loss_,
+    sample_tokens,
     schemas,
     token_logprobs_and_entropy,
 )
@@ -157,6 +160,32 @@ def test_no_op_depends_on_the_order_of_threads(emulated, name):
         emulated.seed(seed)
         for x, y in zip(run(), first, strict=True):
             assert torch.equal(x, y)
+
+
+def test_sums_over_all_warps_of_several_blocks(emulated):
+    x, mask = 3 + torch.randn(5000, dtype=torch.float64), torch.rand(5000) < 0.7
+    counted = x[mask]
+    scale = counted.var(correction=0).add(1e-8).rsqrt()
+    whitened = torch.where(mask, (x - counted.mean()) * scale, 0.0)
+    for seed in SEEDS:
+        emulated.seed(seed)
+        torch.testing.assert_close(masked_mean(x, mask, backend="native"), counted.mean())
+        torch.testing.assert_close(masked_whiten(x, mask, backend="native"), whitened)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 40}, {"top_p": 0.8}, {"min_p": 0.01}],
+    ids=lambda x: "".join(x) or "none",
+)
+def test_draws_from_several_segments(emulated, filters):
+    logits, uniforms = 3 * torch.randn(2, 4099), torch.tensor([0.3, 0.95])
+    expected = sample_tokens(logits, uniforms, **filters, backend="reference")
+    for seed in SEEDS:
+        emulated.seed(seed)
+        result = sample_tokens(logits, uniforms, **filters, backend="native")
+        assert torch.equal(result.tokens, expected.tokens)
+        torch.testing.assert_close(result.logprobs, expected.logprobs)
 
 
 def test_chunks_of_a_trajectory_find_each_other(emulated):

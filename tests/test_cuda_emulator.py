@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import emulator
+from tests.emulator import mutations
 
 SEEDS = range(20)
 # As in tests/emulator/samples.cu.
@@ -30,6 +31,7 @@ FAULTS = [
     "order_of_blocks",
     "flag_before_value",
     "no_wait_for_flag",
+    "plain_flag",
     "some_do_not_come",
     "trap",
     "misaligned_access",
@@ -158,6 +160,7 @@ def test_found_in_every_order(samples, name, fault, message):
         ("exchange", "no_last_cluster_barrier", {"has exited"}),
         ("copy", "no_syncthreads_after_init", {"uninitialised barrier"}),
         ("chain", "order_of_blocks", {"deadlock"}),
+        ("chain", "plain_flag", {"not set by store_release"}),
     ],
 )
 def test_found_in_some_order(samples, name, fault, messages):
@@ -167,6 +170,23 @@ def test_found_in_some_order(samples, name, fault, messages):
         found.append(getattr(samples, name)(fault)[1])
     assert any(found)
     assert all(any(x in text for x in messages) for text in found if text)
+
+
+def test_what_is_left_out_does_nothing(samples):
+    lines = (emulator.HERE / "samples.cu").read_text().splitlines()
+    place = 1 + next(i for i, x in enumerate(lines) if "no_barrier_after_write) __sync" in x)
+    samples.leave_out(f"samples.cu:{place}")
+    results = []
+    for seed in SEEDS:
+        samples.seed(seed)
+        results.append(samples.reduce())
+    assert (False, None) in results and samples.left_out() > 0
+    samples.leave_out(None)
+    assert samples.reduce() == (True, None) and samples.left_out() == 0
+
+
+def test_mutations_know_what_synchronises():
+    assert mutations.unknown() == set()
 
 
 def test_an_error_says_who_and_where(samples):

@@ -97,7 +97,6 @@ __device__ __forceinline__ GAEMap<R> look_back(const Maps<R>& maps, const Chunk&
     const uint32_t ahead = seen + lane_id();
     GAEMap<R> map = no_tokens<R>();
     if (ahead < chunk.later) map = maps.wait_for(chunk.slot + 1 + ahead);
-    __syncwarp();
     all = compose_maps(compose_lanes(map, kWarp), all);
   }
   return all;

@@ -78,9 +78,7 @@ __device__ __forceinline__ void barriers_ready() {
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes,
                                           Barrier* barrier) {
   PPO_SM90(asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes) : "memory"));
-  PPO_SM90(asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n\t"
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory"));

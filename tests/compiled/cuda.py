@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from tests import ROOT, build_folder, setup_py
-from tests.compiled import _span, exponentials, sass
+from tests.compiled import _span, exponentials, order, sass
 
 CACHE = build_folder("compiled")
 MEASURED = "sm_90a"
@@ -61,17 +61,18 @@ def known_archs():
     return setup_py().nvcc_says(cuda_home(), "--list-gpu-code").split()
 
 
-def command(home):
-    """nvcc and its flags."""
+def command(home, *code):
+    """nvcc and its flags, for the GPUs that `code` names, or those of setup.py."""
     from torch.utils import cpp_extension
 
     setup = setup_py()
+    code = code or setup.default_code(home)
     return [
         f"{home}/bin/nvcc",
         *(flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)),
         f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}",
         *cpp_extension.COMMON_NVCC_FLAGS,
-        *("-Xcompiler", "-fPIC", *setup.NVCC_FLAGS.split(), *setup.default_code(home)),
+        *("-Xcompiler", "-fPIC", *setup.NVCC_FLAGS.split(), *code),
         *("-Xptxas", "-v", *WARNINGS),
     ]
 
@@ -97,7 +98,8 @@ def _with_headers(path, found):
 
 def _key(source, nvcc):
     """Of all that the result depends on."""
-    files = [*_with_headers(source, set()), Path(__file__), Path(sass.__file__)]
+    ours = (Path(x) for x in (__file__, sass.__file__, order.__file__))
+    files = [*_with_headers(source, set()), *ours]
     content = hashlib.sha256(" ".join([*nvcc, torch.__version__]).encode())
     for compiler in (nvcc[0], "c++"):
         content.update(subprocess.run([compiler, "--version"], capture_output=True).stdout)
@@ -136,9 +138,10 @@ def _bounds(ptx):
     return found
 
 
-def _machine_code(cubin):
+def _machine_code(kept):
     """{mangled name: what the code does}."""
-    text = sass._tool("nvdisasm", "-c", str(cubin))
+    bodies = order.bodies(kept("ptx").read_text())
+    text = sass._tool("nvdisasm", "-c", str(kept("cubin")))
     _, *parts = re.split(r"^\s*\.section\s+\.text\.(\w+),.*$", text, flags=re.MULTILINE)
     found = {}
     for name, code in zip(parts[::2], parts[1::2], strict=True):
@@ -149,6 +152,7 @@ def _machine_code(cubin):
             "store": parsed.store,
             "bulk_loads": len(re.findall(r"\bUBLKCP\.S\.G\b", code)),
             "loops": [x._asdict() for x in parsed.loops],
+            "order": {"sass": order.of_sass(code), "ptx": order.of_ptx(bodies[name])},
         }
     return found
 
@@ -168,9 +172,11 @@ def _names(mangled):
 
 
 def _kept(folder, source, target):
-    """A function: the file with this suffix that nvcc keeps for a target."""
-    name = f"{source.stem}.{target.replace('sm', 'compute')}"
-    return lambda suffix: Path(folder, f"{name}.{suffix}")
+    """A function: the file with this suffix that nvcc keeps for a target, which it names where
+    there are others."""
+    named = f"{source.stem}.{target.replace('sm', 'compute')}"
+    stem = named if Path(folder, f"{named}.ptx").exists() else source.stem
+    return lambda suffix: Path(folder, f"{stem}.{suffix}")
 
 
 def compile_file(source, nvcc, target):
@@ -185,7 +191,7 @@ def compile_file(source, nvcc, target):
         usage = _usage(log)
         kept = {target: _kept(folder, source, target) for _, target in usage}
         bounds = {target: _bounds(file("ptx").read_text()) for target, file in kept.items()}
-        code = _machine_code(kept[MEASURED]("cubin")) if usage else {}
+        code = _machine_code(kept[MEASURED]) if usage else {}
     names = _names(sorted({name for name, _ in usage}))
     reports = [what | {"object": target.name}]
     for (mangled, arch), used in usage.items():

@@ -101,7 +101,7 @@ class Emulator:
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
         counts = "switches", "launches", "last_blocks", "last_cluster", "largest_cluster"
-        for name in (*counts, "bulk_copies"):
+        for name in (*counts, "bulk_copies", "left_out"):
             getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
 
     def device(
@@ -121,6 +121,15 @@ class Emulator:
     def seed(self, seed):
         """The same seed gives the same order of threads in all launches that follow."""
         self.library.emulator_seed(seed)
+
+    def leave_out(self, place):
+        """What synchronises at "file.cu:line" does nothing from now on; at None, all does."""
+        file, line = place.split(":") if place else ("", 0)
+        self.library.emulator_leave_out(f"/{file}".encode(), int(line))
+
+    def left_out(self):
+        """How often something did nothing since `leave_out` was called."""
+        return self.library.emulator_left_out()
 
     def switches(self):
         """How often a thread has been resumed."""

@@ -112,7 +112,20 @@ uint32_t lane() { return running->lane(); }
 
 char* shared_memory() { return running->block->shared; }
 
+void release(uint32_t* flag, uint32_t value, Site at) {
+  *flag = value;
+  flag_changed();
+  if (!is_left_out(at)) flags[flag] = value;
+}
+
+uint32_t acquire(const uint32_t* flag, Site at) {
+  const auto [known, fresh] = flags.try_emplace(flag, *flag);
+  if (known->second != *flag) fail("the flag was not set by store_release", at);
+  return *flag;
+}
+
 void sync_threads(Site at) {
+  if (is_left_out(at)) return;
   check_not_awaited(running, "comes to __syncthreads", at);
   running->warp().at_barrier |= 1u << running->lane();
   running->wait = Wait::syncthreads;
@@ -123,6 +136,7 @@ void sync_threads(Site at) {
 }
 
 uint64_t exchange(Collective kind, uint32_t mask, uint64_t value, uint32_t source, Site at) {
+  if (is_left_out(at)) return value;
   Warp& warp = running->warp();
   const uint32_t me = 1u << running->lane();
   if (!(mask & me)) fail("the mask of a collective does not name the caller", at);
@@ -149,6 +163,7 @@ uint64_t exchange(Collective kind, uint32_t mask, uint64_t value, uint32_t sourc
 }
 
 void cluster_arrive(Site at) {
+  if (is_left_out(at)) return;
   need_sm90(at);
   if (running->arrived) fail("cluster_arrive again without cluster_wait", at);
   if (running->unfenced) fail("cluster_arrive after in_cluster without fence_cluster", at);
@@ -161,6 +176,7 @@ void cluster_arrive(Site at) {
 }
 
 void cluster_wait(Site at) {
+  if (is_left_out(at)) return;
   need_sm90(at);
   if (!running->arrived) fail("cluster_wait without cluster_arrive", at);
   running->arrived = false;
@@ -172,6 +188,7 @@ void cluster_wait(Site at) {
 }
 
 void fence_cluster(Site at) {
+  if (is_left_out(at)) return;
   need_sm90(at);
   running->unfenced = false;
 }
@@ -191,6 +208,7 @@ const void* in_cluster(const void* p, uint32_t rank, Site at) {
 }
 
 void barrier_init(uint64_t* barrier, Site at) {
+  if (is_left_out(at)) return;
   need_sm90(at);
   if (!in_shared(barrier, sizeof *barrier)) fail("the barrier is not in shared memory", at);
   if (address(barrier) % 8 != 0) fail("misaligned barrier", at);
@@ -201,6 +219,7 @@ void barrier_init(uint64_t* barrier, Site at) {
 }
 
 void barriers_ready(Site at) {
+  if (is_left_out(at)) return;
   need_sm90(at);
   for (auto& [place, barrier] : running->block->barriers) barrier.ready |= barrier.owner == running;
 }
@@ -223,6 +242,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* place
 }
 
 void barrier_wait(uint64_t* place, Site at) {
+  if (is_left_out(at)) return;
   need_sm90(at);
   BulkBarrier& barrier = find(place, at);
   barrier.waited = true;

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
 #include "state.h"
@@ -23,7 +24,8 @@ Launch kernel;
 Thread* running = nullptr;
 std::vector<Copy> copies;
 uint64_t rounds_of_polling = 0;
-uint64_t switches = 0;
+uint64_t switches = 0, left_out = 0;
+std::map<const uint32_t*, uint32_t> flags;
 
 namespace {
 
@@ -41,6 +43,11 @@ std::string error;
 bool polling;         // in this round
 bool barrier_opened;  // since the round before
 uint64_t random_state = 1;
+
+struct {
+  std::string file;
+  uint32_t line = 0;
+} out;  // what is left out
 
 struct Pace {
   const void* of = nullptr;  // the thread, warp or block that is
@@ -129,6 +136,7 @@ void abandon() {
   resident.clear();
   runnable.clear();
   copies.clear();
+  flags.clear();
 }
 
 void resume(Thread* thread) {
@@ -336,6 +344,17 @@ uint64_t random_below(uint64_t n) {  // splitmix64
 }
 
 void seed(uint64_t value) { random_state = value; }
+
+void leave_out(const std::string& file, uint32_t line) {
+  out = {file, line};
+  left_out = 0;
+}
+
+bool is_left_out(Site at) {
+  if (at.line() != out.line || !std::string_view(at.file_name()).ends_with(out.file)) return false;
+  ++left_out;
+  return true;
+}
 
 std::string name(const uint3& index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +

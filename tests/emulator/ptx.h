@@ -49,14 +49,13 @@ inline void barrier_wait(Barrier* barrier, emulator::Site at = emulator::Site::c
 
 inline uint32_t load_acquire(const uint32_t* flag, emulator::Site at = emulator::Site::current()) {
   emulator::yield(at);
-  return *flag;
+  return emulator::acquire(flag, at);
 }
 
 inline void store_release(uint32_t* flag, uint32_t value,
                           emulator::Site at = emulator::Site::current()) {
   emulator::maybe_yield(at);
-  *flag = value;
-  emulator::flag_changed();
+  emulator::release(flag, value, at);
   emulator::maybe_yield(at);
 }
 

@@ -158,6 +158,10 @@ AOTI_TORCH_EXPORT void emulator_device(int major, int shared_per_block, int shar
 }
 
 AOTI_TORCH_EXPORT void emulator_seed(uint64_t value) { seed(value); }
+AOTI_TORCH_EXPORT void emulator_leave_out(const char* file, uint32_t line) {
+  leave_out(file, line);
+}
+AOTI_TORCH_EXPORT uint64_t emulator_left_out() { return left_out; }
 AOTI_TORCH_EXPORT uint64_t emulator_switches() { return switches; }
 AOTI_TORCH_EXPORT uint64_t emulator_bulk_copies() { return bulk_copies; }
 AOTI_TORCH_EXPORT uint64_t emulator_launches() { return launches; }

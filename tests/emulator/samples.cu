@@ -32,6 +32,7 @@ enum Fault {
   order_of_blocks,
   flag_before_value,
   no_wait_for_flag,
+  plain_flag,
   some_do_not_come,
   trap,
   misaligned_access,
@@ -137,7 +138,8 @@ __global__ void chain(const float* x, float* out, uint32_t* state, Fault fault) 
   }
   if (fault == flag_before_value) store_release(flags + i, 1);
   out[i] = sum;
-  if (fault != flag_before_value) store_release(flags + i, 1);
+  if (fault == plain_flag) flags[i] = 1;
+  if (fault != flag_before_value && fault != plain_flag) store_release(flags + i, 1);
 }
 
 __global__ void shuffles(const int64_t* x, int64_t* out, int width) {

@@ -41,6 +41,10 @@ void yield(Site at);
 void maybe_yield(Site at);
 // Somebody who polls may see something new.
 void flag_changed();
+// A flag is set with `release` by all who set it, and read with `acquire`: a plain store might
+// overtake those before it.
+void release(uint32_t* flag, uint32_t value, Site at);
+uint32_t acquire(const uint32_t* flag, Site at);
 
 void sync_threads(Site at);
 // What each lane named in `mask` gets: the value of lane `source`, or for a ballot one bit of each.
@@ -60,6 +64,11 @@ void barrier_wait(uint64_t* barrier, Site at);
 extern int device_major, ptx_version;
 // Starts the random order anew.
 void seed(uint64_t value);
+// What is called at this place, of what synchronises, does nothing from now on; the place is one
+// of no file for nowhere. How often it did nothing is counted in `left_out`.
+void leave_out(const std::string& file, uint32_t line);
+bool is_left_out(Site at);
+extern uint64_t left_out;
 extern uint64_t switches, bulk_copies;
 
 }  // namespace emulator

@@ -87,7 +87,8 @@ inline Warp& Thread::warp() const { return block->warps[linear / 32]; }
 extern Launch kernel;
 extern Thread* running;  // null while the scheduler runs
 extern std::vector<Copy> copies;
-extern uint64_t rounds_of_polling;  // since a thread did what others may poll for
+extern uint64_t rounds_of_polling;                 // since a thread did what others may poll for
+extern std::map<const uint32_t*, uint32_t> flags;  // as they were set, or found at first
 
 // A random number below n.
 uint64_t random_below(uint64_t n);
