@@ -15,7 +15,6 @@ struct Division {
   Grid grid(int64_t rows, int64_t bytes) const { return {rows * parts, threads, bytes, parts}; }
 };
 
-constexpr int kMostParts = 8;  // What every device with clusters has, but parts of one may not.
 // Room for what precedes the logits: so little that a quarter of 151,936 bf16 logits fits three
 // times on an H200.
 constexpr int64_t kHead = 832;
@@ -26,19 +25,17 @@ constexpr int kMostCopies = 16;
 // that they are not kept, nor divided. Of nothing but the device, V and dtype, for all kernels that
 // score tokens: the scores are then bitwise the same.
 template <class T>
-Division division_of(const Device& device, int64_t length, bool clusters) {
+Division division_of(const Limits& limits, int64_t length) {
   constexpr int64_t n = kVector<T>;
-  const int64_t shared = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const int64_t reserved = device.attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  const int most_parts = clusters ? kMostParts : 1;
   for (const int resident : {3, 2}) {
-    for (int parts = 1; parts <= most_parts; parts *= 2) {
+    for (int parts = 1; parts <= limits.most_parts; parts *= 2) {
       const int64_t part = ceil_div(ceil_div<int64_t>(length, parts), n) * n;
       const int64_t threads = threads_for<T>(length, part);
       // Where elements stand apart there is room for the last vector of every thread.
       const int64_t vectors = length % n == 0 ? part / n : ceil_div(part, threads * n) * threads;
       const int64_t bytes = kHead + vectors * 16;
-      if (resident * (bytes + reserved) <= shared && vectors <= kMostCopies * kTogether * threads) {
+      if (resident * (bytes + limits.reserved_per_block) <= limits.shared_per_multiprocessor &&
+          vectors <= kMostCopies * kTogether * threads) {
         return {parts, int(part), int(threads), true, bytes};
       }
     }

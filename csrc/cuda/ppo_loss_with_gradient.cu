@@ -102,14 +102,17 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   }
 }
 
+template <class T, Layout kLayout>
+auto kernel_of(const Division& division) {
+  return division.kept ? with_gradient<T, kLayout, true> : with_gradient<T, kLayout, false>;
+}
+
 template <class T>
 void launch(const Device& device, Call<T>& call, const Rows<T>& gradient) {
   with_layout(layout_of(call.length, call.logits, gradient), [&](auto layout) {
-    const auto kernel_of_kept = with_gradient<T, layout, true>;
-    const bool has_sm90 = device.has_sm90(kernel_of_kept);
-    const auto division = call.division = division_of<T>(device, call.length, has_sm90);
-    const auto kernel = division.kept ? kernel_of_kept : with_gradient<T, layout, false>;
-    device.launch(kernel, division.grid(call.count, division.shared), call, gradient, has_sm90);
+    const auto division = call.division = division_of<T>(device.limits(), call.length);
+    device.launch(kernel_of<T, layout>(division), division.grid(call.count, division.shared), call,
+                  gradient, device.limits().has_sm90);
   });
 }
 
@@ -145,6 +148,23 @@ LossResults ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor 
       launch(device, loss.call, loss.call.logits);
     });
     return loss.results(device);
+  });
+}
+
+// How a row of such logits is divided: parts, threads and bytes of shared memory of each, whether
+// it is kept there; and the occupancy of the kernel.
+std::tuple<int64_t, int64_t, int64_t, bool, int64_t, int64_t> row_division(Tensor logits) {
+  const Device device(logits);
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const int64_t length = logits.size(-1);
+    const auto division = division_of<T>(device.limits(), length);
+    return with_layout(layout_of(length, rows<T>(logits)), [&](auto layout) {
+      const auto [ctas, clusters] =
+          device.occupancy(kernel_of<T, layout>(division), division.grid(1, division.shared));
+      return std::tuple<int64_t, int64_t, int64_t, bool, int64_t, int64_t>(
+          division.parts, division.threads, division.shared, division.kept, ctas, clusters);
+    });
   });
 }
 
@@ -198,6 +218,7 @@ void rescale_(Tensor grad, Tensor scale) {
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
   m.impl("ppo_loss_and_gradient", PPO_CHECKED(kPPOLoss, &ppo_loss_and_gradient));
   m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss_));
+  m.impl("row_division", PPO_CHECKED(kRowDivision, &row_division));
   m.impl("rescale_", PPO_CHECKED(kRescale, &rescale_));
 }
 

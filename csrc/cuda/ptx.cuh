@@ -32,6 +32,28 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// --- spins
+
+// Until `there()`, which another CTA or a copy will see to. A build for tests, with PPO_WATCHDOG
+// defined, traps where that has not come in five seconds.
+template <class F>
+__device__ __forceinline__ void spin_until(const F& there) {
+#ifdef PPO_WATCHDOG
+  const auto now = [] {
+    uint64_t nanoseconds;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+    return nanoseconds;
+  };
+  const uint64_t begun = now();
+  while (!there()) {
+    if (now() - begun > 5'000'000'000) __trap();
+  }
+#else
+  while (!there()) {
+  }
+#endif
+}
+
 // --- clusters
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -94,13 +116,16 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
 
 // Waits until the barrier opens for the first time.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier) {
-  PPO_SM90(
-      asm volatile("{\n\t"
-                   ".reg .pred open;\n\t"
-                   "again:\n\t"
-                   "mbarrier.try_wait.parity.shared::cta.b64 open, [%0], 0;\n\t"
-                   "@!open bra again;\n\t"
-                   "}" ::"r"(shared_address(barrier)) : "memory"));
+  spin_until([&] {
+    uint32_t open = 1;
+    PPO_SM90(
+        asm volatile("{\n\t"
+                     ".reg .pred open;\n\t"
+                     "mbarrier.try_wait.parity.shared::cta.b64 open, [%1], 0;\n\t"
+                     "selp.u32 %0, 1, 0, open;\n\t"
+                     "}" : "=r"(open) : "r"(shared_address(barrier)) : "memory"));
+    return open != 0;
+  });
 }
 
 // --- flags in global memory

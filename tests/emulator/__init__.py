@@ -100,14 +100,16 @@ class Emulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
-        for name in ("switches", "launches", "last_cluster", "largest_cluster", "bulk_copies"):
+        counts = ("switches", "questions", "launches", "last_cluster", "largest_cluster")
+        for name in (*counts, "bulk_copies"):
             getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
 
-    def device(self, major=9, shared_per_block=232448, shared_per_sm=233472, ptx=None):
+    def device(self, major=9, shared_per_block=232448, shared_per_sm=233472, ptx=None, cluster=8):
         """From now on the device is one of this compute capability and shared memory (bytes), and
-        the code that it runs for sm_`ptx`, unless told of 90 from capability 9 on, else of 80."""
+        the code that it runs for sm_`ptx`, unless told of 90 from capability 9 on, else of 80.
+        There is room for clusters of so many blocks. To the kernels each is a device of its own."""
         ptx = (90 if major >= 9 else 80) if ptx is None else ptx
-        self.library.emulator_device(major, shared_per_block, shared_per_sm, ptx)
+        self.library.emulator_device(major, shared_per_block, shared_per_sm, ptx, cluster)
 
     def seed(self, seed):
         """The same seed gives the same order of threads in all launches that follow."""
@@ -116,6 +118,10 @@ class Emulator:
     def switches(self):
         """How often a thread has been resumed."""
         return self.library.emulator_switches()
+
+    def questions(self):
+        """What the driver was asked about devices and kernels so far, or told of kernels."""
+        return self.library.emulator_questions()
 
     def launches(self):
         return self.library.emulator_launches()

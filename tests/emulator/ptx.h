@@ -13,6 +13,12 @@ using Barrier = uint64_t;
 
 inline char* shared_memory() { return emulator::shared_memory(); }
 
+template <class F>
+void spin_until(const F& there) {
+  while (!there()) {
+  }
+}
+
 inline uint32_t cluster_rank(emulator::Site at = emulator::Site::current()) {
   return emulator::cluster_rank(at);
 }
