@@ -114,18 +114,29 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
       "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory"));
 }
 
-// Waits until the barrier opens for the first time.
+// Waits until the barrier opens for the first time. To the compiler the loop is one instruction,
+// and loops that wait in each of their rounds can be unrolled.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier) {
+#ifdef PPO_WATCHDOG
   spin_until([&] {
-    uint32_t open = 1;
+    uint32_t open = 0;
     PPO_SM90(
         asm volatile("{\n\t"
-                     ".reg .pred open;\n\t"
-                     "mbarrier.try_wait.parity.shared::cta.b64 open, [%1], 0;\n\t"
-                     "selp.u32 %0, 1, 0, open;\n\t"
+                     ".reg .pred p;\n\t"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n\t"
+                     "selp.u32 %0, 1, 0, p;\n\t"
                      "}" : "=r"(open) : "r"(shared_address(barrier)) : "memory"));
     return open != 0;
   });
+#else
+  PPO_SM90(
+      asm volatile("{\n\t"
+                   ".reg .pred open;\n\t"
+                   "again:\n\t"
+                   "mbarrier.try_wait.parity.shared::cta.b64 open, [%0], 0;\n\t"
+                   "@!open bra again;\n\t"
+                   "}" ::"r"(shared_address(barrier)) : "memory"));
+#endif
 }
 
 // --- flags in global memory
