@@ -203,6 +203,7 @@ constexpr Declared kGAEPacked(
     "bootstrap_values:trajectory scalars:scalars2");
 constexpr Declared kDiscountedSums("x:scanned decays:real mask:mask dones:mask cu_seqlens:bounds");
 constexpr Declared kPPOLoss(PPO_LOSS_OF_LOGITS);
+constexpr Declared kRowDivision("logits:logits");
 constexpr Declared kRescale("grad:logits scale:number");
 constexpr Declared kClippedPolicyLoss(
     "logprobs:floats old_logprobs:real advantages:real mask:mask denominator:double "

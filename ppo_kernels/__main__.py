@@ -7,12 +7,32 @@ import torch
 
 from ppo_kernels import __version__, dispatch
 
+VOCABULARIES = (32_000, 50_257, 128_256, 151_936)
+
 
 def _triton_version():
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def divisions(device):
+    """Lines: how the native kernels divide a row of logits over a GPU."""
+    lines = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for vocabulary in VOCABULARIES:
+            logits = torch.empty(0, vocabulary, dtype=dtype, device=device)
+            division = dispatch.kernels("native").row_division(logits)
+            ctas, threads, shared, kept, resident, clusters = division
+            place = f"kept in {shared:,} bytes each" if kept else "read twice"
+            of_device = f", {clusters} rows on the device" if ctas > 1 else ""
+            lines.append(
+                f"rows        V = {vocabulary:,} {str(dtype).removeprefix('torch.')}: "
+                f"{ctas} CTA{'s' * (ctas > 1)} of {threads} threads, {place}; "
+                f"{resident} to a multiprocessor{of_device}"
+            )
+    return lines
 
 
 def report():
@@ -36,6 +56,8 @@ def report():
     for device in ["cpu", "cuda"] if gpu else ["cpu"]:
         chosen = dispatch.resolve("auto", torch.empty(0, device=device))
         lines.append(f"{'auto':<11} {device}: {chosen}")
+    if gpu and dispatch.why_not("native", "cuda") is None:
+        lines += divisions("cuda")
     if info is not None:
         lines += [
             f"SIMD        {info['simd']} (compiled: {', '.join(info['simd_compiled'])}; "

@@ -280,6 +280,14 @@ SCHEMAS = {
     "masked_whiten": ("(Tensor x, Tensor? mask, Tensor scalars) -> Tensor", _masked_whiten),
 }
 
+# What the native backend says of itself on a GPU. Of logits, none of which it reads: how it divides
+# a row over CTAs, with bytes of shared memory each and whether the row is kept there; how many CTAs
+# a multiprocessor holds at a time, and how many of their clusters the device does.
+INQUIRIES = {
+    "row_division": "(Tensor logits) -> (int ctas, int threads, int shared, bool kept, "
+    "int resident, int clusters)"
+}
+
 
 def define(backend):
     """Register every schema and fake under the backend's namespace; kernels are added by it."""
@@ -291,4 +299,6 @@ def define(backend):
             tags.append(torch.Tag.cudagraph_unsafe)
         library.define(name + schema, tags=tags)
         torch.library.register_fake(f"{NAMESPACE[backend]}::{name}", fake, lib=library)
+    for name, schema in INQUIRIES.items():
+        library.define(name + schema)
     _libraries.append(library)

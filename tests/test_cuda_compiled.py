@@ -4,7 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from ppo_kernels import dispatch
+from ppo_kernels.__main__ import VOCABULARIES
 from tests.compiled import OPS, cuda, exponentials, sweeps
 from tests.compiled.cuda import kernels, measured
 
@@ -105,6 +108,39 @@ def test_sass_of_sweeps(cuda_compiled, kernel):
             assert widths == ({128} if SWEEPS[kernel] else set()), x
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_parts_of_rows_fit_on_a_multiprocessor_of_an_h200(
+    cuda_compiled, emulated, vocabulary, dtype
+):
+    """Three, so that one loads while others compute and store; of rows that begin anywhere two.
+    Registers are those of the machine code, and shared memory is what the launcher asks for."""
+    emulated.device()
+    logits = torch.empty(0, vocabulary, dtype=dtype)
+    _, threads, shared, kept, by_shared, _ = dispatch.kernels("native").row_division(logits)
+    assert kept
+    found = {
+        x["variant"].split(", ")[1]: cuda.resident(x["registers"], threads, shared + x["shared"])
+        for x in measured(cuda_compiled)
+        if x["kernel"] == "ppo_loss_with_gradient.with_gradient"
+        and x["variant"].endswith(KEPT)
+        and f"torch.{x['dtype']}" == str(dtype)
+    }
+    if vocabulary % (16 // dtype.itemsize):
+        assert found["Layout 0"] >= 3
+    else:
+        assert (found["Layout 1"], found["Layout 2"], by_shared) == (2, 3, 3)
+
+
+def test_means_wait_for_many_loads_at_a_time(cuda_compiled):
+    """Sixteen of a thread, also where there are few."""
+    found = [x for x in measured(cuda_compiled) if x["kernel"].endswith(".mean_parts")]
+    assert {x["dtype"] for x in found} == {"float32", "float64"}
+    for x in found:
+        size = 8 if "double" in x["variant"].split(", ")[1] else 4
+        assert [loop["loaded"] for loop in sweeps(x)] == [16 * size], x
+
+
 def test_shared_object_of_cuda_loads_without_it_and_has_every_op(cuda_compiled, tmp_path):
     """What setup.py links, less the C++ kernels, on a PyTorch that may be without CUDA."""
     objects = [x["object"] for x in cuda_compiled if "object" in x]
@@ -149,6 +185,25 @@ def test_a_kernel_that_spills_shows(nvcc, targets, tmp_path):
         assert (x["kernel"], x["threads"], x["ctas"]) == ("reverse.reverse", 512, 2)
         assert x["spills"] > 0 and x["stack"] > 0
     assert measured(reports)[0]["local"] > 0
+
+
+def test_spins_have_a_watchdog_in_a_build_for_tests_only(cuda_compiled, nvcc, tmp_path):
+    assert those_with(measured(cuda_compiled), "clocks") == []
+    source = tmp_path / "spins.cu"
+    source.write_text(
+        f'#include "{cuda.ROOT}/csrc/cuda/ptx.cuh"\n'
+        "using namespace ppo::cuda;\n"
+        "__global__ void flag(const uint32_t* there) {\n"
+        "  spin_until([&] { return load_acquire(there) != 0; });\n"
+        "}\n"
+        "__global__ void barrier() {\n"
+        "  barrier_wait(reinterpret_cast<Barrier*>(shared_memory()));\n"
+        "}\n"
+    )
+    for options, watched in ((), False), (("-DPPO_WATCHDOG",), True):
+        reports = cuda.compile_file(source, [*nvcc, *options], tmp_path / "spins.o")
+        found = {x["kernel"]: x["clocks"] > 0 for x in measured(reports)}
+        assert found == {"spins.flag": watched, "spins.barrier": watched}, reports
 
 
 def test_a_loop_that_waits_shows(nvcc, tmp_path):

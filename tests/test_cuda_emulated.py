@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ppo_kernels import (
+    dispatch,
     gae,
     gae_packed,
     kl_divergence,
@@ -16,6 +17,7 @@ from ppo_kernels import (
     schemas,
     token_logprobs_and_entropy,
 )
+from ppo_kernels.__main__ import divisions
 from tests.conftest import (
     DTYPES,
     assert_as_exact_as_eager,
@@ -36,6 +38,8 @@ DEVICES = {
     "small": ({"shared_per_sm": 28 << 10}, 4, True),
     "smaller": ({"shared_per_sm": 14 << 10}, 8, True),
     "tiny": ({"shared_per_sm": 6 << 10}, 1, False),
+    "small, room for clusters of two": ({"shared_per_sm": 28 << 10, "cluster": 2}, 2, True),
+    "small, no room for clusters": ({"shared_per_sm": 28 << 10, "cluster": 1}, 1, False),
     "A100": ({"major": 8, "shared_per_block": 163 << 10, "shared_per_sm": 164 << 10}, 1, False),
     "small, without clusters": ({"major": 8, "shared_per_sm": 28 << 10}, 1, False),
 }
@@ -125,6 +129,44 @@ def test_parts_of_real_vocabularies_on_an_h200(emulated, vocabulary, dtype, part
     for ours, theirs, true in zip(result, eager, truth, strict=True):
         assert_as_exact_as_eager(ours, theirs, true, scale=15)
     assert emulated.largest_cluster() == parts
+
+
+def test_a_device_is_asked_once(emulated):
+    """Of devices in turns, each with a kernel that must be granted shared memory there."""
+    devices = {"shared_per_block": 200_000}, {"shared_per_block": 201_000}
+    inputs = loss_inputs(1, 1, 18_000)
+
+    def questions(device):
+        emulated.device(**device)
+        before = emulated.questions()
+        ppo_loss_(**(inputs | {"logits": inputs["logits"].clone()}), backend="native")
+        return emulated.questions() - before
+
+    assert all(questions(device) > 0 for device in devices)
+    assert [questions(device) for device in devices] == [0, 0]
+
+
+def test_report_says_how_rows_are_divided(emulated):
+    emulated.device()
+    assert [x.removeprefix("rows        V = ") for x in divisions("cpu")[:4]] == [
+        "32,000 bfloat16: 1 CTA of 512 threads, kept in 64,832 bytes each; 3 to a multiprocessor",
+        "50,257 bfloat16: 2 CTAs of 256 threads, kept in 54,080 bytes each; 4 to a multiprocessor, "
+        "1 rows on the device",
+        "128,256 bfloat16: 4 CTAs of 512 threads, kept in 64,960 bytes each; 3 to a "
+        "multiprocessor, 1 rows on the device",
+        "151,936 bfloat16: 4 CTAs of 512 threads, kept in 76,800 bytes each; 3 to a "
+        "multiprocessor, 1 rows on the device",
+    ]
+    emulated.device(cluster=1)
+    assert "V = 151,936 float32: 1 CTA of 512 threads, read twice" in divisions("cpu")[-1]
+
+
+def test_three_parts_of_151936_fill_shared_memory_to_the_byte(emulated):
+    emulated.device()
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = torch.empty(0, 151_936, dtype=dtype)
+        _, _, shared, _, resident, _ = dispatch.kernels("native").row_division(logits)
+        assert resident * (shared + 1024) == 3 * (shared + 1024) == 228 << 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,15 +23,15 @@ ORDERS = {
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
     "barrier_wait": "mbarrier.try_wait.parity.shared::cta.b64",
     "load_acquire": "ld.acquire.gpu.global.u32 st.global.u32",  # of what it returns
+    "spin_until": "ld.acquire.gpu.global.u32",
     "store_release": "st.release.gpu.global.u32",
     "load_vector": "ld.global.L1::no_allocate.v4.u32",
 }
-ON_OLDER = {"load_acquire", "store_release", "load_vector"}
+ON_OLDER = {"load_acquire", "spin_until", "store_release", "load_vector"}
 # A line of their code.
 COMPUTES = {
     "shared_memory": "mov.u32 %r, _ZN3ppo4cuda6memoryE;",
     "shared_address": "cvta.to.shared.u64",
-    "cluster_rank": "mov.u32 %r, %cluster_ctarank;",
     "in_cluster": "mapa.u64 %rd, %rd, %r;",
     "fast_exp2": "ex2.approx.ftz.f32 %f, %f;",
     "fast_exp2_of_double": "fma.rn.f64",
@@ -45,7 +45,7 @@ COMPUTES = {
     "max_of_packed_half": "max.f16x2 %r, %r, %r;",
 }
 TARGETS = {"80": False, "90a": True, "100a": True}  # whether they have clusters and bulk copies
-NEW = set(ORDERS) - ON_OLDER | {"cluster_rank", "in_cluster"}
+NEW = set(ORDERS) - ON_OLDER | {"in_cluster"}
 
 
 @pytest.fixture(scope="module", params=TARGETS)

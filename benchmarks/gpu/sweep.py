@@ -72,7 +72,8 @@ def build(folder: Path, name: str, home: Path) -> str:
             *cpp_extension.COMMON_NVCC_FLAGS,
             *("-Xcompiler", "-fPIC", *setup.NVCC_FLAGS.split(), "-lineinfo", "-Xptxas", "-v"),
             *("-gencode=arch=compute_90a,code=sm_90a", "-shared"),
-            *("-o", str(folder / f"{name}.so"), str(sources / "cuda" / SOURCE)),
+            *("-o", str(folder / f"{name}.so")),
+            *(str(sources / "cuda" / file) for file in (SOURCE, "device.cu")),
             *(flag for path in cpp_extension.library_paths() for flag in ("-L", path)),
             *("-lc10", "-ltorch_cpu", "-Xlinker", "--no-as-needed", "-ltorch"),
         ]

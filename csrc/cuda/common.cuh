@@ -54,6 +54,46 @@ struct Grid {
   int cluster = 1;
 };
 
+// CTAs of a cluster: what every device with clusters has, though a part of one may not.
+constexpr int kMostParts = 8;
+
+// What a device is asked once, for an answer takes microseconds: device.cu.
+struct Limits {
+  int shared_per_multiprocessor, shared_per_block, reserved_per_block;  // bytes
+  int multiprocessors;
+  // Whether the code that runs there was compiled for sm_90 or later: the driver may have compiled
+  // the PTX of an older one.
+  bool has_sm90;
+  // CTAs of the largest cluster that can be placed, whatever else it needs.
+  int most_parts;
+};
+const Limits& limits_of(int32_t device);
+// Lets a kernel have all the shared memory of the current device, which is this one.
+void grant_shared_memory(const void* kernel, int32_t device);
+
+// A grid as the runtime takes it.
+class LaunchConfig {
+ public:
+  LaunchConfig(const Grid& grid, cudaStream_t stream) {
+    config_.gridDim = dim3(unsigned(grid.blocks));
+    config_.blockDim = dim3(unsigned(grid.threads));
+    config_.dynamicSmemBytes = size_t(grid.shared);
+    config_.stream = stream;
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+    config_.attrs = &cluster_;
+    config_.numAttrs = grid.cluster > 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute cluster_{};
+};
+
 // The device and current stream of a tensor; its device is the current one meanwhile.
 class Device {
  public:
@@ -67,20 +107,7 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
-  int attribute(cudaDeviceAttr name) const {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, index_));
-    return value;
-  }
-
-  // Whether the code of a kernel that runs on this device was compiled for sm_90 or later: the
-  // driver may have compiled the PTX of an older one.
-  template <class... Parameters>
-  bool has_sm90(void (*kernel)(Parameters...)) const {
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, kernel));
-    return attributes.ptxVersion >= 90;
-  }
+  const Limits& limits() const { return limits_of(index_); }
 
   cudaStream_t stream() const { return stream_; }
 
@@ -93,29 +120,32 @@ class Device {
       value_error("tensors must have fewer rows for a GPU: ", grid.blocks,
                   " blocks are more than 2^31 - 1");
     }
-    // What a kernel is granted without asking.
-    constexpr int64_t kGranted = 48 << 10;
-    if (grid.shared > kGranted) {
-      // All there is, whoever asks: another thread may launch the same kernel for longer rows.
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared));
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(grid.blocks));
-    config.blockDim = dim3(unsigned(grid.threads));
-    config.dynamicSmemBytes = size_t(grid.shared);
-    config.stream = stream_;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(grid.cluster), 1, 1};
-    config.attrs = &attribute;
-    config.numAttrs = grid.cluster > 1;
-    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+    prepare(kernel, grid);
+    const LaunchConfig config(grid, stream_);
+    check(cudaLaunchKernelEx(config.get(), kernel, Parameters(arguments)...));
+  }
+
+  // How many CTAs of a kernel a multiprocessor holds at a time, and how many of its clusters the
+  // device does; without clusters 0.
+  template <class... Parameters>
+  std::pair<int, int> occupancy(void (*kernel)(Parameters...), const Grid& grid) const {
+    prepare(kernel, grid);
+    const LaunchConfig config(grid, stream_);
+    int ctas = 0, clusters = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, grid.threads,
+                                                        size_t(grid.shared)));
+    if (grid.cluster > 1) check(cudaOccupancyMaxActiveClusters(&clusters, kernel, config.get()));
+    return {ctas, clusters};
   }
 
  private:
+  template <class... Parameters>
+  void prepare(void (*kernel)(Parameters...), const Grid& grid) const {
+    constexpr int64_t kGranted = 48 << 10;  // without asking
+    if (grid.shared <= kGranted) return;
+    grant_shared_memory(reinterpret_cast<const void*>(kernel), index_);
+  }
+
   int32_t index_;
   CUDAGuardOpaque* guard_ = nullptr;
   cudaStream_t stream_ = nullptr;

@@ -22,8 +22,7 @@ struct Maps {
     store_release(there + slot, 1);
   }
   __device__ GAEMap<R> wait_for(uint32_t slot) const {
-    while (load_acquire(there + slot) == 0) {
-    }
+    spin_until([&] { return load_acquire(there + slot) != 0; });
     return maps[slot];
   }
 };

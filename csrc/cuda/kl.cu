@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logit
     const int64_t length = logits.size(-1);
     with_layout(layout_of(length, z, ref), [&](auto layout) {
       const auto kernel = forward<T, layout>;
-      const auto division = division_of<T>(device, length, device.has_sm90(kernel));
+      const auto division = division_of<T>(device.limits(), length);
       const Grid grid = division.grid(result.numel(), sizeof(States<R, JointState>));
       device.launch(kernel, grid, z, ref, data_or_null<bool>(counts), length, division,
                     temperatures_of<R>(own, scalars), data<R>(result), data<RowStats<R>>(stats),
@@ -142,7 +142,7 @@ Tensor kl_divergence_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, 
     const Tensor held = readable(logits), ref_held = readable(ref_logits);
     const auto z = rows<T>(held), ref = rows<T>(ref_held);
     const int64_t length = logits.size(-1), count = divergence.numel();
-    const auto division = elementwise_division<T>(device, count, length);
+    const auto division = elementwise_division<T>(device.limits(), count, length);
     const Grid grid{count * division.parts, division.threads};
     with_layout(layout_of(length, z, ref, rows<T>(grad_logits)), [&](auto layout) {
       device.launch(backward<T, layout>, grid, data<R>(g), z, ref, length, division,

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor tokens, 
     const int64_t length = logits.size(-1);
     with_layout(layout_of(length, z), [&](auto layout) {
       const auto kernel = forward<T, layout>;
-      const auto division = division_of<T>(device, length, device.has_sm90(kernel));
+      const auto division = division_of<T>(device.limits(), length);
       device.launch(kernel, division.grid(tokens.numel(), sizeof(States<R>)), z, Ids(ids),
                     data_or_null<bool>(counts), length, division, temperatures_of<R>(own, scalars),
                     data<R>(logprobs), data<R>(entropy), data<RowStats<R>>(stats));
@@ -101,7 +101,7 @@ void write_backward(const OptionalTensor& grad_logprobs, const OptionalTensor& g
     const Tensor ids = packed(tokens), entropies = packed(entropy), stats = packed(softmax_stats);
     const auto z = rows<T>(logits), out = rows<T>(grad_logits);
     const int64_t length = logits.size(-1), count = tokens.numel();
-    const auto division = elementwise_division<T>(device, count, length);
+    const auto division = elementwise_division<T>(device.limits(), count, length);
     with_layout(layout_of(length, z, out), [&](auto layout) {
       device.launch(backward<T, layout>, Grid{count * division.parts, division.threads},
                     data_or_null<R>(g), data_or_null<R>(h), z, Ids(ids), data<R>(entropies),

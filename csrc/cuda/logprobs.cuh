@@ -16,7 +16,6 @@ struct Division {
   Grid grid(int64_t rows, int64_t bytes) const { return {rows * parts, threads, bytes, parts}; }
 };
 
-constexpr int kMostParts = 8;  // What every device with clusters has, but parts of one may not.
 // Room for what precedes the logits: so little that a quarter of 151,936 bf16 logits fits three
 // times on an H200.
 constexpr int64_t kHead = 832;
@@ -27,17 +26,14 @@ constexpr int kMostCopies = 16;
 // that they are not kept, nor divided. Of nothing but the device, V and dtype, for all kernels that
 // score tokens: the scores are then bitwise the same.
 template <class T>
-Division division_of(const Device& device, int64_t length, bool clusters) {
+Division division_of(const Limits& limits, int64_t length) {
   constexpr int64_t n = kVector<T>;
-  const int64_t shared = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const int64_t reserved = device.attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  const int most_parts = clusters ? kMostParts : 1;
   for (const int resident : {3, 2}) {
-    for (int parts = 1; parts <= most_parts; parts *= 2) {
+    for (int parts = 1; parts <= limits.most_parts; parts *= 2) {
       const int64_t part = ceil_div(ceil_div<int64_t>(length, parts), n) * n;
       const int64_t threads = threads_for<T>(length, part);
       const int64_t bytes = kHead + part * sizeof(T);
-      if (resident * (bytes + reserved) <= shared &&
+      if (resident * (bytes + limits.reserved_per_block) <= limits.shared_per_multiprocessor &&
           part <= kMostCopies * kTogether * threads * n) {
         return {parts, int(part), int(threads), true, bytes};
       }
@@ -50,11 +46,11 @@ Division division_of(const Device& device, int64_t length, bool clusters) {
 // CTAs as keep all multiprocessors busy, however few the rows; each takes whole steps of its
 // threads.
 template <class T>
-Division elementwise_division(const Device& device, int64_t rows, int64_t length) {
+Division elementwise_division(const Limits& limits, int64_t rows, int64_t length) {
   constexpr int64_t kWanted = 8;  // of a multiprocessor, where three or four run at once
   const int64_t threads = threads_for<T>(length, length), step = threads * kTogether * kVector<T>;
   const int64_t all = ceil_div(length, step);
-  const int64_t wanted = kWanted * device.attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t wanted = kWanted * limits.multiprocessors;
   const int64_t steps = ceil_div(all, std::min(all, ceil_div(wanted, std::max<int64_t>(rows, 1))));
   return {int(ceil_div(all, steps)), int(steps * step), int(threads), false, 0};
 }

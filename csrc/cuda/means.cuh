@@ -76,14 +76,25 @@ struct Scalars {
   R* at[kMeans];
 };
 
-// Mean i is the sum of parts [i * count, (i + 1) * count) over the denominator: a CTA for each.
+// Mean i is the sum of parts [i * count, (i + 1) * count) over the denominator: a CTA for each, in
+// whose threads so many loads are in flight that 65,536 parts take eight round trips to memory.
 template <class R, class Summand, int kMeans>
 __global__ void __launch_bounds__(kTokenThreads)
     mean_parts(const Summand* parts, int64_t count, Denominator denominator,
                const __grid_constant__ Scalars<R, kMeans> means) {
   const Summand* mine = parts + blockIdx.x * count;
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kTokenThreads) sum += double(mine[i]);
+  constexpr int kAtOnce = 16;
+  for (int64_t i = threadIdx.x; i < count; i += kAtOnce * kTokenThreads) {
+    Summand x[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t at = i + j * kTokenThreads;
+      x[j] = at < count ? mine[at] : Summand(0);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) sum += double(x[j]);
+  }
   sum = cta_sum(sum, reinterpret_cast<double*>(shared_memory()));
   if (threadIdx.x == 0) *means.at[blockIdx.x] = R(sum / denominator());
 }

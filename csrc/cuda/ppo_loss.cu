@@ -47,7 +47,7 @@ Results ppo_loss(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor advan
     call.grad_entropy = data<R>(h);
     with_layout(layout_of(call.length, call.logits), [&](auto layout) {
       const auto kernel = saved<T, layout>;
-      call.division = division_of<T>(device, call.length, device.has_sm90(kernel));
+      call.division = division_of<T>(device.limits(), call.length);
       device.launch(kernel, call.division.grid(call.count, sizeof(States<R>)), call);
     });
     return std::tuple_cat(loss.results(device), std::tuple(stats, g, h));

@@ -155,16 +155,23 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   }
 }
 
+template <class T, Layout kLayout>
+auto kernel_of(const Division& division) {
+  return division.kept ? with_gradient<T, kLayout, true> : with_gradient<T, kLayout, false>;
+}
+
+// A row that does not begin at 16 bytes is as far from them in shared memory, and ends later.
+template <Layout kLayout>
+Grid grid_of(const Division& division, int64_t rows) {
+  return division.grid(rows, division.shared + (kLayout == Layout::aligned ? 0 : 16));
+}
+
 template <class T>
 void launch(const Device& device, Call<T>& call, const Rows<T>& gradient) {
   with_layout(layout_of(call.length, call.logits, gradient), [&](auto layout) {
-    const auto kernel_of_kept = with_gradient<T, layout, true>;
-    const bool has_sm90 = device.has_sm90(kernel_of_kept);
-    const auto division = call.division = division_of<T>(device, call.length, has_sm90);
-    const auto kernel = division.kept ? kernel_of_kept : with_gradient<T, layout, false>;
-    // A row that does not begin at 16 bytes is as far from them in shared memory, and ends later.
-    const int64_t shared = division.shared + (layout == Layout::aligned ? 0 : 16);
-    device.launch(kernel, division.grid(call.count, shared), call, gradient, has_sm90);
+    const auto division = call.division = division_of<T>(device.limits(), call.length);
+    device.launch(kernel_of<T, layout>(division), grid_of<layout>(division, call.count), call,
+                  gradient, device.limits().has_sm90);
   });
 }
 
@@ -203,6 +210,23 @@ LossResults ppo_loss_(Tensor logits, Tensor tokens, Tensor old_logprobs, Tensor 
   });
 }
 
+// How a row of such logits is divided: parts, threads and bytes of shared memory of each, whether
+// it is kept there; and the occupancy of the kernel.
+std::tuple<int64_t, int64_t, int64_t, bool, int64_t, int64_t> row_division(Tensor logits) {
+  const Device device(logits);
+  return dispatch(logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const int64_t length = logits.size(-1);
+    const auto division = division_of<T>(device.limits(), length);
+    return with_layout(layout_of(length, rows<T>(logits)), [&](auto layout) {
+      const auto [ctas, clusters] =
+          device.occupancy(kernel_of<T, layout>(division), grid_of<layout>(division, 1));
+      return std::tuple<int64_t, int64_t, int64_t, bool, int64_t, int64_t>(
+          division.parts, division.threads, division.shared, division.kept, ctas, clusters);
+    });
+  });
+}
+
 // The elements of a row times a number; a zero of either makes a zero, whatever the other is.
 template <class T, Layout kLayout>
 struct Scaled {
@@ -238,7 +262,7 @@ void rescale_(Tensor grad, Tensor scale) {
     using T = decltype(type);
     const Tensor factor = as<Real<T>>(scale);
     const int64_t length = grad.size(-1), count = grad.numel() / length;
-    const auto division = elementwise_division<T>(device, count, length);
+    const auto division = elementwise_division<T>(device.limits(), count, length);
     written_in_place(grad, [&](const Tensor& target) {
       const auto z = rows<T>(target);
       with_layout(layout_of(length, z), [&](auto layout) {
@@ -254,6 +278,7 @@ void rescale_(Tensor grad, Tensor scale) {
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CUDA, m) {
   m.impl("ppo_loss_and_gradient", PPO_CHECKED(kPPOLoss, &ppo_loss_and_gradient));
   m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss_));
+  m.impl("row_division", PPO_CHECKED(kRowDivision, &row_division));
   m.impl("rescale_", PPO_CHECKED(kRescale, &rescale_));
 }
 

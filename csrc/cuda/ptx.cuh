@@ -32,6 +32,28 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// --- spins
+
+// Until `there()`, which another CTA or a copy will see to. A build for tests, with PPO_WATCHDOG
+// defined, traps where that has not come in five seconds.
+template <class F>
+__device__ __forceinline__ void spin_until(const F& there) {
+#ifdef PPO_WATCHDOG
+  const auto now = [] {
+    uint64_t nanoseconds;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+    return nanoseconds;
+  };
+  const uint64_t begun = now();
+  while (!there()) {
+    if (now() - begun > 5'000'000'000) __trap();
+  }
+#else
+  while (!there()) {
+  }
+#endif
+}
+
 // --- clusters
 
 // All threads of a cluster meet between `arrive` and `wait`. What a thread wrote before it arrived,
@@ -84,8 +106,21 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
       "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory"));
 }
 
-// Waits until the barrier opens for the first time.
+// Waits until the barrier opens for the first time. To the compiler the loop is one instruction,
+// and loops that wait in each of their rounds can be unrolled.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier) {
+#ifdef PPO_WATCHDOG
+  spin_until([&] {
+    uint32_t open = 0;
+    PPO_SM90(
+        asm volatile("{\n\t"
+                     ".reg .pred p;\n\t"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n\t"
+                     "selp.u32 %0, 1, 0, p;\n\t"
+                     "}" : "=r"(open) : "r"(shared_address(barrier)) : "memory"));
+    return open != 0;
+  });
+#else
   PPO_SM90(
       asm volatile("{\n\t"
                    ".reg .pred open;\n\t"
@@ -93,6 +128,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier) {
                    "mbarrier.try_wait.parity.shared::cta.b64 open, [%0], 0;\n\t"
                    "@!open bra again;\n\t"
                    "}" ::"r"(shared_address(barrier)) : "memory"));
+#endif
 }
 
 // --- flags in global memory

@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_statistics(
     const int64_t length = logits.size(-1);
     with_layout(layout_of(length, z), [&](auto layout) {
       const auto kernel = forward<T, layout>;
-      const auto division = division_of<T>(device, length, device.has_sm90(kernel));
+      const auto division = division_of<T>(device.limits(), length);
       device.launch(kernel, division.grid(tokens.numel(), sizeof(States<R, Moments>)), z, Ids(ids),
                     data_or_null<bool>(counts), length, division, temperatures_of<R>(own, scalars),
                     results);

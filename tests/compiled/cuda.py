@@ -151,10 +151,21 @@ def _machine_code(kept):
             "load": parsed.load,
             "store": parsed.store,
             "bulk_loads": len(re.findall(r"\bUBLKCP\.S\.G\b", code)),
+            "clocks": len(re.findall(r"\bSR_GLOBALTIMER", code)),
             "loops": [x._asdict() for x in parsed.loops],
             "order": {"sass": order.of_sass(code), "ptx": order.of_ptx(bodies[name])},
         }
     return found
+
+
+def resident(registers, threads, shared):
+    """CTAs that a multiprocessor of an H100 or an H200 holds at a time: 65,536 registers, given to
+    warps by 256 and a quarter of the warps at a time, 228 KiB of shared memory, given by 128 bytes,
+    of which a CTA takes another KiB, 2048 threads and 32 CTAs."""
+    of_warp = math.ceil(registers * 32 / 256) * 256
+    warps = 65_536 // of_warp // 4 * 4
+    of_cta = math.ceil(shared / 128) * 128 + 1024
+    return min(warps * 32 // threads, (228 << 10) // of_cta, 2048 // threads, 32)
 
 
 def _names(mangled):

@@ -12,7 +12,6 @@ using namespace ppo::cuda;
 
 KERNEL shared_memory_(uint32_t* out) { *out = shared_address(shared_memory()); }
 KERNEL shared_address_(uint32_t* out, const void* p) { *out = shared_address(p); }
-KERNEL cluster_rank_(uint32_t* out) { *out = cluster_rank(); }
 KERNEL cluster_arrive_(int* data) { BETWEEN(data, cluster_arrive()); }
 KERNEL cluster_wait_(int* data) { BETWEEN(data, cluster_wait()); }
 KERNEL fence_cluster_(int* data) { BETWEEN(data, fence_cluster()); }
@@ -25,6 +24,9 @@ KERNEL bulk_copy_(int* data, void* shared, const void* global, Barrier* barrier)
 KERNEL barrier_wait_(int* data, Barrier* barrier) { BETWEEN(data, barrier_wait(barrier)); }
 KERNEL load_acquire_(int* data, const uint32_t* flag, uint32_t* out) {
   BETWEEN(data, *out = load_acquire(flag));
+}
+KERNEL spin_until_(int* data, const uint32_t* flag) {
+  BETWEEN(data, spin_until([&] { return load_acquire(flag) != 0; }));
 }
 KERNEL store_release_(int* data, uint32_t* flag) { BETWEEN(data, store_release(flag, 7)); }
 KERNEL load_vector_(int* data, const void* global, uint4* out) {

@@ -100,8 +100,8 @@ class Emulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
-        counts = "switches", "launches", "last_blocks", "last_cluster", "largest_cluster"
-        for name in (*counts, "bulk_copies", "left_out"):
+        counts = "switches", "questions", "launches", "last_blocks", "last_cluster"
+        for name in (*counts, "largest_cluster", "bulk_copies", "left_out"):
             getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
 
     def device(
@@ -110,13 +110,17 @@ class Emulator:
         shared_per_block=232448,
         shared_per_sm=233472,
         ptx=None,
+        cluster=8,
         multiprocessors=132,
     ):
         """From now on the device is one of this compute capability, shared memory (bytes) and
         number of multiprocessors, and the code that it runs for sm_`ptx`, unless told of 90 from
-        capability 9 on, else of 80."""
+        capability 9 on, else of 80. There is room for clusters of so many blocks. To the kernels
+        each is a device of its own."""
         ptx = (90 if major >= 9 else 80) if ptx is None else ptx
-        self.library.emulator_device(major, shared_per_block, shared_per_sm, ptx, multiprocessors)
+        self.library.emulator_device(
+            major, shared_per_block, shared_per_sm, ptx, cluster, multiprocessors
+        )
 
     def seed(self, seed):
         """The same seed gives the same order of threads in all launches that follow."""
@@ -134,6 +138,10 @@ class Emulator:
     def switches(self):
         """How often a thread has been resumed."""
         return self.library.emulator_switches()
+
+    def questions(self):
+        """What the driver was asked about devices and kernels so far, or told of kernels."""
+        return self.library.emulator_questions()
 
     def launches(self):
         return self.library.emulator_launches()

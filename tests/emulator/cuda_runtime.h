@@ -30,6 +30,7 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801,
 };
 using cudaStream_t = struct CUstream_st*;
 
@@ -78,6 +79,9 @@ struct cudaLaunchConfig_t {
 namespace emulator {
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t get_attributes(cudaFuncAttributes* attributes);
+cudaError_t active_blocks(int* blocks, const void* kernel, int threads, size_t shared_bytes);
+cudaError_t active_clusters(int* clusters, const void* kernel, const cudaLaunchConfig_t& config);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    void (*run)(const void* arguments), const void* arguments);
 
@@ -92,8 +96,20 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  *attributes = {emulator::ptx_version, emulator::device_major * 10};
-  return cudaSuccess;
+  return emulator::get_attributes(attributes);
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int threads,
+                                                          size_t shared_bytes) {
+  return emulator::active_blocks(blocks, reinterpret_cast<const void*>(kernel), threads,
+                                 shared_bytes);
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  return emulator::active_clusters(clusters, reinterpret_cast<const void*>(kernel), *config);
 }
 
 // Throws std::runtime_error for what the kernel does wrong.

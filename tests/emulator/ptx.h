@@ -13,6 +13,12 @@ using Barrier = uint64_t;
 
 inline char* shared_memory() { return emulator::shared_memory(); }
 
+template <class F>
+void spin_until(const F& there) {
+  while (!there()) {
+  }
+}
+
 inline void cluster_arrive(emulator::Site at = emulator::Site::current()) {
   emulator::cluster_arrive(at);
 }

@@ -3,9 +3,13 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <atomic>
+#include <compare>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "cuda_runtime.h"
 
@@ -17,17 +21,32 @@ namespace {
 
 constexpr size_t kGrantedSharedBytes = 48 << 10;
 constexpr uint64_t kMostThreads = 1024;
-constexpr uint64_t kMostBlocksInCluster = 8;
+constexpr int kMostThreadsPerSM = 2048;
+constexpr int kReservedSharedBytes = 1024;
 
+// `most_blocks`: in a cluster that can be placed.
 struct Device {
-  int shared_per_block, shared_per_sm, multiprocessors;
-} device{232448, 233472, 132};  // of sm_90
+  int major, shared_per_block, shared_per_sm, ptx, most_blocks, multiprocessors;
+  auto operator<=>(const Device&) const = default;
+};
+// As many as were asked for; tensors lie on the current one.
+std::vector<Device> devices{{9, 232448, 233472, 90, 8, 132}};
+size_t current = 0;
+const Device& device() { return devices[current]; }
 
-std::map<const void*, size_t> shared_bytes_granted;
+// By device, as a GPU has it.
+std::map<std::pair<size_t, const void*>, size_t> shared_bytes_granted;
 uint64_t launches = 0, last_blocks = 0, last_cluster = 0, largest_cluster = 0;
+std::atomic<uint64_t> questions{0};
 std::mutex one_launch;  // calls may come from several threads of Python
 
 Dimensions dimensions(const dim3& d) { return {d.x, d.y, d.z}; }
+
+// What a kernel may have on the current device.
+size_t shared_bytes_of(const void* function) {
+  const auto granted = shared_bytes_granted.find({current, function});
+  return granted == shared_bytes_granted.end() ? kGrantedSharedBytes : granted->second;
+}
 
 cudaError_t check(const Launch& kernel, const void* function) {
   const auto& [grid, block, cluster, shared_bytes, run, arguments] = kernel;
@@ -37,29 +56,16 @@ cudaError_t check(const Launch& kernel, const void* function) {
     return cudaErrorInvalidConfiguration;
   }
   if (cluster.count() > 1 &&
-      (ptx_version < 90 || cluster.count() > kMostBlocksInCluster || grid.x % cluster.x != 0 ||
-       grid.y % cluster.y != 0 || grid.z % cluster.z != 0)) {
+      (ptx_version < 90 || cluster.count() > uint64_t(device().most_blocks) ||
+       grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0)) {
     return cudaErrorInvalidConfiguration;
   }
-  const auto granted = shared_bytes_granted.find(function);
-  const size_t most = granted == shared_bytes_granted.end() ? kGrantedSharedBytes : granted->second;
-  return shared_bytes > most || shared_bytes > size_t(device.shared_per_block)
-             ? cudaErrorInvalidValue
-             : cudaSuccess;
+  return shared_bytes > shared_bytes_of(function) ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-}  // namespace
-
-cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value > device.shared_per_block) return cudaErrorInvalidValue;
-  shared_bytes_granted[kernel] = size_t(value);
-  return cudaSuccess;
-}
-
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* function,
-                   void (*run)(const void* arguments), const void* arguments) {
-  const std::lock_guard lock(one_launch);
+// A launch as the scheduler takes it.
+Launch described(const cudaLaunchConfig_t& config, void (*run)(const void*) = nullptr,
+                 const void* arguments = nullptr) {
   Launch kernel{dimensions(config.gridDim),
                 dimensions(config.blockDim),
                 {1, 1, 1},
@@ -70,6 +76,53 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function,
     const auto& size = config.attrs[i].val.clusterDim;
     kernel.cluster = {size.x, size.y, size.z};
   }
+  return kernel;
+}
+
+}  // namespace
+
+cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard lock(one_launch);
+  ++questions;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || value > device().shared_per_block) return cudaErrorInvalidValue;
+  shared_bytes_granted[{current, kernel}] = size_t(value);
+  return cudaSuccess;
+}
+
+cudaError_t get_attributes(cudaFuncAttributes* attributes) {
+  ++questions;
+  *attributes = {ptx_version, device_major * 10};
+  return cudaSuccess;
+}
+
+// Of registers nothing is known here.
+cudaError_t active_blocks(int* blocks, const void* kernel, int threads, size_t shared_bytes) {
+  const std::lock_guard lock(one_launch);
+  ++questions;
+  if (shared_bytes > shared_bytes_of(kernel)) return cudaErrorInvalidValue;
+  *blocks = std::min(device().shared_per_sm / (int(shared_bytes) + kReservedSharedBytes),
+                     kMostThreadsPerSM / threads);
+  return cudaSuccess;
+}
+
+// As if each cluster that can be placed had a place of its own on a GPU of one such place.
+cudaError_t active_clusters(int* clusters, const void* kernel, const cudaLaunchConfig_t& config) {
+  const std::lock_guard lock(one_launch);
+  ++questions;
+  if (ptx_version < 90) return cudaErrorNotSupported;
+  const Launch asked = described(config);
+  if (asked.shared_bytes > shared_bytes_of(kernel) || asked.grid.x % asked.cluster.x != 0) {
+    return cudaErrorInvalidValue;
+  }
+  *clusters = asked.cluster.count() <= uint64_t(device().most_blocks);
+  return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* function,
+                   void (*run)(const void* arguments), const void* arguments) {
+  const std::lock_guard lock(one_launch);
+  const Launch kernel = described(config, run, arguments);
   const cudaError_t error = check(kernel, function);
   if (error != cudaSuccess) return error;
   ++launches;
@@ -90,12 +143,16 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorNotSupported:
+      return "operation not supported";
     default:
       return "invalid configuration argument";
   }
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+  ++questions;
+  const Device& device = devices[size_t(index)];
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = device.multiprocessors;
@@ -107,7 +164,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = device.shared_per_block;
       return cudaSuccess;
     case cudaDevAttrReservedSharedMemoryPerBlock:
-      *value = 1024;
+      *value = kReservedSharedBytes;
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;
@@ -119,6 +176,12 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 }
 
 extern "C" {
+
+// Of tensors, which torch knows to lie on the CPU: the emulated device.
+AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
+  *index = int32_t(current);
+  return AOTI_TORCH_SUCCESS;
+}
 
 struct CUDAGuardOpaque {};
 
@@ -149,11 +212,14 @@ void __ubsan_handle_type_mismatch_v1(const Misaligned* place, uintptr_t) {
 
 // --- called from Python
 
+// The same arguments name the same device: what is known of it is not to be asked again.
 AOTI_TORCH_EXPORT void emulator_device(int major, int shared_per_block, int shared_per_sm, int ptx,
-                                       int multiprocessors) {
+                                       int most_blocks, int multiprocessors) {
+  const Device named{major, shared_per_block, shared_per_sm, ptx, most_blocks, multiprocessors};
+  current = size_t(std::find(devices.begin(), devices.end(), named) - devices.begin());
+  if (current == devices.size()) devices.push_back(named);
   device_major = major;
   ptx_version = ptx;
-  device = {shared_per_block, shared_per_sm, multiprocessors};
   largest_cluster = bulk_copies = 0;
 }
 
@@ -164,6 +230,7 @@ AOTI_TORCH_EXPORT void emulator_leave_out(const char* file, uint32_t line) {
 AOTI_TORCH_EXPORT uint64_t emulator_left_out() { return left_out; }
 AOTI_TORCH_EXPORT uint64_t emulator_switches() { return switches; }
 AOTI_TORCH_EXPORT uint64_t emulator_bulk_copies() { return bulk_copies; }
+AOTI_TORCH_EXPORT uint64_t emulator_questions() { return questions; }
 AOTI_TORCH_EXPORT uint64_t emulator_launches() { return launches; }
 AOTI_TORCH_EXPORT uint64_t emulator_last_blocks() { return last_blocks; }
 AOTI_TORCH_EXPORT uint64_t emulator_last_cluster() { return last_cluster; }
