@@ -230,6 +230,17 @@ def test_draws_from_several_segments(emulated, filters):
         torch.testing.assert_close(result.logprobs, expected.logprobs)
 
 
+def test_greedy_draws_of_the_only_token(emulated):
+    """Of a filtered row in which one warp alone finds a weight, and then none above the cut."""
+    logits = torch.full((30, 2050), -torch.inf).index_fill(1, torch.tensor([200]), 1.0)
+    for seed in SEEDS:
+        emulated.seed(seed)
+        result = sample_tokens(
+            logits, torch.rand(30), temperature=0.0, min_p=0.01, backend="native"
+        )
+        assert (result.tokens == 200).all() and (result.logprobs == 0).all()
+
+
 def test_chunks_of_a_trajectory_find_each_other(emulated):
     """Rows of many chunks, of which few run at once."""
     rewards, values = torch.randn(2, 2, 11_001, dtype=torch.float64)
