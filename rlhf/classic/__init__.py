@@ -10,7 +10,7 @@ For scripts and tutorials that were written for it, which run here with only the
     stats = trainer.step(queries, responses, scores)
 
 Names, defaults, formulas and the keys of the statistics are those of TRL 0.11.4, on the same seeds
-its figures too (`tests/rlhf/test_classic.py` holds both). What it did wrong is right here:
+its figures too (`tests/rlhf/classic` holds both). What it did wrong is right here:
 
 - Dropout is off, where TRL sampled with it after the first `step`; a tokenizer that pads on the
   left moves no position in `step`; no EOS in a prompt is taken for the one that ends a response.

@@ -1,4 +1,4 @@
-"""The configuration of generate and evaluate, as `config` has those of the stages."""
+"""The configuration of generate and evaluate; `training.py` and `ppo.py` have the stages'."""
 
 from dataclasses import dataclass
 

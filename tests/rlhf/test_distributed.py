@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,8 @@ from rlhf import cli
 from rlhf.config.ppo import PPOConfig
 from rlhf.errors import UserError
 from rlhf.optim import clip_gradients
-from tests.rlhf.test_ppo import records
+from tests.rlhf.helpers.processes import torchrun
+from tests.rlhf.helpers.stages import records
 
 WHOLE_RUN = {
     "rollout_batch_size": 32,
@@ -32,14 +31,6 @@ WHOLE_RUN = {
     "entropy_coef": 0.01,
     "missing_eos_penalty": 0.5,
 }
-
-
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
 
 
 @pytest.fixture
@@ -105,7 +96,7 @@ def test_whitening_is_centred_across_ranks(config_file, tmp_path, world):
     A NaN that only the second rank's reward returns ends both, with the sample named. And the
     gradients that the ranks share out are those of the logits where they are made of hidden states,
     with a head tied to the embeddings or not."""
-    script = Path(__file__).with_name("two_ranks.py")
+    script = Path(__file__).with_name("helpers") / "two_ranks.py"
     file = config_file(reward_funcs=[f"{script}:odd_one_out"], per_device_train_batch_size=4)
     for model in ("llama", "gpt2"):
         for name in (model, f"{model}-reward"):

@@ -17,7 +17,7 @@ from rlhf.demo.labelled import read_examples
 from rlhf.errors import UserError
 from rlhf.ppo.train import train_ppo
 from rlhf.rewards.functions import load_function
-from tests.rlhf.conftest import BAD, GOOD, review
+from tests.rlhf.helpers.world import BAD, GOOD, review
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "imdb"
 SENTIMENT = EXAMPLE / "sentiment.py"

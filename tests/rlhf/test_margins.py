@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from rlhf.config.training import RewardConfig
 from rlhf.data.loaders import Ranking, load_rankings
 from rlhf.data.padding import pad
-from rlhf.demo.base import write_jsonl
 from rlhf.errors import UserError
 from rlhf.models.loading import load_scorer
 from rlhf.models.passes import sequence_scores
@@ -17,15 +16,6 @@ from rlhf.reward_model import evaluate, pair_metrics, train_reward
 
 UNUSED = {"model_name_or_path": "unused", "dataset_name": "unused", "output_dir": "unused"}
 PAIR = {"prompt": "film", "chosen": " good", "rejected": " bad"}
-
-
-@pytest.fixture
-def save(tmp_path):
-    def save(*rows: dict) -> str:
-        write_jsonl(tmp_path / "data.jsonl", rows)
-        return str(tmp_path / "data.jsonl")
-
-    return save
 
 
 def load(path: str, tokenizer) -> list[Ranking]:

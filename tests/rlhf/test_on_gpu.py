@@ -12,7 +12,7 @@ from rlhf.models.passes import default_device
 from rlhf.ppo.train import train_ppo
 from rlhf.reward_model import train_reward
 from rlhf.sft import train_sft
-from tests.rlhf.test_demo import REVIEWS, check_models
+from tests.rlhf.helpers.demo import REVIEWS, check_models
 
 pytestmark = pytest.mark.gpu
 

@@ -28,7 +28,7 @@ from rlhf.reward_model import Scorer, pair_indices, pair_metrics, score_answers,
 from rlhf.run.state import save_model
 from rlhf.sft import token_loss, train_sft
 from rlhf.supervised import SupervisedTrainer
-from tests.rlhf.test_ppo import records
+from tests.rlhf.helpers.stages import records
 
 EOS = 2
 
