@@ -22,7 +22,8 @@ from ppo_kernels import checks, reference, schemas
 from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.linear_chunks import CHUNK_BYTES
 from ppo_kernels.logprobs import LogprobsAndEntropy, within
-from ppo_kernels.ppo_loss import checked_arguments, for_kernel, promoted_loss
+from ppo_kernels.ppo_loss import checked_loss, for_kernel, promoted_loss
+from ppo_kernels.schemas import LossInputs, Objective
 
 
 def _cast(dtype, *tensors):
@@ -352,29 +353,16 @@ def linear_ppo_loss(
         logits_dtype,
         chunk_bytes,
     )
-    # Of hidden states the shape is looked at, which but for D is that of logits.
-    arguments = checked_arguments(
-        hidden,
-        tokens,
-        old_logprobs,
-        advantages,
-        mask,
+    inputs, objective = checked_loss(
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
         importance_weights,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        ref_logprobs,
-        kl_estimator,
-        denominator,
-        temperature,
     )
     backend = resolve(backend, hidden)
     if backend == "reference":
-        logits = _reference_logits(head, mask, *call, softcap, logit_scale)
-        results = reference.ppo_loss(logits, *arguments)
+        logits = _reference_logits(head, inputs.mask, *call, softcap, logit_scale)
+        results = reference.ppo_loss(logits, inputs, objective)
     else:
-        rest = scalars(logit_scale, softcap), *for_kernel(*arguments)
+        rest = scalars(logit_scale, softcap), *for_kernel(inputs, objective)
         results = _LinearPPOLoss.apply(backend, *call, *head, *rest)
-    return promoted_loss(results, head[0], arguments)
+    return promoted_loss(results, head[0], inputs)

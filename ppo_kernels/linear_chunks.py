@@ -233,22 +233,11 @@ def _ppo_loss(
     weight,
     bias,
     head_scalars,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    ref_logprobs,
-    denominator,
-    temperatures,
-    scalars,
-    kl_estimator,
-    grad_hidden,
-    grad_weight,
-    grad_bias,
-    sum_dtype,
-    logits_dtype,
-    chunk_bytes,
+    *arguments,
 ):
+    *inputs, scalars, kl_estimator = arguments[:-6]
+    *wanted, sum_dtype, logits_dtype, chunk_bytes = arguments[-6:]
+    tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures = inputs
     head = _Head(backend, hidden, weight, bias, head_scalars, logits_dtype, mask)
     if head.picks:
         head.check(tokens, temperatures)
@@ -257,7 +246,7 @@ def _ppo_loss(
         )
     sum_dtype = torch.promote_types(sum_dtype, schemas.unscaled_dtype(weight))
     dtypes = sum_dtype, schemas.unscaled_dtype(hidden)
-    differentiable = head.want(grad_hidden, grad_weight, grad_bias, *dtypes)
+    differentiable = head.want(*wanted, *dtypes)
     scaled = differentiable and logits_dtype == torch.float16
     in_place = differentiable and not scaled
     op = kernels(backend).ppo_loss_ if in_place else kernels(backend).ppo_loss

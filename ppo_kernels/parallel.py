@@ -39,8 +39,9 @@ from ppo_kernels.dispatch import (
 from ppo_kernels.kl import kl_estimate
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.masked import masked_mean
-from ppo_kernels.ppo_loss import PPOLoss, check_objective
+from ppo_kernels.ppo_loss import PPOLoss, checked_loss
 from ppo_kernels.ppo_loss_of_tokens import clipped_policy_loss
+from ppo_kernels.schemas import LossInputs, Objective
 
 
 def _gathered(state, group):
@@ -302,13 +303,12 @@ def vocab_parallel_ppo_loss(
         TypeError, ValueError: as `ppo_loss`, on all ranks.
     """
     logits, tokens, group, start = _slice_with_start(logits, tokens, group, vocab_start)
-    objective = check_objective(
-        *(tokens, old_logprobs, advantages, mask, importance_weights),
-        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logprobs, kl_estimator),
+    inputs, objective = checked_loss(
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
+        importance_weights,
     )
-    old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, *coefs = objective
-    entropy_coef, kl_coef, ref_logprobs = coefs
-    denominator = checks.denominator(denominator, logits.device)
+    tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature = inputs
     reference.refuse_infinite(
         mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
     )
@@ -327,9 +327,9 @@ def vocab_parallel_ppo_loss(
         old_logprobs,
         advantages,
         mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        dual_clip=objective.dual_clip,
         denominator=denominator,
         backend=backend,
     )
@@ -339,7 +339,7 @@ def vocab_parallel_ppo_loss(
     else:
         kl = kl_estimate(finite, ref_logprobs, estimator=kl_estimator, backend=backend)
         kl = masked_mean(kl, mask, denominator, backend=backend)
-    loss = policy.loss - entropy_coef * entropy + kl_coef * kl
+    loss = policy.loss - objective.entropy_coef * entropy + objective.kl_coef * kl
     policy_loss, *of_clipping = policy
     rest = (policy_loss, entropy, kl, *of_clipping, logprobs, token_entropy)
     results = loss, *(x.detach() for x in rest)

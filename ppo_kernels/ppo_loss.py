@@ -22,7 +22,7 @@ from ppo_kernels.dispatch import (
     under_transforms,
 )
 from ppo_kernels.reference import chained
-from ppo_kernels.schemas import any_fp64
+from ppo_kernels.schemas import LossInputs, Objective, any_fp64
 
 
 class PPOLoss(NamedTuple):
@@ -43,28 +43,14 @@ class PPOLoss(NamedTuple):
     token_entropy: torch.Tensor
 
 
-def for_kernel(
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    clip_low,
-    clip_high,
-    dual_clip,
-    entropy_coef,
-    kl_coef,
-    ref_logprobs,
-    denominator,
-    temperature,
-    kl_estimator,
-):
-    """Arguments of `reference.ppo_loss` after the logits -> those of the registered ops."""
+def for_kernel(inputs, objective):
+    """LossInputs and Objective -> what the registered ops take after the logits."""
+    *tensors, denominator, temperature = inputs
     temperatures, temperature = temperatures_and_number(temperature)
-    numbers = scalars(temperature, clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
+    *numbers, kl_estimator = objective
+    denominator = denominator_on(inputs.tokens.device, denominator)
     estimator = reference.ESTIMATORS.index(kl_estimator)
-    denominator = denominator_on(tokens.device, denominator)
-    tensors = tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures
-    return *tensors, numbers, estimator
+    return *tensors, denominator, temperatures, scalars(temperature, *numbers), estimator
 
 
 class _PPOLoss(torch.autograd.Function):
@@ -177,25 +163,15 @@ class _PPOLossInPlace(torch.autograd.Function):
         return None, None, logits, *(None,) * ctx.arguments
 
 
-def check_objective(
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    importance_weights,
-    clip_low,
-    clip_high,
-    dual_clip,
-    entropy_coef,
-    kl_coef,
-    ref_logprobs,
-    kl_estimator,
-):
-    """Check the arguments of an objective; return those from `old_logprobs` to `ref_logprobs`."""
+def checked_loss(inputs, objective, importance_weights):
+    """(LossInputs, Objective), the tokens checked already -> the same checked, with the importance
+    weights in the advantages."""
+    tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature = inputs
     checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
     mask = checks.boolean("mask", mask, "tokens", tokens)
     advantages = checks.advantages(advantages, importance_weights, mask, "tokens", tokens)
-    clipping = checks.clip_range(clip_low, clip_high, dual_clip)
+    *clipping, entropy_coef, kl_coef, kl_estimator = objective
+    clipping = checks.clip_range(*clipping)
     entropy_coef = checks.number("entropy_coef", entropy_coef, at_least=0)
     kl_coef = checks.number("kl_coef", kl_coef, at_least=0)
     checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
@@ -206,51 +182,27 @@ def check_objective(
     old_logprobs, ref_logprobs = (
         None if x is None else checks.constant(x.detach()) for x in (old_logprobs, ref_logprobs)
     )
-    return old_logprobs, advantages, mask, *clipping, entropy_coef, kl_coef, ref_logprobs
+    temperature = checks.temperature(temperature, tokens)
+    denominator = checks.denominator(denominator, tokens.device)
+    return (
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(*clipping, entropy_coef, kl_coef, kl_estimator),
+    )
 
 
-def promoted_loss(results, logits, arguments):
-    """PPOLoss in fp64 where logits, log-probs or advantages are; `arguments` are checked ones."""
-    _, old_logprobs, advantages, *_, ref_logprobs, _, _, _ = arguments
-    inputs = old_logprobs, advantages, ref_logprobs
-    if logits.dtype != torch.float64 and any_fp64(*inputs):
+def promoted_loss(results, logits, inputs):
+    """PPOLoss in fp64 where logits, log-probs or advantages are."""
+    others = inputs.old_logprobs, inputs.advantages, inputs.ref_logprobs
+    if logits.dtype != torch.float64 and any_fp64(*others):
         results = (x.double() for x in results)
     return PPOLoss(*results)
 
 
-def checked_arguments(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    importance_weights,
-    clip_low,
-    clip_high,
-    dual_clip,
-    entropy_coef,
-    kl_coef,
-    ref_logprobs,
-    kl_estimator,
-    denominator,
-    temperature,
-):
-    """Check the arguments of a loss; return those after `logits`."""
-    tokens = checks.logits_and_tokens(logits, tokens)
-    objective = check_objective(
-        *(tokens, old_logprobs, advantages, mask, importance_weights),
-        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logprobs, kl_estimator),
-    )
-    temperature = checks.temperature(temperature, tokens)
-    denominator = checks.denominator(denominator, logits.device)
-    return tokens, *objective, denominator, temperature, kl_estimator
-
-
-def _out_of_place(backend, logits, arguments):
+def _out_of_place(backend, logits, inputs, objective):
     if backend == "reference":
-        results = reference.ppo_loss(logits, *arguments)
-        return promoted_loss(results, logits, arguments)
-    given = for_kernel(*arguments)
+        results = reference.ppo_loss(logits, inputs, objective)
+        return promoted_loss(results, logits, inputs)
+    given = for_kernel(inputs, objective)
     if not is_differentiable(logits):
         results = kernels(backend).ppo_loss(logits, *given)[: len(PPOLoss._fields)]
     # Under hooks a forward may be for its results alone, and be run again; a backward that is
@@ -264,7 +216,7 @@ def _out_of_place(backend, logits, arguments):
         results = _PPOLoss.apply(backend, logits, *given)
     else:
         results = _PPOLossAndGradient.apply(backend, logits, *given)
-    return promoted_loss(results, logits, arguments)
+    return promoted_loss(results, logits, inputs)
 
 
 def _saved_tensors_go_to_hooks():
@@ -345,24 +297,13 @@ def ppo_loss(
             not finite, or whose temperature is not finite and > 0. The message names it. On a GPU
             `loss` is NaN then; see `check_logprobs`.
     """
-    arguments = checked_arguments(
-        logits,
-        tokens,
-        old_logprobs,
-        advantages,
-        mask,
+    tokens = checks.logits_and_tokens(logits, tokens)
+    arguments = checked_loss(
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
         importance_weights,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        ref_logprobs,
-        kl_estimator,
-        denominator,
-        temperature,
     )
-    return _out_of_place(resolve(backend, logits), logits, arguments)
+    return _out_of_place(resolve(backend, logits), logits, *arguments)
 
 
 def ppo_loss_(
@@ -404,22 +345,11 @@ def ppo_loss_(
     Arguments, results and errors are otherwise those of `ppo_loss`; rows of `logits` must not
     overlap and the vocabulary must have stride 1 (ValueError).
     """
-    arguments = checked_arguments(
-        logits,
-        tokens,
-        old_logprobs,
-        advantages,
-        mask,
+    tokens = checks.logits_and_tokens(logits, tokens)
+    arguments = checked_loss(
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
         importance_weights,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        ref_logprobs,
-        kl_estimator,
-        denominator,
-        temperature,
     )
     checks.writable("logits", logits)
     if under_transforms():
@@ -432,8 +362,8 @@ def ppo_loss_(
                 "(checkpoint, save_on_cpu), which may hold the logits themselves, and these take "
                 "no gradient otherwise: use ppo_loss, on logits that require grad"
             )
-        return _out_of_place(backend, logits, arguments)
+        return _out_of_place(backend, logits, *arguments)
     given = arguments if backend == "reference" else for_kernel(*arguments)
     later = _is_written_by_backward(backend, logits)
     results = _PPOLossInPlace.apply(backend, later, logits, *given)
-    return promoted_loss(results, logits, arguments)
+    return promoted_loss(results, logits, arguments[0])

@@ -473,22 +473,9 @@ def value_loss(values, old_values, returns, mask=None, clip=None, denominator=No
     return masked_mean(loss, mask, denominator), masked_mean(clipped, mask, denominator)
 
 
-def ppo_loss(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    denominator=None,
-    temperature=1.0,
-    kl_estimator="k3",
-):
+def ppo_loss(logits, inputs, objective):
+    tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature = inputs
+    *clipping, entropy_coef, kl_coef, kl_estimator = objective
     logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
     refuse_infinite(
         mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
@@ -496,7 +483,7 @@ def ppo_loss(
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
     refuse_impossible(logprobs, tokens)
     moved = log_ratio(logprobs, old_logprobs)
-    terms = policy_terms(moved, advantages, mask, clip_low, clip_high, dual_clip)
+    terms = policy_terms(moved, advantages, mask, *clipping)
     policy_loss, approx_kl, clip_fraction = (masked_mean(x, mask, denominator) for x in terms)
     entropy = masked_mean(token_entropy, mask, denominator)
     if ref_logprobs is None:
@@ -512,13 +499,13 @@ def ppo_loss(
     return loss, *(x.detach() for x in (*scalars, logprobs, token_entropy))
 
 
-def ppo_loss_(logits, *arguments):
+def ppo_loss_(logits, inputs, objective):
     """The results, and the gradient before it is rounded to the logits' type."""
     # Inference mode has no autograd, and tensors made in it take none.
     with torch.inference_mode(False), torch.enable_grad():
         leaf = logits.detach().to(accumulate(logits).dtype, copy=True).requires_grad_()
-        constants = (x.clone() if isinstance(x, torch.Tensor) else x for x in arguments)
-        loss, *rest = ppo_loss(leaf, *constants)
+        constants = (x.clone() if isinstance(x, torch.Tensor) else x for x in inputs)
+        loss, *rest = ppo_loss(leaf, constants, objective)
         (grad,) = torch.autograd.grad(loss, leaf)
     logits.detach().copy_(grad)
     return (loss.detach(), *rest), grad
