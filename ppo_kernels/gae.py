@@ -308,7 +308,7 @@ def vtrace(
         log_rhos, rewards, values, gamma, lam, bootstrap_values
     )
     log_rhos = within(mask, log_rhos)
-    reference.refuse_infinite(mask, log_rhos=log_rhos)
+    checks.refuse_infinite(mask, log_rhos=log_rhos)
     ratio = reference.bounded(log_rhos).exp()
     # Products: `clamp` would compile anew for each number.
     rho, c, pg_rho = (ratio.minimum(ratio.new_ones(()) * x) for x in thresholds)

@@ -86,7 +86,7 @@ def _first(bad):
 
 def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
     """ValueError for what no sampler can have kept, where that waits for no device."""
-    if not reference.value_checks_run(kept_offsets):
+    if not checks.value_checks_run(kept_offsets):
         return
     vocabulary, (shape, count) = logits.shape[-1], (tokens.shape, kept_ids.numel())
     lengths = kept_offsets.diff()
@@ -161,7 +161,7 @@ def kept_token_logprobs_and_entropy(
         mask = torch.ones_like(tokens, dtype=torch.bool)
     _check_values(logits, tokens, kept_ids, kept_offsets, mask)
     if isinstance(temperature, torch.Tensor):
-        reference.check_temperature(torch.where(mask, temperature, 1.0))
+        checks.refuse_temperature(torch.where(mask, temperature, 1.0))
     else:
         # A product: `torch.full` would compile anew for each number.
         temperature = torch.ones_like(tokens, dtype=result_dtype(logits)) * temperature

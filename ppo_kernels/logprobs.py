@@ -127,4 +127,4 @@ def check_logprobs(logprobs, tokens, mask=None):
     checks.integer("tokens", tokens)
     checks.same("tokens", tokens, "logprobs", logprobs.shape, logprobs.device)
     checks.boolean("mask", mask, "logprobs", logprobs)
-    reference.check_logprobs(logprobs, tokens, mask)
+    checks.check_logprobs(logprobs, tokens, mask)

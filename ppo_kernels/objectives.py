@@ -86,7 +86,7 @@ def _checked(logprobs, old_logprobs, advantages, mask, importance_weights):
     checks.per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
     mask = checks.boolean("mask", mask, "logprobs", logprobs)
     advantages = checks.advantages(advantages, importance_weights, mask, "logprobs", logprobs)
-    reference.refuse_infinite(
+    checks.refuse_infinite(
         mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
     logprobs = schemas.promoted(logprobs, old_logprobs, advantages)
@@ -243,7 +243,7 @@ def tis(
     log_ratio, advantages, mask = _checked(
         logprobs, old_logprobs, advantages, mask, importance_weights
     )
-    reference.refuse_infinite(mask, rollout_logprobs=rollout_logprobs)
+    checks.refuse_infinite(mask, rollout_logprobs=rollout_logprobs)
     log_weight = reference.log_ratio(old_logprobs.detach().to(log_ratio.dtype), rollout_logprobs)
     if mask is not None:
         log_weight = log_weight.masked_fill(~mask, 0.0)

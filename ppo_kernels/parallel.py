@@ -28,7 +28,7 @@ takes three all-reduces.
 import torch
 import torch.distributed as dist
 
-from ppo_kernels import checks, reference, schemas, softmax_state
+from ppo_kernels import checks, schemas, softmax_state
 from ppo_kernels.dispatch import (
     kernels,
     resolve,
@@ -135,7 +135,7 @@ def _temperature(temperature, *like):
     would, and the others would wait for it."""
     temperature = checks.temperature(temperature, *like)
     if isinstance(temperature, torch.Tensor):
-        reference.check_temperature(temperature)
+        checks.refuse_temperature(temperature)
     return temperature
 
 
@@ -150,7 +150,7 @@ def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backe
     *scored, owners = _TokenLogprobs.apply(
         logits, ids, here, mask, group, backend, temperatures, scalars(number)
     )
-    reference.refuse_unowned(tokens, owners, mask)
+    checks.refuse_unowned(tokens, owners, mask)
     return LogprobsAndEntropy(*scored)
 
 
@@ -309,7 +309,7 @@ def vocab_parallel_ppo_loss(
         importance_weights,
     )
     tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature = inputs
-    reference.refuse_infinite(
+    checks.refuse_infinite(
         mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
     )
     if mask is not None and isinstance(temperature, torch.Tensor):
@@ -319,7 +319,7 @@ def vocab_parallel_ppo_loss(
     )
     if mask is not None:
         logprobs, token_entropy = (x.masked_fill(~mask, 0.0) for x in (logprobs, token_entropy))
-    reference.refuse_impossible(logprobs, tokens)
+    checks.refuse_impossible(logprobs, tokens)
     # Where nothing raises, on a GPU, the loss says it.
     finite = torch.where(logprobs.isfinite(), logprobs, torch.nan)
     policy = clipped_policy_loss(

@@ -125,7 +125,7 @@ class _PPOLossInPlace(torch.autograd.Function):
         if backend == "reference":
             results, *saved = reference.ppo_loss_(logits, *arguments)
             if not ctx.needs_input_grad[2]:
-                reference.refuse_underflow(*saved, logits.dtype)
+                checks.refuse_underflow(*saved, logits.dtype)
         elif later:
             tokens, *_, temperatures, numbers, _ = arguments
             *results, stats, g, h = kernels(backend).ppo_loss(logits, *arguments)
