@@ -22,14 +22,14 @@ from ppo_kernels.parallel import (
     vocab_parallel_token_logprobs_and_entropy,
 )
 from ppo_kernels.ppo_loss import PPOLoss, ppo_loss, ppo_loss_
-from ppo_kernels.ppo_loss_of_tokens import (
+from ppo_kernels.sampling import SampledTokens, sample_tokens
+from ppo_kernels.statistics import TokenStatistics, token_statistics
+from ppo_kernels.token_losses import (
     PolicyLoss,
     ValueLoss,
     clipped_policy_loss,
     value_loss,
 )
-from ppo_kernels.sampling import SampledTokens, sample_tokens
-from ppo_kernels.statistics import TokenStatistics, token_statistics
 
 __version__ = "0.1.0"
 

@@ -41,7 +41,7 @@ import torch
 
 from ppo_kernels import checks, reference, schemas
 from ppo_kernels.masked import masked_mean
-from ppo_kernels.ppo_loss_of_tokens import PolicyLoss
+from ppo_kernels.token_losses import PolicyLoss
 
 
 def token_mean(x, mask=None, *, denominator=None):

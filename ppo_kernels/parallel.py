@@ -40,8 +40,8 @@ from ppo_kernels.kl import kl_estimate
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.masked import masked_mean
 from ppo_kernels.ppo_loss import PPOLoss, checked_loss
-from ppo_kernels.ppo_loss_of_tokens import clipped_policy_loss
 from ppo_kernels.schemas import LossInputs, Objective
+from ppo_kernels.token_losses import clipped_policy_loss
 
 
 def _gathered(state, group):
