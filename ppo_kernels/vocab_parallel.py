@@ -206,7 +206,7 @@ def vocab_parallel_token_logprobs_and_entropy(
 
     All ranks call it with the same arguments but for their slice of the logits; where an argument
     is wrong on one rank alone, that one raises and the others wait for it. Slices may be of any
-    lengths, 0 included, and must not overlap. Formulas in `ppo_kernels.parallel`.
+    lengths, 0 included, and must not overlap. Formulas in `ppo_kernels.vocab_parallel`.
 
     Args:
         logits: (..., V_local) this rank's slice, fp32, bf16, fp16 or fp64; rows may be strided. Or
