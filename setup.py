@@ -21,7 +21,7 @@ from setuptools import setup
 TORCH_TARGET = (2, 10)
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
 
-SOURCES = ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+SOURCES = ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp"))]
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 
 # Contraction is written out where it is wanted: sums are then the same everywhere. GCC warns of

@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "cpu/sweeps.h"
+#include "cpu/simd/sweeps.h"
 
 // The GPUs that csrc/cuda was compiled for, if it was: setup.py.
 #ifndef PPO_CUDA_ARCHS

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../arguments.h"
-#include "sweeps.h"
+#include "simd/sweeps.h"
 
 namespace ppo::cpu {
 

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-#include "../ppo_math.h"
-#include "../sampling.h"
-#include "../softmax_state.h"
+#include "../../ppo_math.h"
+#include "../../sampling.h"
+#include "../../softmax_state.h"
 
 namespace ppo::cpu {
 
