@@ -27,7 +27,7 @@ Scalars summarise(const Objective<R>& objective, const TokenInputs<R>& in, doubl
 }
 
 // The loss over rows of logits. `finish(row, scored, g, h)` is called with each counted row's
-// statistics and ∂loss/∂logprob, ∂loss/∂H; `write(row, begin, n)` after it.
+// log-prob, entropy and stats, and ∂loss/∂logprob, ∂loss/∂H; `write(row, begin, n)` after it.
 template <class T>
 struct Loss {
   using R = Real<T>;
@@ -66,7 +66,7 @@ struct Loss {
     sweep_rows<SoftmaxState<R>>(
         in.rows, z.length, temperatures,
         [&](int64_t row, int64_t begin, int64_t n) {
-          return sweeps<T>().statistics(z[row] + begin, n, temperatures[row].k);
+          return sweeps<T>().softmax_sums(z[row] + begin, n, temperatures[row].k);
         },
         [&](int64_t row, const SoftmaxState<R>& state) {
           const Scored<R> scored = score(state, R(z[row][ids[row]]), temperatures[row].k);
