@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppo_kernels import integrations
-from ppo_kernels.integrations import dtypes, openrlhf, trl, verl
+from ppo_kernels.integrations import common, openrlhf, trl, verl
 
 PEER = """
 def selective_log_softmax(logits, index):
@@ -213,7 +213,7 @@ def test_functions_of_logits(function, dtype):
 def test_dtype_under_autocast(monkeypatch, is_cuda, enabled, dtype, expected):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == enabled)
     logits = types.SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-    assert dtypes.softmax_dtype(logits) == expected
+    assert common.softmax_dtype(logits) == expected
 
 
 @pytest.mark.parametrize("peer", [trl, verl, openrlhf], ids=lambda x: x.__name__)

@@ -5,8 +5,7 @@ autocast on CUDA. Half precision ones are the exact ones rounded once. Where its
 -inf logits, these are finite.
 """
 
-from ppo_kernels.integrations.dtypes import softmax_dtype
-from ppo_kernels.integrations.entropy import entropy
+from ppo_kernels.integrations.common import entropy, softmax_dtype
 from ppo_kernels.logprobs import token_logprobs
 
 

@@ -12,8 +12,7 @@ are arithmetic on (B, T), with another variance than ours.
 
 import torch
 
-from ppo_kernels.integrations.dtypes import softmax_dtype
-from ppo_kernels.integrations.entropy import entropy
+from ppo_kernels.integrations.common import entropy, softmax_dtype
 from ppo_kernels.linear import linear_token_logprobs_and_entropy
 from ppo_kernels.logprobs import token_logprobs, token_logprobs_and_entropy
 

@@ -12,8 +12,7 @@ import torch
 from torch.nn import functional
 
 from ppo_kernels.gae import gae
-from ppo_kernels.integrations.dtypes import softmax_dtype
-from ppo_kernels.integrations.entropy import entropy
+from ppo_kernels.integrations.common import entropy, softmax_dtype
 from ppo_kernels.logprobs import token_logprobs
 from ppo_kernels.masked import masked_mean
 
