@@ -96,12 +96,12 @@ class patch(contextlib.ContextDecorator):
         RuntimeError: `disable()` of what is not enabled.
     """
 
-    def __init__(self, peer):
+    def __init__(self, peer: str) -> None:
         checks.choice("peer", peer, tuple(_PEERS))
         self.peer = peer
-        self._swapped = []  # by each `enable` that is not undone yet
+        self._swapped: list = []  # by each `enable` that is not undone yet
 
-    def enable(self):
+    def enable(self) -> None:
         # Within another patch theirs are ours already, and the outer one gives them back.
         swaps = list(_swaps(_PEERS[self.peer]))
         self._swapped.append(swaps)
@@ -114,14 +114,14 @@ class patch(contextlib.ContextDecorator):
             self.disable()
             raise
 
-    def disable(self):
+    def disable(self) -> None:
         if not self._swapped:
             raise RuntimeError(f"patch({self.peer!r}) must be enabled to be disabled, by itself")
         for theirs, ours in self._swapped.pop():
             _replace(self.peer, ours, theirs)
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.enable()
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.disable()
