@@ -9,7 +9,7 @@ import functools
 import torch
 
 from benchmarks.harness import Contest, check_accuracy, check_agreement, checked
-from ppo_kernels import linear_ppo_loss, reference
+from ppo_kernels import linear_ppo_loss, ppo_loss, reference
 
 ENTROPY_COEF = 0.01
 # Each takes seconds on a CPU.
@@ -17,7 +17,8 @@ ROUNDS = 5
 
 
 def eager_loss(hidden, weight, *arguments, **options):
-    return reference.ppo_loss(reference.linear_logits(hidden, weight), *arguments, **options)
+    logits = reference.linear_logits(hidden, weight)
+    return ppo_loss(logits, *arguments, **options, backend="reference")
 
 
 compiled_loss = torch.compile(eager_loss, dynamic=False)

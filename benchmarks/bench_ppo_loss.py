@@ -22,7 +22,8 @@ from ppo_kernels import ppo_loss, ppo_loss_, reference, token_logprobs
 
 ENTROPY_COEF = 0.01
 
-compiled_reference = torch.compile(reference.ppo_loss, dynamic=False)
+eager_loss = functools.partial(ppo_loss, backend="reference")
+compiled_loss = torch.compile(eager_loss, dynamic=False)
 
 
 class Batch:
@@ -53,7 +54,7 @@ class Batch:
         """Plain PyTorch, and Liger of `logits`, which it may overwrite."""
         shape, baselines = tuple(self.logits.shape), {}
         if shape[0] <= MOST_EAGER_TOKENS:
-            baselines["eager"] = lambda: self.loss_and_gradient(reference.ppo_loss)
+            baselines["eager"] = lambda: self.loss_and_gradient(eager_loss)
             baselines |= peers.liger_losses(
                 self.setting,
                 logits,
@@ -63,7 +64,7 @@ class Batch:
                 inplace=inplace,
             )
         if shape in COMPILED:
-            baselines["compile"] = lambda: self.loss_and_gradient(compiled_reference)
+            baselines["compile"] = lambda: self.loss_and_gradient(compiled_loss)
         return baselines
 
     def check(self, results, gradient, baselines):
@@ -89,7 +90,7 @@ class Batch:
 
     def _rows(self, dtype):
         rows = checked(self.logits).to(dtype).requires_grad_()
-        loss, *_, logprobs, token_entropy = reference.ppo_loss(
+        loss, *_, logprobs, token_entropy = eager_loss(
             rows,
             checked(self.tokens),
             checked(self.old_logprobs),

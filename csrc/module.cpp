@@ -5,7 +5,7 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
-#include "cpu/sweeps.h"
+#include "cpu/simd/sweeps.h"
 
 // The GPUs that csrc/cuda was compiled for, if it was: setup.py.
 #ifndef PPO_CUDA_ARCHS

@@ -16,20 +16,20 @@ from ppo_kernels.logprobs import (
     token_logprobs_and_entropy,
 )
 from ppo_kernels.masked import masked_mean, masked_whiten
-from ppo_kernels.parallel import (
-    vocab_parallel_kl_divergence,
-    vocab_parallel_ppo_loss,
-    vocab_parallel_token_logprobs_and_entropy,
-)
 from ppo_kernels.ppo_loss import PPOLoss, ppo_loss, ppo_loss_
-from ppo_kernels.ppo_loss_of_tokens import (
+from ppo_kernels.sampling import SampledTokens, sample_tokens
+from ppo_kernels.statistics import TokenStatistics, token_statistics
+from ppo_kernels.token_losses import (
     PolicyLoss,
     ValueLoss,
     clipped_policy_loss,
     value_loss,
 )
-from ppo_kernels.sampling import SampledTokens, sample_tokens
-from ppo_kernels.statistics import TokenStatistics, token_statistics
+from ppo_kernels.vocab_parallel import (
+    vocab_parallel_kl_divergence,
+    vocab_parallel_ppo_loss,
+    vocab_parallel_token_logprobs_and_entropy,
+)
 
 __version__ = "0.1.0"
 

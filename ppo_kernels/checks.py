@@ -1,11 +1,12 @@
-"""Argument checks: each raises TypeError or ValueError naming argument, rule and value."""
+"""Argument checks: each raises TypeError or ValueError naming argument, rule and value.
+
+Those whose names begin with `refuse_` look at what tensors hold, where `value_checks_run`.
+"""
 
 import functools
 import math
 
 import torch
-
-from ppo_kernels import reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -112,7 +113,7 @@ def vocabulary(name, x):
 def _python_number(name, x):
     """The number that a NumPy scalar, or a 0-d tensor whose value is at hand, holds."""
     if isinstance(x, torch.Tensor):
-        if x.ndim > 0 or x.requires_grad or not reference.value_checks_run(x):
+        if x.ndim > 0 or x.requires_grad or not value_checks_run(x):
             raise TypeError(
                 f"{name} must be a Python number, or a 0-d tensor on the CPU without gradient and "
                 f"outside of torch.compile, got a tensor of shape {tuple(x.shape)} on {x.device}, "
@@ -160,7 +161,9 @@ def temperature(x, tokens, like_name="tokens", **bounds):
     return constant(x.detach())
 
 
-def clip_range(clip_low, clip_high, dual_clip):
+def clip_range(
+    clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[float, float, float | None]:
     """(clip_low, clip_high, dual_clip); clip_high and dual_clip may be inf, for no such clip."""
     clip_low = number("clip_low", clip_low, at_least=0, at_most=1)
     clip_high = number("clip_high", clip_high, at_least=0, finite=False)
@@ -175,7 +178,7 @@ def decay(name, x, like, rows, mask):
     No gradient flows into a tensor; its values are looked at where they count and where that waits
     for no device.
     """
-    if not isinstance(x, torch.Tensor) or (x.ndim == 0 and reference.value_checks_run(x)):
+    if not isinstance(x, torch.Tensor) or (x.ndim == 0 and value_checks_run(x)):
         return number(name, x, at_least=0, at_most=1)
     floating(name, x)
     if x.shape not in ((), (rows,), like.shape):
@@ -185,7 +188,7 @@ def decay(name, x, like, rows, mask):
         )
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like rewards, got {x.device}")
-    reference.refuse_outside(name, x, 1, mask if x.shape == like.shape else None)
+    refuse_outside(name, x, 1, mask if x.shape == like.shape else None)
     return x.detach()
 
 
@@ -210,7 +213,7 @@ def advantages(x, importance_weights, mask, like_name, like):
     if importance_weights is None:
         return x
     weights = _of_tokens("importance_weights", importance_weights, like_name, like)
-    reference.refuse_outside("importance_weights", weights, torch.inf, mask)
+    refuse_outside("importance_weights", weights, torch.inf, mask)
     return x.to(torch.promote_types(x.dtype, torch.float32)) * weights
 
 
@@ -263,3 +266,98 @@ def boundaries(name, x, like):
 def choice(name, x, allowed):
     if x not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {x!r}")
+
+
+def value_checks_run(x):
+    """Values are looked at where there are any, where that waits for no device and breaks no graph
+    (fake tensors, which say that they are on the CPU, are of a type of their own, and what vmap
+    has many of is none to look at)."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and x.numel() > 0
+    )
+
+
+def _first(bad):
+    return tuple(bad.nonzero()[0].tolist())
+
+
+def refuse_where(bad, x, rule, mask=None):
+    """Raise for the first counted element that is bad."""
+    if mask is not None:
+        bad = bad & mask
+    if value_checks_run(bad) and bad.any():
+        where = _first(bad)
+        raise ValueError(f"{rule}, got {x[where]} at {list(where)}")
+
+
+def refuse_out_of_range(tokens, vocabulary):
+    if value_checks_run(tokens):
+        bad = (tokens < 0) | (tokens >= vocabulary)
+        refuse_where(bad, tokens, f"tokens must be in [0, {vocabulary})")
+
+
+def refuse_temperature(temperature):
+    if value_checks_run(temperature):
+        bad = ~(temperature.isfinite() & (temperature > 0))
+        refuse_where(bad, temperature, "temperature must be finite and > 0")
+
+
+def refuse_impossible(logprobs, tokens):
+    if value_checks_run(tokens):
+        check_logprobs(logprobs, tokens)
+
+
+def refuse_infinite(mask, **per_token):
+    """Raise for a counted element that is not finite; a tensor may be None."""
+    for name, x in per_token.items():
+        if x is not None and value_checks_run(x):
+            refuse_where(~x.isfinite(), x, f"{name} must be finite where they count", mask)
+
+
+def refuse_outside(name, x, most, mask=None):
+    """Raise for a counted element that is not finite or not in [0, most]."""
+    if value_checks_run(x):
+        bad = ~(x.isfinite() & (x >= 0) & (x <= most))
+        rule = "finite and >= 0" if most == torch.inf else f"in [0, {most}]"
+        refuse_where(bad, x, f"{name} must be {rule}", mask)
+
+
+def refuse_unowned(tokens, owners, mask):
+    """`owners`: in how many ranks' slices of the vocabulary each token is."""
+    if value_checks_run(tokens):
+        bad = owners != 1
+        if mask is not None:
+            bad &= mask
+        if bad.any():
+            where = _first(bad)
+            raise ValueError(
+                f"tokens must be in one rank's slice of the vocabulary, got {tokens[where]} at "
+                f"{list(where)}, which {owners[where]} have: mend it, or vocab_start"
+            )
+
+
+def check_logprobs(logprobs, tokens, mask=None):
+    bad = ~logprobs.isfinite()
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        where = _first(bad)
+        raise ValueError(
+            f"tokens must have finite log-probability, got {logprobs[where]} for token "
+            f"{tokens[where]} at {list(where)}: mask it out or mend its logits (or its id)"
+        )
+
+
+def refuse_underflow(grad, dtype):
+    """A gradient of which fp16 holds no digits must not be left in it."""
+    if dtype == torch.float16 and value_checks_run(grad):
+        largest = grad.abs().max() if grad.numel() else grad.new_zeros(())
+        if 0 < largest < torch.finfo(dtype).tiny:
+            raise ValueError(
+                f"logits must be wider than float16 to hold a gradient of at most {largest}, "
+                "below its normal numbers: under autograd a loss scale makes it larger"
+            )

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ppo_kernels import reference, schemas
+from ppo_kernels import checks, schemas
 from ppo_kernels.dispatch import kernels
 
 # Of the logits of a chunk. On a CPU products of fewer rows are slower; not measured on GPUs.
@@ -40,9 +40,9 @@ class _Head:
             out = ~self.counted.view(tokens.shape)
             tokens = tokens.masked_fill(out, 0)
             temperatures = None if temperatures is None else temperatures.masked_fill(out, 1.0)
-        reference.refuse_out_of_range(tokens, self.weight.shape[0])
+        checks.refuse_out_of_range(tokens, self.weight.shape[0])
         if temperatures is not None:
-            reference.check_temperature(temperatures)
+            checks.refuse_temperature(temperatures)
 
     def of_seen(self, temperatures, scalars):
         """Those of the kernels on what they see; in `scalars` the temperature comes first."""
@@ -233,31 +233,20 @@ def _ppo_loss(
     weight,
     bias,
     head_scalars,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    ref_logprobs,
-    denominator,
-    temperatures,
-    scalars,
-    kl_estimator,
-    grad_hidden,
-    grad_weight,
-    grad_bias,
-    sum_dtype,
-    logits_dtype,
-    chunk_bytes,
+    *arguments,
 ):
+    *inputs, scalars, kl_estimator = arguments[:-6]
+    *wanted, sum_dtype, logits_dtype, chunk_bytes = arguments[-6:]
+    tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures = inputs
     head = _Head(backend, hidden, weight, bias, head_scalars, logits_dtype, mask)
     if head.picks:
         head.check(tokens, temperatures)
-        reference.refuse_infinite(
+        checks.refuse_infinite(
             mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
         )
     sum_dtype = torch.promote_types(sum_dtype, schemas.unscaled_dtype(weight))
     dtypes = sum_dtype, schemas.unscaled_dtype(hidden)
-    differentiable = head.want(grad_hidden, grad_weight, grad_bias, *dtypes)
+    differentiable = head.want(*wanted, *dtypes)
     scaled = differentiable and logits_dtype == torch.float16
     in_place = differentiable and not scaled
     op = kernels(backend).ppo_loss_ if in_place else kernels(backend).ppo_loss
@@ -281,7 +270,7 @@ def _ppo_loss(
                 head.seen(part, seen), per_token[0], per_token[3], *own, scalars
             )
             logprobs.view(-1)[chunk] = scored[0]
-            reference.check_logprobs(logprobs, tokens)
+            checks.check_logprobs(logprobs, tokens)
             raise
         means += torch.stack(results[:6])
         logprobs.view(-1)[chunk], entropy.view(-1)[chunk] = results[6:8]
@@ -298,7 +287,7 @@ OPS = {
     "linear_token_logprobs_backward": _token_logprobs_backward,
     "linear_ppo_loss": _ppo_loss,
 }
-_libraries = []
+_libraries: list[torch.library.Library] = []
 
 
 def register(backend):

@@ -6,9 +6,11 @@ that (see `ppo_kernels.logprobs`)::
     ∂loss/∂z_j = (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ppo_kernels import checks, reference
@@ -22,7 +24,7 @@ from ppo_kernels.dispatch import (
     under_transforms,
 )
 from ppo_kernels.reference import chained
-from ppo_kernels.schemas import any_fp64
+from ppo_kernels.schemas import LossInputs, Objective, any_fp64
 
 
 class PPOLoss(NamedTuple):
@@ -33,38 +35,24 @@ class PPOLoss(NamedTuple):
     where clipping acts; `logprobs` and `token_entropy` (...) are 0 where masked out.
     """
 
-    loss: torch.Tensor
-    policy_loss: torch.Tensor
-    entropy: torch.Tensor
-    kl: torch.Tensor
-    approx_kl: torch.Tensor
-    clip_fraction: torch.Tensor
-    logprobs: torch.Tensor
-    token_entropy: torch.Tensor
+    loss: Tensor
+    policy_loss: Tensor
+    entropy: Tensor
+    kl: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    logprobs: Tensor
+    token_entropy: Tensor
 
 
-def for_kernel(
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    clip_low,
-    clip_high,
-    dual_clip,
-    entropy_coef,
-    kl_coef,
-    ref_logprobs,
-    denominator,
-    temperature,
-    kl_estimator,
-):
-    """Arguments of `reference.ppo_loss` after the logits -> those of the registered ops."""
+def for_kernel(inputs: LossInputs, objective: Objective) -> tuple:
+    """LossInputs and Objective -> what the registered ops take after the logits."""
+    *tensors, denominator, temperature = inputs
     temperatures, temperature = temperatures_and_number(temperature)
-    numbers = scalars(temperature, clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
+    *numbers, kl_estimator = objective
+    denominator = denominator_on(inputs.tokens.device, denominator)
     estimator = reference.ESTIMATORS.index(kl_estimator)
-    denominator = denominator_on(tokens.device, denominator)
-    tensors = tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperatures
-    return *tensors, numbers, estimator
+    return *tensors, denominator, temperatures, scalars(temperature, *numbers), estimator
 
 
 class _PPOLoss(torch.autograd.Function):
@@ -139,7 +127,7 @@ class _PPOLossInPlace(torch.autograd.Function):
         if backend == "reference":
             results, *saved = reference.ppo_loss_(logits, *arguments)
             if not ctx.needs_input_grad[2]:
-                reference.refuse_underflow(*saved, logits.dtype)
+                checks.refuse_underflow(*saved, logits.dtype)
         elif later:
             tokens, *_, temperatures, numbers, _ = arguments
             *results, stats, g, h = kernels(backend).ppo_loss(logits, *arguments)
@@ -177,80 +165,47 @@ class _PPOLossInPlace(torch.autograd.Function):
         return None, None, logits, *(None,) * ctx.arguments
 
 
-def check_objective(
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    importance_weights,
-    clip_low,
-    clip_high,
-    dual_clip,
-    entropy_coef,
-    kl_coef,
-    ref_logprobs,
-    kl_estimator,
-):
-    """Check the arguments of an objective; return those from `old_logprobs` to `ref_logprobs`."""
+def checked_loss(
+    inputs: LossInputs, objective: Objective, importance_weights: Tensor | None
+) -> tuple[LossInputs, Objective]:
+    """(LossInputs, Objective), the tokens checked already -> the same checked, with the importance
+    weights in the advantages."""
+    tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature = inputs
     checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
     mask = checks.boolean("mask", mask, "tokens", tokens)
     advantages = checks.advantages(advantages, importance_weights, mask, "tokens", tokens)
-    clipping = checks.clip_range(clip_low, clip_high, dual_clip)
+    clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator = objective
+    clip_low, clip_high, dual_clip = checks.clip_range(clip_low, clip_high, dual_clip)
     entropy_coef = checks.number("entropy_coef", entropy_coef, at_least=0)
     kl_coef = checks.number("kl_coef", kl_coef, at_least=0)
     checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
     if ref_logprobs is not None:
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
+        ref_logprobs = checks.constant(ref_logprobs.detach())
     elif kl_coef > 0:
         raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
-    old_logprobs, ref_logprobs = (
-        None if x is None else checks.constant(x.detach()) for x in (old_logprobs, ref_logprobs)
+    old_logprobs = checks.constant(old_logprobs.detach())
+    temperature = checks.temperature(temperature, tokens)
+    denominator = checks.denominator(denominator, tokens.device)
+    return (
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
     )
-    return old_logprobs, advantages, mask, *clipping, entropy_coef, kl_coef, ref_logprobs
 
 
-def promoted_loss(results, logits, arguments):
-    """PPOLoss in fp64 where logits, log-probs or advantages are; `arguments` are checked ones."""
-    _, old_logprobs, advantages, *_, ref_logprobs, _, _, _ = arguments
-    inputs = old_logprobs, advantages, ref_logprobs
-    if logits.dtype != torch.float64 and any_fp64(*inputs):
+def promoted_loss(results: Iterable[Tensor], logits: Tensor, inputs: LossInputs) -> PPOLoss:
+    """PPOLoss in fp64 where logits, log-probs or advantages are."""
+    others = inputs.old_logprobs, inputs.advantages, inputs.ref_logprobs
+    if logits.dtype != torch.float64 and any_fp64(*others):
         results = (x.double() for x in results)
     return PPOLoss(*results)
 
 
-def checked_arguments(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    importance_weights,
-    clip_low,
-    clip_high,
-    dual_clip,
-    entropy_coef,
-    kl_coef,
-    ref_logprobs,
-    kl_estimator,
-    denominator,
-    temperature,
-):
-    """Check the arguments of a loss; return those after `logits`."""
-    tokens = checks.logits_and_tokens(logits, tokens)
-    objective = check_objective(
-        *(tokens, old_logprobs, advantages, mask, importance_weights),
-        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logprobs, kl_estimator),
-    )
-    temperature = checks.temperature(temperature, tokens)
-    denominator = checks.denominator(denominator, logits.device)
-    return tokens, *objective, denominator, temperature, kl_estimator
-
-
-def _out_of_place(backend, logits, arguments):
+def _out_of_place(backend, logits, inputs, objective):
     if backend == "reference":
-        results = reference.ppo_loss(logits, *arguments)
-        return promoted_loss(results, logits, arguments)
-    given = for_kernel(*arguments)
+        results = reference.ppo_loss(logits, inputs, objective)
+        return promoted_loss(results, logits, inputs)
+    given = for_kernel(inputs, objective)
     if not is_differentiable(logits):
         results = kernels(backend).ppo_loss(logits, *given)[: len(PPOLoss._fields)]
     # Under hooks a forward may be for its results alone, and be run again; a backward that is
@@ -264,7 +219,7 @@ def _out_of_place(backend, logits, arguments):
         results = _PPOLoss.apply(backend, logits, *given)
     else:
         results = _PPOLossAndGradient.apply(backend, logits, *given)
-    return promoted_loss(results, logits, arguments)
+    return promoted_loss(results, logits, inputs)
 
 
 def _saved_tensors_go_to_hooks():
@@ -280,24 +235,24 @@ def _saved_tensors_go_to_hooks():
 
 
 def ppo_loss(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    kl_estimator="k3",
-    temperature=1.0,
-    denominator=None,
-    backend="auto",
-):
+    importance_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str = "k3",
+    temperature: float | Tensor = 1.0,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> PPOLoss:
     """The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) of tokens, from logits.
 
     Where the logits need a gradient it is made in the same pass, in a tensor of its own that the
@@ -345,45 +300,34 @@ def ppo_loss(
             not finite, or whose temperature is not finite and > 0. The message names it. On a GPU
             `loss` is NaN then; see `check_logprobs`.
     """
-    arguments = checked_arguments(
-        logits,
-        tokens,
-        old_logprobs,
-        advantages,
-        mask,
+    tokens = checks.logits_and_tokens(logits, tokens)
+    arguments = checked_loss(
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
         importance_weights,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        ref_logprobs,
-        kl_estimator,
-        denominator,
-        temperature,
     )
-    return _out_of_place(resolve(backend, logits), logits, arguments)
+    return _out_of_place(resolve(backend, logits), logits, *arguments)
 
 
 def ppo_loss_(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    kl_estimator="k3",
-    temperature=1.0,
-    denominator=None,
-    backend="auto",
-):
+    importance_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str = "k3",
+    temperature: float | Tensor = 1.0,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> PPOLoss:
     """`ppo_loss` that leaves ∂loss/∂logits in the storage of `logits`: two sweeps, no copy.
 
     The logits are gone afterwards, whether or not they require grad (and also when a counted token
@@ -404,22 +348,11 @@ def ppo_loss_(
     Arguments, results and errors are otherwise those of `ppo_loss`; rows of `logits` must not
     overlap and the vocabulary must have stride 1 (ValueError).
     """
-    arguments = checked_arguments(
-        logits,
-        tokens,
-        old_logprobs,
-        advantages,
-        mask,
+    tokens = checks.logits_and_tokens(logits, tokens)
+    arguments = checked_loss(
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
         importance_weights,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        ref_logprobs,
-        kl_estimator,
-        denominator,
-        temperature,
     )
     checks.writable("logits", logits)
     if under_transforms():
@@ -432,8 +365,8 @@ def ppo_loss_(
                 "(checkpoint, save_on_cpu), which may hold the logits themselves, and these take "
                 "no gradient otherwise: use ppo_loss, on logits that require grad"
             )
-        return _out_of_place(backend, logits, arguments)
+        return _out_of_place(backend, logits, *arguments)
     given = arguments if backend == "reference" else for_kernel(*arguments)
     later = _is_written_by_backward(backend, logits)
     results = _PPOLossInPlace.apply(backend, later, logits, *given)
-    return promoted_loss(results, logits, arguments)
+    return promoted_loss(results, logits, arguments[0])

@@ -10,6 +10,8 @@ op family gives shapes, units and errors.
 import torch
 import torch.distributed as dist
 
+from ppo_kernels import checks
+
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 # A log-ratio beyond it counts as it, with gradient 0: fp32 soon overflows.
 _MOST_LOG_RATIO = 80.0
@@ -144,93 +146,9 @@ def _log_softmax(logits, temperature):
     top = logits.detach().amax(-1, keepdim=True)
     logits = logits - torch.where(top == -torch.inf, 0.0, top)
     if isinstance(temperature, torch.Tensor):
-        check_temperature(temperature)
+        checks.refuse_temperature(temperature)
         temperature = temperature.detach().to(logits.dtype).unsqueeze(-1)
     return _LogSoftmax.apply(logits / temperature)
-
-
-def value_checks_run(x):
-    """Values are looked at where there are any, where that waits for no device and breaks no graph
-    (fake tensors, which say that they are on the CPU, are of a type of their own, and what vmap
-    has many of is none to look at)."""
-    return (
-        x.device.type == "cpu"
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and x.numel() > 0
-    )
-
-
-def _refuse_where(bad, x, rule, mask=None):
-    """Raise for the first counted element that is bad."""
-    if mask is not None:
-        bad = bad & mask
-    if value_checks_run(bad) and bad.any():
-        where = _first(bad)
-        raise ValueError(f"{rule}, got {x[where]} at {list(where)}")
-
-
-def refuse_out_of_range(tokens, vocabulary):
-    if value_checks_run(tokens):
-        bad = (tokens < 0) | (tokens >= vocabulary)
-        _refuse_where(bad, tokens, f"tokens must be in [0, {vocabulary})")
-
-
-def check_temperature(temperature):
-    if value_checks_run(temperature):
-        bad = ~(temperature.isfinite() & (temperature > 0))
-        _refuse_where(bad, temperature, "temperature must be finite and > 0")
-
-
-def refuse_impossible(logprobs, tokens):
-    if value_checks_run(tokens):
-        check_logprobs(logprobs, tokens)
-
-
-def refuse_infinite(mask, **per_token):
-    """Raise for a counted element that is not finite; a tensor may be None."""
-    for name, x in per_token.items():
-        if x is not None and value_checks_run(x):
-            _refuse_where(~x.isfinite(), x, f"{name} must be finite where they count", mask)
-
-
-def refuse_outside(name, x, most, mask=None):
-    """Raise for a counted element that is not finite or not in [0, most]."""
-    if value_checks_run(x):
-        bad = ~(x.isfinite() & (x >= 0) & (x <= most))
-        rule = "finite and >= 0" if most == torch.inf else f"in [0, {most}]"
-        _refuse_where(bad, x, f"{name} must be {rule}", mask)
-
-
-def refuse_unowned(tokens, owners, mask):
-    """`owners`: in how many ranks' slices of the vocabulary each token is."""
-    if value_checks_run(tokens):
-        bad = owners != 1
-        if mask is not None:
-            bad &= mask
-        if bad.any():
-            where = _first(bad)
-            raise ValueError(
-                f"tokens must be in one rank's slice of the vocabulary, got {tokens[where]} at "
-                f"{list(where)}, which {owners[where]} have: mend it, or vocab_start"
-            )
-
-
-def check_logprobs(logprobs, tokens, mask=None):
-    bad = ~logprobs.isfinite()
-    if mask is not None:
-        bad &= mask
-    if bad.any():
-        where = _first(bad)
-        raise ValueError(
-            f"tokens must have finite log-probability, got {logprobs[where]} for token "
-            f"{tokens[where]} at {list(where)}: mask it out or mend its logits (or its id)"
-        )
-
-
-def _first(bad):
-    return tuple(bad.nonzero()[0].tolist())
 
 
 def _counted(mask, logits, tokens, temperature):
@@ -248,7 +166,7 @@ def _within(mask, *results):
 
 def token_logprobs_and_entropy(logits, tokens, mask=None, *, temperature=1.0):
     logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
-    refuse_out_of_range(tokens, logits.shape[-1])
+    checks.refuse_out_of_range(tokens, logits.shape[-1])
     log_p = _log_softmax(logits, temperature)
     logprobs = log_p.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
     return _within(mask, logprobs, _at_least_zero(_Mean.apply(log_p, -log_p)))
@@ -307,15 +225,15 @@ def sample_tokens(
     # A product: `torch.full` would compile anew for each number.
     tau = torch.ones_like(uniforms, dtype=z.dtype) * temperature
     bad = counted & ~((tau >= 0) & (tau < torch.inf))
-    _refuse_where(bad, tau, "temperature must be finite and >= 0")
+    checks.refuse_where(bad, tau, "temperature must be finite and >= 0")
     in_range = (uniforms >= 0) & (uniforms < 1)
-    _refuse_where(counted & ~in_range, uniforms, "uniforms must be in [0, 1)")
+    checks.refuse_where(counted & ~in_range, uniforms, "uniforms must be in [0, 1)")
     tau = tau.to(z.dtype)
     greedy = tau == 0
     scores = z / tau.masked_fill(greedy | ~counted, 1.0).unsqueeze(-1)
     scores = torch.where(counted.unsqueeze(-1), scores, 0.0)
     top = scores.amax(-1)
-    _refuse_where(
+    checks.refuse_where(
         counted & ~top.isfinite(),
         top,
         "logits / temperature must have a finite maximum and no NaN where a token is drawn",
@@ -377,7 +295,7 @@ def _denominator(x, mask, denominator):
         denominator = denominator.to(x.dtype)
     # A product: a copy to the device would wait.
     denominator = torch.ones((), dtype=x.dtype, device=x.device) * denominator
-    if value_checks_run(denominator) and not denominator >= 0:
+    if checks.value_checks_run(denominator) and not denominator >= 0:
         raise ValueError(f"denominator must be >= 0, got {denominator.item()}")
     return torch.where(denominator == 0, 1.0, denominator)
 
@@ -448,7 +366,9 @@ def clipped_policy_loss(
     dual_clip=None,
     denominator=None,
 ):
-    refuse_infinite(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    checks.refuse_infinite(
+        mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
+    )
     moved = log_ratio(logprobs, old_logprobs)
     terms = policy_terms(moved, advantages, mask, clip_low, clip_high, dual_clip)
     return tuple(masked_mean(x, mask, denominator) for x in terms)
@@ -473,30 +393,17 @@ def value_loss(values, old_values, returns, mask=None, clip=None, denominator=No
     return masked_mean(loss, mask, denominator), masked_mean(clipped, mask, denominator)
 
 
-def ppo_loss(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    denominator=None,
-    temperature=1.0,
-    kl_estimator="k3",
-):
+def ppo_loss(logits, inputs, objective):
+    tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature = inputs
+    *clipping, entropy_coef, kl_coef, kl_estimator = objective
     logits, tokens, temperature = _counted(mask, logits, tokens, temperature)
-    refuse_infinite(
+    checks.refuse_infinite(
         mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
     )
     logprobs, token_entropy = token_logprobs_and_entropy(logits, tokens, temperature=temperature)
-    refuse_impossible(logprobs, tokens)
+    checks.refuse_impossible(logprobs, tokens)
     moved = log_ratio(logprobs, old_logprobs)
-    terms = policy_terms(moved, advantages, mask, clip_low, clip_high, dual_clip)
+    terms = policy_terms(moved, advantages, mask, *clipping)
     policy_loss, approx_kl, clip_fraction = (masked_mean(x, mask, denominator) for x in terms)
     entropy = masked_mean(token_entropy, mask, denominator)
     if ref_logprobs is None:
@@ -512,24 +419,13 @@ def ppo_loss(
     return loss, *(x.detach() for x in (*scalars, logprobs, token_entropy))
 
 
-def ppo_loss_(logits, *arguments):
+def ppo_loss_(logits, inputs, objective):
     """The results, and the gradient before it is rounded to the logits' type."""
     # Inference mode has no autograd, and tensors made in it take none.
     with torch.inference_mode(False), torch.enable_grad():
         leaf = logits.detach().to(accumulate(logits).dtype, copy=True).requires_grad_()
-        constants = (x.clone() if isinstance(x, torch.Tensor) else x for x in arguments)
-        loss, *rest = ppo_loss(leaf, *constants)
+        constants = (x.clone() if isinstance(x, torch.Tensor) else x for x in inputs)
+        loss, *rest = ppo_loss(leaf, constants, objective)
         (grad,) = torch.autograd.grad(loss, leaf)
     logits.detach().copy_(grad)
     return (loss.detach(), *rest), grad
-
-
-def refuse_underflow(grad, dtype):
-    """A gradient of which fp16 holds no digits must not be left in it."""
-    if dtype == torch.float16 and value_checks_run(grad):
-        largest = grad.abs().max() if grad.numel() else grad.new_zeros(())
-        if 0 < largest < torch.finfo(dtype).tiny:
-            raise ValueError(
-                f"logits must be wider than float16 to hold a gradient of at most {largest}, "
-                "below its normal numbers: under autograd a loss scale makes it larger"
-            )

@@ -2,7 +2,8 @@
 
 import torch
 
-from ppo_kernels.reference import accumulate, value_checks_run
+from ppo_kernels.checks import value_checks_run
+from ppo_kernels.reference import accumulate
 
 
 def trajectories(cu_seqlens, length):

@@ -10,13 +10,39 @@ To `token_logprobs_backward` the id ELSEWHERE says that the row's token lies in 
 vocabulary that another rank has: the row gets the gradient of its probabilities and no 1[j = a].
 """
 
+from typing import NamedTuple
+
 import torch
 
 NAMESPACE = {"native": "ppo_kernels_native", "triton": "ppo_kernels_triton"}
 
 ELSEWHERE = -(2**31)
 
-_libraries = []
+_libraries: list[torch.library.Library] = []
+
+
+class LossInputs(NamedTuple):
+    """What a loss takes of its tokens, in the order of the registered ops; there `temperature` is
+    a tensor or None, and the number among the scalars."""
+
+    tokens: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    denominator: torch.Tensor | float | None = None
+    temperature: torch.Tensor | float | None = 1.0
+
+
+class Objective(NamedTuple):
+    """The numbers of a loss, in the order of the registered ops' scalars."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
 
 
 def any_fp64(*inputs):

@@ -1,5 +1,5 @@
 """Mergeable states of softmaxes over slices of a row, in PyTorch: the dialect of
-csrc/softmax_state.h for slices on several ranks; formulas in ppo_kernels/parallel.py.
+csrc/softmax_state.h for slices on several ranks; formulas in ppo_kernels/vocab_parallel.py.
 
 A state is a tensor (..., 4) of shift, Σ 2^t, Σ 2^t t and t ln 2 of the token, which may have a t
 beyond the dtype's range; that of two softmaxes (..., 5) of shift, Σ 2^t, shift_ref, Σ 2^t_ref and

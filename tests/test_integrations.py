@@ -3,6 +3,7 @@
 `tests/peers` has the real packages, where they are installed.
 """
 
+import gc
 import sys
 import types
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from ppo_kernels import integrations
-from ppo_kernels.integrations import dtypes, openrlhf, trl, verl
+from ppo_kernels.integrations import common, openrlhf, trl, verl
 
 PEER = """
 def selective_log_softmax(logits, index):
@@ -84,6 +85,51 @@ def test_patch_may_be_nested(somepeer):
             assert held_by(somepeer, OURS)
         assert held_by(somepeer, OURS)
     assert held_by(somepeer, theirs)
+
+
+def test_patch_between_enable_and_disable(somepeer):
+    theirs = [found[0] for found in holders(somepeer)]
+    patch = integrations.patch("somepeer")
+    for _ in range(2):
+        patch.enable()
+        gc.collect()
+        assert held_by(somepeer, OURS)
+        with integrations.patch("somepeer"):
+            pass
+        assert held_by(somepeer, OURS)
+        patch.disable()
+        assert held_by(somepeer, theirs)
+
+
+def test_patch_that_nobody_keeps_stays_enabled(somepeer):
+    theirs = [found[0] for found in holders(somepeer)]
+    integrations.patch("somepeer").enable()
+    gc.collect()
+    assert held_by(somepeer, OURS)
+    for found, function in zip(OURS, theirs, strict=True):
+        integrations._replace("somepeer", found, function)
+
+
+def test_patch_that_is_not_enabled_cannot_be_disabled(somepeer):
+    patch = integrations.patch("somepeer")
+    with patch:
+        pass
+    with pytest.raises(RuntimeError, match=r"patch\('somepeer'\) must be enabled"):
+        patch.disable()
+
+
+def test_patch_as_a_decorator_of_a_function_that_calls_itself(somepeer):
+    theirs = [found[0] for found in holders(somepeer)]
+
+    @integrations.patch("somepeer")
+    def run(depth):
+        if depth:
+            run(depth - 1)
+        assert held_by(somepeer, OURS)
+
+    for _ in range(2):
+        run(2)
+        assert held_by(somepeer, theirs)
 
 
 def test_modules_imported_within_are_given_back_too(somepeer):
@@ -213,7 +259,7 @@ def test_functions_of_logits(function, dtype):
 def test_dtype_under_autocast(monkeypatch, is_cuda, enabled, dtype, expected):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == enabled)
     logits = types.SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-    assert dtypes.softmax_dtype(logits) == expected
+    assert common.softmax_dtype(logits) == expected
 
 
 @pytest.mark.parametrize("peer", [trl, verl, openrlhf], ids=lambda x: x.__name__)

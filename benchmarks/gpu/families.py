@@ -91,8 +91,9 @@ def check_loss(setting: Setting, in_place: bool) -> Iterator[dict]:
     for batch in batches(setting):
         per_token = batch.tokens, batch.old_logprobs, batch.advantages, batch.mask
         leaf = batch.exact().requires_grad_()
-        loss, *_, logprobs, entropy = reference.ppo_loss(
-            leaf, *(x.double() if x.is_floating_point() else x for x in per_token), **OPTIONS
+        exact = (x.double() if x.is_floating_point() else x for x in per_token)
+        loss, *_, logprobs, entropy = ppo_kernels.ppo_loss(
+            leaf, *exact, **OPTIONS, backend="reference"
         )
         (truth,) = torch.autograd.grad(loss, leaf)
         logits = batch.logits().requires_grad_(not in_place)

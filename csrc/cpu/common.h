@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../arguments.h"
-#include "sweeps.h"
+#include "simd/sweeps.h"
 
 namespace ppo::cpu {
 
@@ -145,16 +145,16 @@ void parallel(int64_t n, int64_t cost, const F& f) {
 }
 
 // Reduces rows of `length` elements to a state each, then writes to them.
-//   statistics(row, begin, n) -> State   of one chunk
+//   sums(row, begin, n) -> State         of one chunk
 //   finish(row, state)                   once per row, after all its chunks
 //   write(row, begin, n)                 each chunk, after finish; walks back, so that the chunk
 //                                        read last is still in cache
 // Rows are shared out over threads; the chunks of a row too, when there are few rows. Either way
 // chunks are merged in order, so that a row's result depends on nothing but the row.
-template <class State, class R, class Statistics, class Finish, class Write>
+template <class State, class R, class Sums, class Finish, class Write>
 void sweep_rows(const std::vector<int64_t>& rows, int64_t length,
-                const Temperatures<R>& temperatures, const Statistics& statistics,
-                const Finish& finish, const Write& write) {
+                const Temperatures<R>& temperatures, const Sums& sums, const Finish& finish,
+                const Write& write) {
   const int64_t chunks = (length + kChunk - 1) / kChunk;
   const int64_t n = rows.size();
   const auto on_chunk = [&](const auto& f, int64_t row, int64_t chunk) {
@@ -166,7 +166,7 @@ void sweep_rows(const std::vector<int64_t>& rows, int64_t length,
       State state = State::empty();
       const R k = temperatures[rows[i]].k;
       for (int64_t c = 0; c < chunks; ++c) {
-        state = merge(state, on_chunk(statistics, rows[i], c), k);
+        state = merge(state, on_chunk(sums, rows[i], c), k);
       }
       finish(rows[i], state);
       for (int64_t c = chunks; c-- > 0;) on_chunk(write, rows[i], c);
@@ -175,7 +175,7 @@ void sweep_rows(const std::vector<int64_t>& rows, int64_t length,
   }
   std::vector<State> states(n * chunks);
   parallel(n * chunks, kChunk,
-           [&](int64_t i) { states[i] = on_chunk(statistics, rows[i / chunks], i % chunks); });
+           [&](int64_t i) { states[i] = on_chunk(sums, rows[i / chunks], i % chunks); });
   for (int64_t i = 0; i < n; ++i) {
     State state = State::empty();
     const R k = temperatures[rows[i]].k;

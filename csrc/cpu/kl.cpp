@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& r
   sweep_rows<JointState<R>>(
       rows, z.length, of,
       [&](int64_t row, int64_t begin, int64_t n) {
-        return sweeps<T>().joint_statistics(z[row] + begin, ref[row] + begin, n, of[row].k);
+        return sweeps<T>().joint_sums(z[row] + begin, ref[row] + begin, n, of[row].k);
       },
       [&](int64_t row, const JointState<R>& state) {
         data<R>(result)[row] = kl(state);

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   sweep_rows<SoftmaxState<R>>(
       rows, z.length, of,
       [&](int64_t row, int64_t begin, int64_t n) {
-        return sweeps<T>().statistics(z[row] + begin, n, of[row].k);
+        return sweeps<T>().softmax_sums(z[row] + begin, n, of[row].k);
       },
       [&](int64_t row, const SoftmaxState<R>& state) {
         const Scored<R> scored = score(state, R(z[row][ids[row]]), of[row].k);

@@ -1,42 +1,10 @@
-// ppo_loss, ppo_loss_and_gradient, ppo_loss_ and the losses of log-probs and values; formulas in
-// ppo_kernels/ppo_loss.py.
-#include <array>
+// ppo_loss, ppo_loss_and_gradient and ppo_loss_; formulas in ppo_kernels/ppo_loss.py.
+#include "ppo_loss.h"
 
 #include "logprobs.h"
 
 namespace ppo::cpu {
 namespace {
-
-// Per-token inputs, contiguous, in R; `ref_logprobs` and `mask` may be null.
-template <class R>
-struct TokenInputs {
-  std::array<OptionalTensor, 4> held;  // what the pointers point into
-  const R *old_logprobs, *advantages, *ref_logprobs;
-  const bool* mask;
-  std::vector<int64_t> rows;  // those that count
-
-  TokenInputs(const Tensor& old_logprobs, const Tensor& advantages,
-              const OptionalTensor& ref_logprobs, const OptionalTensor& mask)
-      : held{as<R>(old_logprobs), as<R>(advantages), as<R>(ref_logprobs), packed(mask)},
-        old_logprobs(data_or_null<R>(held[0])),
-        advantages(data_or_null<R>(held[1])),
-        ref_logprobs(data_or_null<R>(held[2])),
-        mask(data_or_null<bool>(held[3])),
-        rows(counted_rows(held[3], advantages.numel())) {}
-
-  void check(const std::vector<int64_t>& shape) const {
-    check_finite("old_logprobs", old_logprobs, rows, shape);
-    check_finite("advantages", advantages, rows, shape);
-    check_finite("ref_logprobs", ref_logprobs, rows, shape);
-  }
-};
-
-template <class R>
-TokenTerms<R> terms_of(const Objective<R>& objective, const TokenInputs<R>& in, int64_t row,
-                       R logprob) {
-  return token_terms(objective, logprob, in.old_logprobs[row], in.advantages[row],
-                     in.ref_logprobs != nullptr, in.ref_logprobs ? in.ref_logprobs[row] : R(0));
-}
 
 using Scalars = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -59,7 +27,7 @@ Scalars summarise(const Objective<R>& objective, const TokenInputs<R>& in, doubl
 }
 
 // The loss over rows of logits. `finish(row, scored, g, h)` is called with each counted row's
-// statistics and ∂loss/∂logprob, ∂loss/∂H; `write(row, begin, n)` after it.
+// log-prob, entropy and stats, and ∂loss/∂logprob, ∂loss/∂H; `write(row, begin, n)` after it.
 template <class T>
 struct Loss {
   using R = Real<T>;
@@ -98,7 +66,7 @@ struct Loss {
     sweep_rows<SoftmaxState<R>>(
         in.rows, z.length, temperatures,
         [&](int64_t row, int64_t begin, int64_t n) {
-          return sweeps<T>().statistics(z[row] + begin, n, temperatures[row].k);
+          return sweeps<T>().softmax_sums(z[row] + begin, n, temperatures[row].k);
         },
         [&](int64_t row, const SoftmaxState<R>& state) {
           const Scored<R> scored = score(state, R(z[row][ids[row]]), temperatures[row].k);
@@ -247,58 +215,6 @@ void rescale_(Tensor grad, Tensor scale) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> clipped_policy_loss(Tensor logprobs, Tensor old_logprobs,
-                                                               Tensor advantages,
-                                                               OptionalTensor mask,
-                                                               OptionalTensor denominator,
-                                                               Tensor scalars) {
-  return dispatch(logprobs.scalar_type(), [&](auto type) {
-    using R = Real<decltype(type)>;
-    const TokenInputs<R> in(old_logprobs, advantages, std::nullopt, mask);
-    const Tensor input = as<R>(logprobs), result = zeros<R>(shape(logprobs));
-    const R* x = data<R>(input);
-    check_finite("logprobs", x, in.rows, shape(logprobs));
-    in.check(shape(logprobs));
-    R* grad = data<R>(result);
-    const double* s = data<double>(scalars);
-    const Objective<R> objective{R(1 - s[0]), R(1 + s[1]), R(s[2]), R(0), R(0), KLEstimator::k1};
-    const double count = denominator_of(denominator, in.rows.size());
-    double loss = 0, approx_kl = 0, clipped = 0;
-    for (const int64_t row : in.rows) {
-      const auto policy = terms_of(objective, in, row, x[row]).policy;
-      loss += policy.loss;
-      approx_kl += policy.approx_kl;
-      clipped += policy.clipped;
-      grad[row] = policy.grad / count;
-    }
-    return std::tuple(scalar(R(loss / count)), scalar(R(approx_kl / count)),
-                      scalar(R(clipped / count)), result);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor values, Tensor old_values, Tensor returns,
-                                              OptionalTensor mask, OptionalTensor denominator,
-                                              Tensor scalars) {
-  return dispatch(values.scalar_type(), [&](auto type) {
-    using R = Real<decltype(type)>;
-    const Tensor inputs[] = {as<R>(values), as<R>(old_values), as<R>(returns)};
-    const R *x = data<R>(inputs[0]), *old = data<R>(inputs[1]), *target = data<R>(inputs[2]);
-    const Tensor result = zeros<R>(shape(values));
-    R* grad = data<R>(result);
-    const R clip = R(*data<double>(scalars));
-    const auto rows = counted_rows(mask, values.numel());
-    const double count = denominator_of(denominator, rows.size());
-    double loss = 0, clipped = 0;
-    for (const int64_t row : rows) {
-      const auto term = value_term(x[row], old[row], target[row], clip);
-      loss += term.loss;
-      clipped += term.clipped;
-      grad[row] = term.grad / count;
-    }
-    return std::tuple(scalar(R(loss / count)), scalar(R(clipped / count)), result);
-  });
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
@@ -306,8 +222,6 @@ STABLE_TORCH_LIBRARY_IMPL(ppo_kernels_native, CPU, m) {
   m.impl("ppo_loss_and_gradient", PPO_CHECKED(kPPOLoss, &ppo_loss_and_gradient));
   m.impl("ppo_loss_", PPO_CHECKED(kPPOLoss, &ppo_loss_));
   m.impl("rescale_", PPO_CHECKED(kRescale, &rescale_));
-  m.impl("clipped_policy_loss", PPO_CHECKED(kClippedPolicyLoss, &clipped_policy_loss));
-  m.impl("value_loss", PPO_CHECKED(kValueLoss, &value_loss));
 }
 
 }  // namespace ppo::cpu

@@ -6,9 +6,9 @@ from ppo_kernels._triton import (
     logprobs,
     masked,
     ppo_loss,
-    ppo_loss_of_tokens,
     sampling,
     statistics,
+    token_losses,
 )
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "logprobs",
     "masked",
     "ppo_loss",
-    "ppo_loss_of_tokens",
     "sampling",
     "statistics",
+    "token_losses",
 ]

@@ -46,7 +46,7 @@ def _forward(
     kl, shift, log2_sum, ref_shift, ref_log2_sum = zero, zero, zero, zero, zero
     if row_counts(mask_ptr, row):
         _, scale = math.temperature_of(row, temperatures_ptr, temperature, k, R)
-        shift, total, ref_shift, ref_total, cross = sweeps.joint_statistics(
+        shift, total, ref_shift, ref_total, cross = sweeps.joint_sums(
             logits_ptr, ref_logits_ptr, start, ref_start, V, scale, L, ALIGNED
         )
         kl = math.kl(total, ref_total, cross)

@@ -32,7 +32,7 @@ def score(x_ptr, start, V, token, k, L: tl.constexpr, ALIGNED: tl.constexpr):
     """(shift, log2_sum, logit of the token, logprob, entropy) of a row."""
     # Before the barriers of the sweep: afterwards another thread may write a gradient there.
     logit = load_logit(x_ptr, start, V, token, k.dtype)
-    shift, total, weighted = sweeps.statistics(x_ptr, start, V, k, L, ALIGNED)
+    shift, total, weighted = sweeps.softmax_sums(x_ptr, start, V, k, L, ALIGNED)
     log2_sum = tl.log2(total)
     logprob = math.logprob(logit, shift, log2_sum, k)
     return shift, log2_sum, logit, logprob, math.entropy(total, weighted)

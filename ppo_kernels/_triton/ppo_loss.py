@@ -21,7 +21,7 @@ from ppo_kernels._triton.common import (
 )
 from ppo_kernels._triton.logprobs import score, write_gradient
 from ppo_kernels._triton.means import counted, load_denominator, means
-from ppo_kernels.schemas import result_dtype
+from ppo_kernels.schemas import LossInputs, result_dtype
 
 
 @triton.jit
@@ -142,37 +142,24 @@ def _ppo_loss(
         tl.store(grad_entropy_ptr + row, h)
 
 
-def _run(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask,
-    ref_logprobs,
-    denominator,
-    temperatures,
-    scalars,
-    kl_estimator,
-    saved=(None,) * 3,
-    grad=None,
-):
+def _run(logits, *arguments, saved=(None,) * 3, grad=None):
     """The results of all three ops, which leave in `saved` what a backward needs, or the gradient
     in `grad`."""
+    *inputs, scalars, kl_estimator = arguments
+    inputs = LossInputs(*inputs)
     temperature, *numbers = scalars.tolist()
-    n = tokens.numel()
-    logprobs, entropy = (
-        logits.new_empty(tokens.shape, dtype=result_dtype(logits)) for _ in range(2)
-    )
+    shape, n = inputs.tokens.shape, inputs.tokens.numel()
+    logprobs, entropy = (logits.new_empty(shape, dtype=result_dtype(logits)) for _ in range(2))
     terms = logprobs.new_empty((6, n))
-    denominator = counted(mask, denominator)
+    denominator = counted(inputs.mask, inputs.denominator)
     laid = rows(logits)
     out = laid if grad is None else rows(grad)
     launch(
         _ppo_loss,
         n,
         *laid,
-        *map(per_token, (tokens, old_logprobs, advantages, mask, ref_logprobs)),
-        *(denominator, per_token(temperatures), logprobs, entropy, terms, *saved, *out, n),
+        *map(per_token, inputs._replace(denominator=denominator)),
+        *(logprobs, entropy, terms, *saved, *out, n),
         *(logits.shape[-1], temperature, math.exponent_scale(temperature)),
         *(*numbers, kl_estimator),
         **sweeps.lanes(logits),

@@ -99,7 +99,7 @@ def _load_below(p, offset, n):
 
 
 @triton.jit
-def statistics(x_ptr, start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
+def softmax_sums(x_ptr, start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
     """(shift, Σ 2^t, Σ 2^t t) of a row."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
@@ -123,7 +123,7 @@ def statistics(x_ptr, start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def moments(x_ptr, start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
     """(shift, Σ 2^t, Σ 2^t t, Σ 2^2t, Σ 2^t t², largest logit) of a row; the first three with the
-    bits of `statistics`."""
+    bits of `softmax_sums`."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC
     p = _pointer(x_ptr, start, VEC, ALIGNED)
@@ -217,7 +217,7 @@ def scale(x_ptr, start, V, factor, L: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def joint_statistics(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
+def joint_sums(x_ptr, y_ptr, start, y_start, V, k, L: tl.constexpr, ALIGNED: tl.constexpr):
     """(shift, Σ 2^t, shift_ref, Σ 2^t_ref, Σ 2^t (t - t_ref)) of a row of each tensor."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     STEP: tl.constexpr = L * VEC

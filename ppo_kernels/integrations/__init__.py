@@ -74,9 +74,9 @@ def _replace(package, old, new):
                 holder[key] = new
 
 
-@contextlib.contextmanager
-def patch(peer):
-    """Within `with patch(peer):` (or a function decorated so) the peer's trainers run on our ops.
+class patch(contextlib.ContextDecorator):
+    """Within `with patch(peer):` (or a function decorated so), or between `patch(peer).enable()`
+    and that one's `disable()`, the peer's trainers run on our ops.
 
     Every module of the peer that holds one of the functions, under whatever name, holds ours, also
     one that is first imported within; all have their own back afterwards, whatever was raised.
@@ -93,16 +93,35 @@ def patch(peer):
         ValueError: an unknown name.
         ImportError: the peer, or what it needs, is not installed.
         AttributeError, TypeError: its version has not got the function, or with other parameters.
+        RuntimeError: `disable()` of what is not enabled.
     """
-    checks.choice("peer", peer, tuple(_PEERS))
-    # Within another patch theirs are ours already, and the outer one gives them back.
-    swaps = list(_swaps(_PEERS[peer]))
-    try:
-        for theirs, ours in swaps:
-            if theirs is not ours:
-                ours.theirs = theirs  # For calls that ours hands on.
-            _replace(peer, theirs, ours)
-        yield
-    finally:
-        for theirs, ours in swaps:
-            _replace(peer, ours, theirs)
+
+    def __init__(self, peer: str) -> None:
+        checks.choice("peer", peer, tuple(_PEERS))
+        self.peer = peer
+        self._swapped: list = []  # by each `enable` that is not undone yet
+
+    def enable(self) -> None:
+        # Within another patch theirs are ours already, and the outer one gives them back.
+        swaps = list(_swaps(_PEERS[self.peer]))
+        self._swapped.append(swaps)
+        try:
+            for theirs, ours in swaps:
+                if theirs is not ours:
+                    ours.theirs = theirs  # For calls that ours hands on.
+                _replace(self.peer, theirs, ours)
+        except BaseException:
+            self.disable()
+            raise
+
+    def disable(self) -> None:
+        if not self._swapped:
+            raise RuntimeError(f"patch({self.peer!r}) must be enabled to be disabled, by itself")
+        for theirs, ours in self._swapped.pop():
+            _replace(self.peer, ours, theirs)
+
+    def __enter__(self) -> None:
+        self.enable()
+
+    def __exit__(self, *error: object) -> None:
+        self.disable()

@@ -1,4 +1,4 @@
-"""The losses of log-probs and values; formulas in ppo_kernels/ppo_loss_of_tokens.py."""
+"""The losses of log-probs and values; formulas in ppo_kernels/token_losses.py."""
 
 import torch
 import triton

@@ -27,8 +27,9 @@ takes three all-reduces.
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from ppo_kernels import checks, reference, schemas, softmax_state
+from ppo_kernels import checks, schemas, softmax_state
 from ppo_kernels.dispatch import (
     kernels,
     resolve,
@@ -39,8 +40,9 @@ from ppo_kernels.dispatch import (
 from ppo_kernels.kl import kl_estimate
 from ppo_kernels.logprobs import LogprobsAndEntropy
 from ppo_kernels.masked import masked_mean
-from ppo_kernels.ppo_loss import PPOLoss, check_objective
-from ppo_kernels.ppo_loss_of_tokens import clipped_policy_loss
+from ppo_kernels.ppo_loss import PPOLoss, checked_loss
+from ppo_kernels.schemas import LossInputs, Objective
+from ppo_kernels.token_losses import clipped_policy_loss
 
 
 def _gathered(state, group):
@@ -134,7 +136,7 @@ def _temperature(temperature, *like):
     would, and the others would wait for it."""
     temperature = checks.temperature(temperature, *like)
     if isinstance(temperature, torch.Tensor):
-        reference.check_temperature(temperature)
+        checks.refuse_temperature(temperature)
     return temperature
 
 
@@ -149,7 +151,7 @@ def _token_logprobs(logits, tokens, mask, group, vocab_start, temperature, backe
     *scored, owners = _TokenLogprobs.apply(
         logits, ids, here, mask, group, backend, temperatures, scalars(number)
     )
-    reference.refuse_unowned(tokens, owners, mask)
+    checks.refuse_unowned(tokens, owners, mask)
     return LogprobsAndEntropy(*scored)
 
 
@@ -199,13 +201,19 @@ def _check_slice(logits):
 
 
 def vocab_parallel_token_logprobs_and_entropy(
-    logits, tokens, *, group=None, vocab_start=None, temperature=1.0, backend="auto"
-):
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> LogprobsAndEntropy:
     """`token_logprobs_and_entropy` of rows whose vocabulary is split over a process group.
 
     All ranks call it with the same arguments but for their slice of the logits; where an argument
     is wrong on one rank alone, that one raises and the others wait for it. Slices may be of any
-    lengths, 0 included, and must not overlap. Formulas in `ppo_kernels.parallel`.
+    lengths, 0 included, and must not overlap. Formulas in `ppo_kernels.vocab_parallel`.
 
     Args:
         logits: (..., V_local) this rank's slice, fp32, bf16, fp16 or fp64; rows may be strided. Or
@@ -231,8 +239,13 @@ def vocab_parallel_token_logprobs_and_entropy(
 
 
 def vocab_parallel_kl_divergence(
-    logits, ref_logits, *, group=None, temperature=1.0, backend="auto"
-):
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> Tensor:
     """`kl_divergence` of rows whose vocabulary is split over a process group.
 
     Args:
@@ -265,26 +278,26 @@ def vocab_parallel_kl_divergence(
 
 
 def vocab_parallel_ppo_loss(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    group=None,
-    vocab_start=None,
-    importance_weights=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    kl_estimator="k3",
-    temperature=1.0,
-    denominator=None,
-    backend="auto",
-):
+    group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    importance_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str = "k3",
+    temperature: float | Tensor = 1.0,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> PPOLoss:
     """`ppo_loss` of rows whose vocabulary is split over a process group.
 
     The clipped loss is made of the log-probs and entropies of whole rows, on each rank alike.
@@ -302,14 +315,13 @@ def vocab_parallel_ppo_loss(
         TypeError, ValueError: as `ppo_loss`, on all ranks.
     """
     logits, tokens, group, start = _slice_with_start(logits, tokens, group, vocab_start)
-    objective = check_objective(
-        *(tokens, old_logprobs, advantages, mask, importance_weights),
-        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logprobs, kl_estimator),
+    inputs, objective = checked_loss(
+        LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
+        importance_weights,
     )
-    old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, *coefs = objective
-    entropy_coef, kl_coef, ref_logprobs = coefs
-    denominator = checks.denominator(denominator, logits.device)
-    reference.refuse_infinite(
+    _, old_logprobs, advantages, mask, ref_logprobs, denominator, _ = inputs
+    checks.refuse_infinite(
         mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
     )
     if mask is not None and isinstance(temperature, torch.Tensor):
@@ -319,7 +331,7 @@ def vocab_parallel_ppo_loss(
     )
     if mask is not None:
         logprobs, token_entropy = (x.masked_fill(~mask, 0.0) for x in (logprobs, token_entropy))
-    reference.refuse_impossible(logprobs, tokens)
+    checks.refuse_impossible(logprobs, tokens)
     # Where nothing raises, on a GPU, the loss says it.
     finite = torch.where(logprobs.isfinite(), logprobs, torch.nan)
     policy = clipped_policy_loss(
@@ -327,9 +339,9 @@ def vocab_parallel_ppo_loss(
         old_logprobs,
         advantages,
         mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        dual_clip=objective.dual_clip,
         denominator=denominator,
         backend=backend,
     )
@@ -339,9 +351,9 @@ def vocab_parallel_ppo_loss(
     else:
         kl = kl_estimate(finite, ref_logprobs, estimator=kl_estimator, backend=backend)
         kl = masked_mean(kl, mask, denominator, backend=backend)
-    loss = policy.loss - entropy_coef * entropy + kl_coef * kl
+    loss = policy.loss - objective.entropy_coef * entropy + objective.kl_coef * kl
     policy_loss, *of_clipping = policy
     rest = (policy_loss, entropy, kl, *of_clipping, logprobs, token_entropy)
     results = loss, *(x.detach() for x in rest)
-    inputs = logits, old_logprobs, advantages, ref_logprobs
-    return PPOLoss(*(schemas.promoted(x, *inputs) for x in results))
+    others = logits, old_logprobs, advantages, ref_logprobs
+    return PPOLoss(*(schemas.promoted(x, *others) for x in results))

@@ -264,7 +264,7 @@ PPO_INLINE auto state_of(const T* z, int64_t n, Real<T> k) {
 }
 
 template <class T>
-SoftmaxState<Real<T>> statistics(const T* z, int64_t n, Real<T> k) {
+SoftmaxState<Real<T>> softmax_sums(const T* z, int64_t n, Real<T> k) {
   return state_of<SoftmaxSums>(z, n, k);
 }
 
@@ -315,9 +315,9 @@ PPO_INLINE V weighted_ratio(V e, V t, V q) {
 // The state relative to two centres, which become the true maxima; `defined` says whether all
 // logits are numbers. A side whose exponents are all at kFloor has no centre, and 0 for one.
 template <class T>
-PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, int64_t n,
-                                                      Real<T> k, Real<T>& centre,
-                                                      Real<T>& ref_centre, bool& defined) {
+PPO_INLINE JointState<Real<T>> joint_sums_about(const T* z, const T* ref, int64_t n, Real<T> k,
+                                                Real<T>& centre, Real<T>& ref_centre,
+                                                bool& defined) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
   const R shift = centre, ref_shift = ref_centre;
@@ -361,19 +361,19 @@ PPO_INLINE JointState<Real<T>> joint_statistics_about(const T* z, const T* ref, 
 }
 
 template <class T>
-JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T> k);
+JointState<Real<T>> joint_sums(const T* z, const T* ref, int64_t n, Real<T> k);
 
 template <class T>
-__attribute__((noinline)) JointState<float> joint_statistics_in_fp64(const T* z, const T* ref,
-                                                                     int64_t n, double k) {
+__attribute__((noinline)) JointState<float> joint_sums_in_fp64(const T* z, const T* ref, int64_t n,
+                                                               double k) {
   double wide[kChunk], ref_wide[kChunk];
   widen(z, n, wide);
   widen(ref, n, ref_wide);
-  return narrow(joint_statistics(wide, ref_wide, n, k));
+  return narrow(joint_sums(wide, ref_wide, n, k));
 }
 
 template <class T>
-JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T> k) {
+JointState<Real<T>> joint_sums(const T* z, const T* ref, int64_t n, Real<T> k) {
   using R = Real<T>;
   using V = typename VectorOf<T>::type;
   const auto centre_of = [&](const T* p, bool& excluded) {
@@ -388,16 +388,16 @@ JointState<Real<T>> joint_statistics(const T* z, const T* ref, int64_t n, Real<T
     return Origin<R>::beyond(k, centre) || Origin<R>::beyond(k, ref_centre);
   };
   if constexpr (Origin<R>::kFused) {
-    if (beyond()) return joint_statistics_in_fp64(z, ref, n, k);
+    if (beyond()) return joint_sums_in_fp64(z, ref, n, k);
   }
-  JointState<R> state = joint_statistics_about(z, ref, n, k, centre, ref_centre, defined);
+  JointState<R> state = joint_sums_about(z, ref, n, k, centre, ref_centre, defined);
   if (!defined) return {R(NAN), R(NAN), R(NAN), R(NAN), R(NAN)};
   if (k * (centre - state.shift) > R(kHeadroom) ||
       k * (ref_centre - state.ref_shift) > R(kHeadroom)) {
     if constexpr (Origin<R>::kFused) {
-      if (beyond()) return joint_statistics_in_fp64(z, ref, n, k);
+      if (beyond()) return joint_sums_in_fp64(z, ref, n, k);
     }
-    state = joint_statistics_about(z, ref, n, k, centre, ref_centre, defined);
+    state = joint_sums_about(z, ref, n, k, centre, ref_centre, defined);
   }
   if (excluded) state.shift = -R(INFINITY);
   if (ref_excluded) state.ref_shift = -R(INFINITY);
@@ -453,10 +453,10 @@ void kl_gradient(const T* z, const T* ref, T* grad, int64_t n, Real<T> k, Real<T
 
 template <class T>
 constexpr Sweeps<T> sweeps_of() {
-  return {statistics<T>,
+  return {softmax_sums<T>,
           moments<T>,
           gradient<T>,
-          joint_statistics<T>,
+          joint_sums<T>,
           kl_gradient<T>,
           block_weight<T>,
           kept_weight<T>,

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-#include "../ppo_math.h"
-#include "../sampling.h"
-#include "../softmax_state.h"
+#include "../../ppo_math.h"
+#include "../../sampling.h"
+#include "../../softmax_state.h"
 
 namespace ppo::cpu {
 
@@ -54,12 +54,12 @@ struct KeptWeight {
 template <class T>
 struct Sweeps {
   using R = Real<T>;
-  SoftmaxState<R> (*statistics)(const T* z, int64_t n, R k);
-  // With the bits of `statistics` where it has them.
+  SoftmaxState<R> (*softmax_sums)(const T* z, int64_t n, R k);
+  // With the bits of `softmax_sums` where it has them.
   Moments<R> (*moments)(const T* z, int64_t n, R k);
   // grad_j = 2^t_j (a + b t_j); `grad` may be `z`.
   void (*gradient)(const T* z, T* grad, int64_t n, R k, R shift, R a, R b);
-  JointState<R> (*joint_statistics)(const T* z, const T* ref, int64_t n, R k);
+  JointState<R> (*joint_sums)(const T* z, const T* ref, int64_t n, R k);
   // grad_j = 2^t_j (a + b (t_j - q_j))
   void (*kl_gradient)(const T* z, const T* ref, T* grad, int64_t n, R k, R shift, R ref_shift, R a,
                       R b);

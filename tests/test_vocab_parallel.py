@@ -297,7 +297,7 @@ def main(folder):
 def all_found(tmp_path_factory):
     """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.test_parallel", str(folder)]
+    command = [sys.executable, "-m", "tests.test_vocab_parallel", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

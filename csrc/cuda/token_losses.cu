@@ -1,5 +1,5 @@
 // clipped_policy_loss and value_loss, from a few numbers per token; formulas in
-// ppo_kernels/ppo_loss.py.
+// ppo_kernels/token_losses.py.
 #include <initializer_list>
 
 #include "means.cuh"
