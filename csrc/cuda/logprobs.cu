@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   begin_row(division);
   const R k = temperatures[part.row].k;
   const T* z = logits[part.row];
-  auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
+  auto state = thread_sums<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
   const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
   state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), division, part, k);
   if (!writes) return;

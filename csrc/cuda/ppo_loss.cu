@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   begin_row(call.division);
   const T* z = call.logits[part.row];
   const R k = call.temperatures[part.row].k;
-  auto state = thread_statistics<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
+  auto state = thread_sums<T, kLayout>(z + part.begin, part.length, k, KeepNothing{});
   TokenInput<R> token{};
   if (writes) token = token_input(call, part.row, z);
   state = merge_row(state, *reinterpret_cast<States<R>*>(shared_memory()), call.division, part, k);

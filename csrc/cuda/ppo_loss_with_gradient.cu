@@ -82,9 +82,9 @@ __device__ int begin_copies(const T* row, const InShared<T, kLayout>& kept, Barr
 
 // The statistics of a thread's vectors, which so many copies bring.
 template <class T, Layout kLayout>
-__device__ __forceinline__ SoftmaxState<Real<T>> copied_statistics(const InShared<T, kLayout>& kept,
-                                                                   int copies, Barrier* copied,
-                                                                   Real<T> k) {
+__device__ __forceinline__ SoftmaxState<Real<T>> copied_sums(const InShared<T, kLayout>& kept,
+                                                             int copies, Barrier* copied,
+                                                             Real<T> k) {
   SoftmaxState<Real<T>> state;
   nothing_seen(state);
   for_vectors<T, kLayout, kTogether>(kept.length, [&](int i, auto whole) {
@@ -129,13 +129,13 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
     __syncthreads();
     // While the copies are under way.
     if (first) head.token = token_input(call, part.row, z);
-    state = copied_statistics(kept, copies, head.copied, temperature.k);
+    state = copied_sums(kept, copies, head.copied, temperature.k);
   } else {
-    state = thread_statistics<T, kLayout>(mine, part.length, temperature.k,
-                                          [&](int i, const uint4& vector, auto whole) {
-                                            if constexpr (kKept)
-                                              store<T, kLayout, whole>(row, part.length, i, vector);
-                                          });
+    state = thread_sums<T, kLayout>(mine, part.length, temperature.k,
+                                    [&](int i, const uint4& vector, auto whole) {
+                                      if constexpr (kKept)
+                                        store<T, kLayout, whole>(row, part.length, i, vector);
+                                    });
     if (first) head.token = token_input(call, part.row, z);
   }
   state = merge_row(state, head.states, call.division, part, temperature.k);

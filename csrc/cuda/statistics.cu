@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   begin_row(division);
   const T* z = logits[part.row];
   const R k = temperatures[part.row].k;
-  auto moments =
-      thread_statistics<T, kLayout, Moments<R>>(z + part.begin, part.length, k, KeepNothing{});
+  auto moments = thread_sums<T, kLayout, Moments<R>>(z + part.begin, part.length, k, KeepNothing{});
   const R logit = writes ? logit_of(z, length, tokens[part.row]) : R(0);
   auto& states = *reinterpret_cast<States<R, Moments>*>(shared_memory());
   moments = merge_row(moments, states, division, part, k);

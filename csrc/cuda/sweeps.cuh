@@ -154,8 +154,8 @@ __device__ __forceinline__ void for_vectors_back(int length, const F& f) {
 
 // What this thread sees of a row in global memory; `keep(i, vector, whole)` is given all of it.
 template <class T, Layout kLayout, class State = SoftmaxState<Real<T>>, class Keep>
-__device__ __forceinline__ State thread_statistics(const T* row, int length, Real<T> k,
-                                                   const Keep& keep) {
+__device__ __forceinline__ State thread_sums(const T* row, int length, Real<T> k,
+                                             const Keep& keep) {
   State state;
   nothing_seen(state);
   constexpr int n = kInFlight<kLayout>;
