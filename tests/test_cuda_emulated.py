@@ -150,7 +150,7 @@ def test_report_says_how_rows_are_divided(emulated):
     emulated.device()
     assert [x.removeprefix("rows        V = ") for x in divisions("cpu")[:4]] == [
         "32,000 bfloat16: 1 CTA of 512 threads, kept in 64,832 bytes each; 3 to a multiprocessor",
-        "50,257 bfloat16: 2 CTAs of 256 threads, kept in 54,080 bytes each; 4 to a multiprocessor, "
+        "50,257 bfloat16: 2 CTAs of 256 threads, kept in 51,104 bytes each; 4 to a multiprocessor, "
         "1 rows on the device",
         "128,256 bfloat16: 4 CTAs of 512 threads, kept in 64,960 bytes each; 3 to a "
         "multiprocessor, 1 rows on the device",
