@@ -59,35 +59,32 @@ gpu: $(if $(DRY_RUN),install)
 # CUDA C++ where there is an nvcc, and one for any machine, on `reference` and `triton`.
 WHEELS ?= dist
 wheel: native-wheel
-	rm -rf build/any/lib
-	CXX=none FORCE_CUDA=0 $(VENV)/bin/python setup.py -q build --build-base build/any \
-		bdist_wheel --dist-dir $(WHEELS)
+	CXX=none FORCE_CUDA=0 $(VENV)/bin/python setup.py -q bdist_wheel --dist-dir $(WHEELS)
 
 # The former for a machine with an H100 or H200, to be carried there: nothing is then built on it.
 # Lines are named to profilers. Its extension also takes its place in this tree.
 gpu-wheel: install
 	TORCH_CUDA_ARCH_LIST=9.0a FORCE_CUDA=1 NVCC_APPEND_FLAGS=-lineinfo \
-		$(MAKE) native-wheel WHEELS=$(WHEELS)/gpu BUILD=build/gpu-wheel
-	cp build/gpu-wheel/lib*/ppo_kernels/_C.abi3.so ppo_kernels
+		$(MAKE) native-wheel WHEELS=$(WHEELS)/gpu
+	cp $(BUILT) ppo_kernels
 
-BUILD ?= build/wheel
-PLATFORM = manylinux_2_28_$(shell uname -m)
 TOOLS = build/wheel-tools
+BUILT = build/lib.*/ppo_kernels/_C.abi3.so
 NVCC = $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc)
 FORCE_CUDA ?= $(if $(NVCC),1)
 
 # Linked against glibc 2.28, whose like this machine need not have, and checked: the tag of its
-# platform, CPython's and torch's stable ABI, and no symbol that may be missing elsewhere.
+# platform, CPython's and torch's stable ABI, and no symbol that may be missing elsewhere. What is
+# left of another build would be packed too.
 native-wheel: install $(TOOLS)/glibc
-	rm -rf $(BUILD)/lib* $(BUILD)/dist
+	rm -rf build/lib build/lib.* build/wheel
 	FORCE_CUDA=$(FORCE_CUDA) LDFLAGS=-L$(CURDIR)/$(TOOLS)/glibc $(VENV)/bin/python setup.py -q \
-		build --build-base $(BUILD) bdist_wheel --dist-dir $(BUILD)/dist
-	PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH auditwheel repair --plat $(PLATFORM) --only-plat \
-		--exclude 'libtorch*.so' --exclude libc10.so -w $(WHEELS) $(BUILD)/dist/*.whl
-	$(TOOLS)/bin/abi3audit --strict $(BUILD)/dist/*.whl
-	$(TOOLS)/bin/torch-abi-audit --check both $(BUILD)/lib*/ppo_kernels/_C.abi3.so
-	! nm -D --undefined-only $(BUILD)/lib*/ppo_kernels/_C.abi3.so | \
-		grep -vE '@| w | U (_?Py|aoti_torch_|torch_)'
+		bdist_wheel --dist-dir build/wheel
+	PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH auditwheel repair --plat manylinux_2_28_$(shell uname -m) \
+		--only-plat --exclude 'libtorch*.so' --exclude libc10.so -w $(WHEELS) build/wheel/*.whl
+	$(TOOLS)/bin/abi3audit --strict build/wheel/*.whl
+	$(TOOLS)/bin/torch-abi-audit --check both $(BUILT)
+	! nm -D --undefined-only $(BUILT) | grep -vE '@| w | U (_?Py|aoti_torch_|torch_)'
 
 # What a linker sees of glibc 2.28: zig makes it for what it links itself.
 $(TOOLS)/glibc:
