@@ -100,7 +100,10 @@ class Emulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
-        for name in ("switches", "launches", "last_cluster", "largest_cluster", "bulk_copies"):
+        for name in (
+            *("switches", "launches", "last_cluster", "largest_cluster"),
+            *("bulk_copies", "bulk_begin", "bulk_end"),
+        ):
             getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
 
     def device(self, major=9, shared_per_block=232448, shared_per_sm=233472, ptx=None):
@@ -131,6 +134,10 @@ class Emulator:
     def bulk_copies(self):
         """Since `device` was called."""
         return self.library.emulator_bulk_copies()
+
+    def bulk_range(self):
+        """The first address that these read, and that behind the last."""
+        return self.library.emulator_bulk_begin(), self.library.emulator_bulk_end()
 
 
 @functools.cache

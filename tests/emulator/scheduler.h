@@ -62,5 +62,6 @@ extern int device_major, ptx_version;
 // Starts the random order anew.
 void seed(uint64_t value);
 extern uint64_t switches, bulk_copies;
+extern uintptr_t bulk_begin, bulk_end;  // of all that bulk copies read
 
 }  // namespace emulator
