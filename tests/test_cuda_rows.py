@@ -47,23 +47,27 @@ def everything(drawn, logits):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_bits_do_not_depend_on_where_a_row_begins(emulated, device, dtype, vocabulary):
-    """And what is beside a row is neither looked at nor written."""
+    """And what is beside the rows is neither read nor written."""
     drawn = inputs(vocabulary, dtype)
     emulated.device(**DEVICES[device])
     first = everything(drawn, drawn["logits"].clone())
     size = drawn["logits"].numel()
     for before in (1, 3, 6):
+        emulated.device(**DEVICES[device])
         memory = torch.full((before + size + 8,), torch.nan, dtype=dtype)
         logits = memory[before:][:size].view_as(drawn["logits"]).copy_(drawn["logits"])
         for x, y in zip(everything(drawn, logits), first, strict=True):
             assert torch.equal(x, y)
         assert memory[:before].isnan().all() and memory[before + size :].isnan().all()
+        if emulated.bulk_copies() > 0:
+            begin, end = (x - logits.data_ptr() for x in emulated.bulk_range())
+            assert 0 <= begin < end <= size * dtype.itemsize
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_nothing_beside_the_logits_is_touched(emulated, device, dtype):
-    """They begin, or end, where memory that may be used does: all else ends the process."""
+def test_nothing_is_touched_where_memory_ends(emulated, device, dtype):
+    """Nor where it begins: it would end the process."""
     drawn = inputs(4099, dtype)
     emulated.device(**DEVICES[device])
     size, page = drawn["logits"].numel(), mmap.PAGESIZE

@@ -100,8 +100,11 @@ class Emulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
-        counts = "switches", "questions", "launches", "last_blocks", "last_cluster"
-        for name in (*counts, "largest_cluster", "bulk_copies", "left_out"):
+        counts = (
+            *("switches", "questions", "launches", "last_blocks", "last_cluster"),
+            *("largest_cluster", "bulk_copies", "bulk_begin", "bulk_end", "left_out"),
+        )
+        for name in counts:
             getattr(self.library, f"emulator_{name}").restype = ctypes.c_uint64
 
     def device(
@@ -161,6 +164,10 @@ class Emulator:
     def bulk_copies(self):
         """Since `device` was called."""
         return self.library.emulator_bulk_copies()
+
+    def bulk_range(self):
+        """The first address that these read, and that behind the last."""
+        return self.library.emulator_bulk_begin(), self.library.emulator_bulk_end()
 
 
 @functools.cache

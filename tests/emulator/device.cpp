@@ -7,6 +7,7 @@
 namespace emulator {
 
 uint64_t bulk_copies = 0;
+uintptr_t bulk_begin = UINTPTR_MAX, bulk_end = 0;
 
 namespace {
 
@@ -235,6 +236,8 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* place
   if (!in_shared(shared, bytes)) fail("bulk_copy beyond shared memory", at);
   barrier.used = true;
   ++bulk_copies;
+  bulk_begin = std::min(bulk_begin, address(global));
+  bulk_end = std::max(bulk_end, address(global) + bytes);
   const bool lazy = random_below(2) == 0;
   const uint32_t delay = uint32_t(random_below(16));
   copies.push_back({running->block, shared, global, bytes, &barrier, delay, lazy});

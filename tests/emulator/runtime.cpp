@@ -220,7 +220,8 @@ AOTI_TORCH_EXPORT void emulator_device(int major, int shared_per_block, int shar
   if (current == devices.size()) devices.push_back(named);
   device_major = major;
   ptx_version = ptx;
-  largest_cluster = bulk_copies = 0;
+  largest_cluster = bulk_copies = bulk_end = 0;
+  bulk_begin = UINTPTR_MAX;
 }
 
 AOTI_TORCH_EXPORT void emulator_seed(uint64_t value) { seed(value); }
@@ -231,6 +232,8 @@ AOTI_TORCH_EXPORT uint64_t emulator_left_out() { return left_out; }
 AOTI_TORCH_EXPORT uint64_t emulator_switches() { return switches; }
 AOTI_TORCH_EXPORT uint64_t emulator_bulk_copies() { return bulk_copies; }
 AOTI_TORCH_EXPORT uint64_t emulator_questions() { return questions; }
+AOTI_TORCH_EXPORT uint64_t emulator_bulk_begin() { return bulk_begin; }
+AOTI_TORCH_EXPORT uint64_t emulator_bulk_end() { return bulk_end; }
 AOTI_TORCH_EXPORT uint64_t emulator_launches() { return launches; }
 AOTI_TORCH_EXPORT uint64_t emulator_last_blocks() { return last_blocks; }
 AOTI_TORCH_EXPORT uint64_t emulator_last_cluster() { return last_cluster; }

@@ -70,5 +70,6 @@ void leave_out(const std::string& file, uint32_t line);
 bool is_left_out(Site at);
 extern uint64_t left_out;
 extern uint64_t switches, bulk_copies;
+extern uintptr_t bulk_begin, bulk_end;  // of all that bulk copies read
 
 }  // namespace emulator
