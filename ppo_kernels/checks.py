@@ -161,7 +161,9 @@ def temperature(x, tokens, like_name="tokens", **bounds):
     return constant(x.detach())
 
 
-def clip_range(clip_low, clip_high, dual_clip):
+def clip_range(
+    clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[float, float, float | None]:
     """(clip_low, clip_high, dual_clip); clip_high and dual_clip may be inf, for no such clip."""
     clip_low = number("clip_low", clip_low, at_least=0, at_most=1)
     clip_high = number("clip_high", clip_high, at_least=0, finite=False)

@@ -8,6 +8,7 @@ of it; and the recursion is `discounted_sums`, of tensors x and c: S_t = x_t + c
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference, reference_gae
 from ppo_kernels.dispatch import kernels, resolve, scalars
@@ -18,8 +19,8 @@ from ppo_kernels.schemas import promoted, result_dtype
 class AdvantagesAndReturns(NamedTuple):
     """Both of the shape of `rewards`, fp32 (fp64 where an input is), without gradient."""
 
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
 def _check(rewards, values, mask, gamma, lam, dones, bootstrap_values, rows):
@@ -72,7 +73,14 @@ def _first_from(marked, t):
     return positions.flip(-1).cummin(-1).values.flip(-1)
 
 
-def discounted_sums(backend, x, decays, mask=None, dones=None, cu_seqlens=None):
+def discounted_sums(
+    backend: str,
+    x: Tensor,
+    decays: Tensor,
+    mask: Tensor | None = None,
+    dones: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """S_t = x_t + decay_t S_{t+1} over rows (B, T), or over trajectories (N,) laid end to end.
 
     A masked-out position gets 0 and hands S on, a done token starts from 0.
@@ -99,16 +107,16 @@ def _in_one_dtype(*tensors):
 
 
 def gae(
-    rewards,
-    values,
-    mask=None,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
     *,
-    gamma,
-    lam,
-    dones=None,
-    bootstrap_values=None,
-    backend="auto",
-):
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    backend: str = "auto",
+) -> AdvantagesAndReturns:
     """Generalised advantage estimation (Schulman et al., 2016, arXiv:1506.02438), backwards::
 
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γ λ A_{t+1}        return_t = A_t + V_t
@@ -172,17 +180,17 @@ def gae(
 
 
 def gae_packed(
-    rewards,
-    values,
-    cu_seqlens,
-    mask=None,
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None = None,
     *,
-    gamma,
-    lam,
-    dones=None,
-    bootstrap_values=None,
-    backend="auto",
-):
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    backend: str = "auto",
+) -> AdvantagesAndReturns:
     """`gae` on trajectories laid end to end, without padding.
 
     Args:
@@ -251,20 +259,20 @@ def _detach(x):
 
 
 def vtrace(
-    log_rhos,
-    rewards,
-    values,
-    mask=None,
+    log_rhos: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
     *,
-    gamma,
-    lam=1.0,
-    clip_rho_threshold=1.0,
-    clip_c_threshold=1.0,
-    clip_pg_rho_threshold=1.0,
-    dones=None,
-    bootstrap_values=None,
-    backend="auto",
-):
+    gamma: float | Tensor,
+    lam: float | Tensor = 1.0,
+    clip_rho_threshold: float = 1.0,
+    clip_c_threshold: float = 1.0,
+    clip_pg_rho_threshold: float = 1.0,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    backend: str = "auto",
+) -> AdvantagesAndReturns:
     """V-trace, off-policy targets (Espeholt et al., 2018, IMPALA, arXiv:1802.01561), backwards::
 
         ρ_t = min(ρ̄, π/μ)      c_t = λ min(c̄, π/μ)      δ_t = ρ_t (r_t + γ V_{t+1} - V_t)

@@ -12,6 +12,7 @@ PyTorch on K numbers; where a device has no segmented sums (not CPU, CUDA or ROC
 """
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import under_transforms
@@ -123,8 +124,14 @@ def _check_values(logits, tokens, kept_ids, kept_offsets, mask):
 
 
 def kept_token_logprobs_and_entropy(
-    logits, tokens, kept_ids, kept_offsets, mask=None, *, temperature=1.0
-):
+    logits: Tensor,
+    tokens: Tensor,
+    kept_ids: Tensor,
+    kept_offsets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+) -> LogprobsAndEntropy:
     """`token_logprobs_and_entropy` over the ids that a sampler kept, see `ppo_kernels.kept`.
 
     Args:
@@ -178,7 +185,7 @@ def kept_token_logprobs_and_entropy(
     return LogprobsAndEntropy(*(x.view(tokens.shape) for x in results))
 
 
-def kept_from_mask(mask):
+def kept_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     """What `kept_token_logprobs_and_entropy` is told of a mask over the vocabulary.
 
     Of logits that a sampler filtered, `kept_from_mask(filtered > -torch.inf)`. Waits for the

@@ -13,6 +13,7 @@ In k3 Δ is bounded at ±80, beyond which the gradient is 0.
 """
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import (
@@ -43,7 +44,14 @@ class _KLDivergence(torch.autograd.Function):
         return grad_logits, None, None, None, None, None
 
 
-def kl_divergence(logits, ref_logits, mask=None, *, temperature=1.0, backend="auto"):
+def kl_divergence(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> Tensor:
     """Exact KL(softmax(logits / τ) || softmax(ref_logits / τ)) of each row, in nats.
 
     Args:
@@ -103,7 +111,14 @@ class _KLEstimate(torch.autograd.Function):
         return grad.to(dtype), (-grad).to(ref_dtype), None, None
 
 
-def kl_estimate(logprobs, ref_logprobs, mask=None, *, estimator, backend="auto"):
+def kl_estimate(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    estimator: str,
+    backend: str = "auto",
+) -> Tensor:
     """Per-token estimate of KL(π || π_ref) from the log-probabilities of sampled tokens.
 
     Args:
@@ -128,5 +143,5 @@ def kl_estimate(logprobs, ref_logprobs, mask=None, *, estimator, backend="auto")
     backend = resolve(backend, logprobs)
     if backend == "reference":
         return reference.kl_estimate(logprobs, ref_logprobs, estimator=estimator)
-    estimator = reference.ESTIMATORS.index(estimator)
-    return _KLEstimate.apply(logprobs, ref_logprobs, estimator, backend)
+    index = reference.ESTIMATORS.index(estimator)
+    return _KLEstimate.apply(logprobs, ref_logprobs, index, backend)

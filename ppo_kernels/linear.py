@@ -17,12 +17,13 @@ the temperature and costs nothing.
 """
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference, schemas
 from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
 from ppo_kernels.linear_chunks import CHUNK_BYTES
 from ppo_kernels.logprobs import LogprobsAndEntropy, within
-from ppo_kernels.ppo_loss import checked_loss, for_kernel, promoted_loss
+from ppo_kernels.ppo_loss import PPOLoss, checked_loss, for_kernel, promoted_loss
 from ppo_kernels.schemas import LossInputs, Objective
 
 
@@ -187,20 +188,20 @@ def _checked_head(
 
 
 def linear_token_logprobs(
-    hidden,
-    weight,
-    tokens,
-    mask=None,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    grad_weight_dtype=None,
-    logits_dtype=None,
-    chunk_bytes=None,
-    backend="auto",
-):
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    grad_weight_dtype: torch.dtype | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """`token_logprobs` of logits that a head makes of hidden states, see `ppo_kernels.linear`.
 
     Args:
@@ -248,20 +249,20 @@ def linear_token_logprobs(
 
 
 def linear_token_logprobs_and_entropy(
-    hidden,
-    weight,
-    tokens,
-    mask=None,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    grad_weight_dtype=None,
-    logits_dtype=None,
-    chunk_bytes=None,
-    backend="auto",
-):
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    grad_weight_dtype: torch.dtype | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> LogprobsAndEntropy:
     """`linear_token_logprobs` and the entropy of each row, at no further sweep over the vocabulary.
 
     Arguments and errors are those of `linear_token_logprobs`.
@@ -296,31 +297,31 @@ def linear_token_logprobs_and_entropy(
 
 
 def linear_ppo_loss(
-    hidden,
-    weight,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    bias=None,
-    softcap=None,
-    logit_scale=1.0,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    kl_estimator="k3",
-    temperature=1.0,
-    denominator=None,
-    grad_weight_dtype=None,
-    logits_dtype=None,
-    chunk_bytes=None,
-    backend="auto",
-):
+    importance_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str = "k3",
+    temperature: float | Tensor = 1.0,
+    denominator: float | Tensor | None = None,
+    grad_weight_dtype: torch.dtype | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> PPOLoss:
     """`ppo_loss` of the logits that a head makes of hidden states, see `ppo_kernels.linear`.
 
     The gradients are made in the forward, those that are asked for: with a frozen head or frozen

@@ -287,7 +287,7 @@ OPS = {
     "linear_token_logprobs_backward": _token_logprobs_backward,
     "linear_ppo_loss": _ppo_loss,
 }
-_libraries = []
+_libraries: list[torch.library.Library] = []
 
 
 def register(backend):

@@ -11,6 +11,7 @@ so one sweep over the row gives both, and one more gives the gradient of any fun
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import (
@@ -25,8 +26,8 @@ from ppo_kernels.dispatch import (
 class LogprobsAndEntropy(NamedTuple):
     """Both of shape (...), in nats, fp32 (fp64 for fp64 logits)."""
 
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
+    logprobs: Tensor
+    entropy: Tensor
 
 
 def within(mask, x):
@@ -73,7 +74,14 @@ def _scored(logits, tokens, mask, temperature, backend):
     return _TokenLogprobs.apply(*arguments, backend)
 
 
-def token_logprobs(logits, tokens, mask=None, *, temperature=1.0, backend="auto"):
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> Tensor:
     """log softmax(logits / temperature) at the given tokens; formula in `ppo_kernels.logprobs`.
 
     Args:
@@ -96,7 +104,14 @@ def token_logprobs(logits, tokens, mask=None, *, temperature=1.0, backend="auto"
     return _scored(logits, tokens, mask, temperature, backend)[0]
 
 
-def token_logprobs_and_entropy(logits, tokens, mask=None, *, temperature=1.0, backend="auto"):
+def token_logprobs_and_entropy(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> LogprobsAndEntropy:
     """`token_logprobs` and the entropy of each row, at no further sweep over the vocabulary.
 
     Arguments and errors are those of `token_logprobs`.
@@ -107,7 +122,7 @@ def token_logprobs_and_entropy(logits, tokens, mask=None, *, temperature=1.0, ba
     return LogprobsAndEntropy(*_scored(logits, tokens, mask, temperature, backend))
 
 
-def check_logprobs(logprobs, tokens, mask=None):
+def check_logprobs(logprobs: Tensor, tokens: Tensor, mask: Tensor | None = None) -> None:
     """Look whether every token that counts has a finite log-probability, and wait for the answer.
 
     On a GPU the ops never wait for the device, so they cannot raise for what a tensor holds: a

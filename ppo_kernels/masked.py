@@ -7,6 +7,7 @@ zero: a NaN there stays there.
 """
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars
@@ -28,7 +29,13 @@ class _MaskedMean(torch.autograd.Function):
         return grad if mask is None else torch.where(mask, grad, 0.0), None, None, None
 
 
-def masked_mean(x, mask=None, denominator=None, *, backend="auto"):
+def masked_mean(
+    x: Tensor,
+    mask: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
     """Sum of `x` over the mask divided by `denominator`.
 
     Args:
@@ -53,7 +60,14 @@ def masked_mean(x, mask=None, denominator=None, *, backend="auto"):
     return _MaskedMean.apply(x, mask, denominator_on(x.device, denominator), backend)
 
 
-def masked_whiten(x, mask=None, *, eps=1e-8, group=None, backend="auto"):
+def masked_whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-8,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    backend: str = "auto",
+) -> Tensor:
     """`x` centred and scaled to unit variance over the mask; 0 where masked out. No gradient.
 
     A constant, as one token is, gives 0, whatever `eps`.

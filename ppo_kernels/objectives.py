@@ -36,20 +36,26 @@ finite.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference, schemas
 from ppo_kernels.masked import masked_mean
 from ppo_kernels.token_losses import PolicyLoss
 
 
-def token_mean(x, mask=None, *, denominator=None):
+def token_mean(
+    x: Tensor, mask: Tensor | None = None, *, denominator: float | Tensor | None = None
+) -> Tensor:
     """Sum over counted positions of x (B, T) / `denominator`, default the number of them."""
     return masked_mean(x, mask, denominator, backend="reference")
 
 
-def sequence_mean(x, mask=None, *, denominator=None):
+def sequence_mean(
+    x: Tensor, mask: Tensor | None = None, *, denominator: float | Tensor | None = None
+) -> Tensor:
     """Sum over sequences of the mean over their counted positions / `denominator`, default the
     number of sequences with any."""
     counts = _counted(x, mask).sum(1)
@@ -57,7 +63,13 @@ def sequence_mean(x, mask=None, *, denominator=None):
     return masked_mean(means, counts > 0, denominator, backend="reference")
 
 
-def fixed_length_mean(x, mask=None, *, length, denominator=None):
+def fixed_length_mean(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    length: float,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
     """Sum over counted positions of x (B, T) / (length · denominator), default the number of
     sequences with any; `length` is one for all batches, as the longest response allowed."""
     length = checks.number("length", length, above=0)
@@ -78,7 +90,13 @@ def _sums(x, mask):
     return torch.where(_counted(x, mask), x, 0.0).sum(1, dtype=dtype)
 
 
-def _checked(logprobs, old_logprobs, advantages, mask, importance_weights):
+def _checked(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    importance_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(log r, A, mask), the first two (B, T) and 0 where masked out."""
     checks.floating("logprobs", logprobs)
     if logprobs.ndim != 2:
@@ -104,49 +122,49 @@ def _clipped(log_ratio, advantages, mask, aggregate, clip_low, clip_high, dual_c
 
 
 def ppo(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    aggregate=token_mean,
-    clip_low=0.2,
-    clip_high=0.2,
-):
+    importance_weights: Tensor | None = None,
+    aggregate: Callable[..., Tensor] = token_mean,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> PolicyLoss:
     """The clipped surrogate (Schulman et al., 2017), as `clipped_policy_loss`; see the module."""
     inputs = _checked(logprobs, old_logprobs, advantages, mask, importance_weights)
     return _clipped(*inputs, aggregate, clip_low, clip_high)
 
 
 def dual_clip(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    aggregate=token_mean,
-    clip_low=0.2,
-    clip_high=0.2,
-    bound=3.0,
-):
+    importance_weights: Tensor | None = None,
+    aggregate: Callable[..., Tensor] = token_mean,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    bound: float = 3.0,
+) -> PolicyLoss:
     """`ppo` whose loss is at most -A `bound`, > 1, where A < 0 (Ye et al., 2020)."""
     inputs = _checked(logprobs, old_logprobs, advantages, mask, importance_weights)
     return _clipped(*inputs, aggregate, clip_low, clip_high, bound)
 
 
 def dapo(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    aggregate=token_mean,
-    clip_low=0.2,
-    clip_high=0.28,
-):
+    importance_weights: Tensor | None = None,
+    aggregate: Callable[..., Tensor] = token_mean,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> PolicyLoss:
     """`ppo` with the upper clip raised, clip-higher (Yu et al., 2025, DAPO)."""
     inputs = _checked(logprobs, old_logprobs, advantages, mask, importance_weights)
     return _clipped(*inputs, aggregate, clip_low, clip_high)
@@ -161,16 +179,16 @@ def _sequence_log_ratio(log_ratio, mask):
 
 
 def gspo(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    aggregate=sequence_mean,
-    clip_low=3e-4,
-    clip_high=4e-4,
-):
+    importance_weights: Tensor | None = None,
+    aggregate: Callable[..., Tensor] = sequence_mean,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> PolicyLoss:
     """The ratio of whole sequences, to the power of 1 / length (Zheng et al., 2025, GSPO).
 
     This is the paper's GSPO-token: with one advantage per sequence its value and gradient are those
@@ -185,16 +203,16 @@ def gspo(
 
 
 def cispo(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    aggregate=token_mean,
-    clip_low=1.0,
-    clip_high=4.0,
-):
+    importance_weights: Tensor | None = None,
+    aggregate: Callable[..., Tensor] = token_mean,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+) -> PolicyLoss:
     """REINFORCE weighted by a clipped, constant ratio (MiniMax, 2025, CISPO): no token is dropped.
 
     The paper has no lower bound, which is clip_low=1, and leaves clip_high to tuning; a ratio of
@@ -217,18 +235,18 @@ def cispo(
 
 
 def tis(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    rollout_logprobs,
-    importance_weights=None,
-    aggregate=token_mean,
-    clip_low=0.2,
-    clip_high=0.2,
-    cap=2.0,
-):
+    rollout_logprobs: Tensor,
+    importance_weights: Tensor | None = None,
+    aggregate: Callable[..., Tensor] = token_mean,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    cap: float = 2.0,
+) -> PolicyLoss:
     """`ppo` for tokens that another engine sampled: truncated importance sampling.
 
     `rollout_logprobs` (B, T) are those of the sampler, such as vLLM; `old_logprobs` those that the

@@ -6,9 +6,11 @@ that (see `ppo_kernels.logprobs`)::
     ∂loss/∂z_j = (g (1[j = a] - p_j) - h p_j (log p_j + H)) / τ
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ppo_kernels import checks, reference
@@ -33,17 +35,17 @@ class PPOLoss(NamedTuple):
     where clipping acts; `logprobs` and `token_entropy` (...) are 0 where masked out.
     """
 
-    loss: torch.Tensor
-    policy_loss: torch.Tensor
-    entropy: torch.Tensor
-    kl: torch.Tensor
-    approx_kl: torch.Tensor
-    clip_fraction: torch.Tensor
-    logprobs: torch.Tensor
-    token_entropy: torch.Tensor
+    loss: Tensor
+    policy_loss: Tensor
+    entropy: Tensor
+    kl: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    logprobs: Tensor
+    token_entropy: Tensor
 
 
-def for_kernel(inputs, objective):
+def for_kernel(inputs: LossInputs, objective: Objective) -> tuple:
     """LossInputs and Objective -> what the registered ops take after the logits."""
     *tensors, denominator, temperature = inputs
     temperatures, temperature = temperatures_and_number(temperature)
@@ -163,34 +165,35 @@ class _PPOLossInPlace(torch.autograd.Function):
         return None, None, logits, *(None,) * ctx.arguments
 
 
-def checked_loss(inputs, objective, importance_weights):
+def checked_loss(
+    inputs: LossInputs, objective: Objective, importance_weights: Tensor | None
+) -> tuple[LossInputs, Objective]:
     """(LossInputs, Objective), the tokens checked already -> the same checked, with the importance
     weights in the advantages."""
     tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature = inputs
     checks.per_token("old_logprobs", old_logprobs, "tokens", tokens)
     mask = checks.boolean("mask", mask, "tokens", tokens)
     advantages = checks.advantages(advantages, importance_weights, mask, "tokens", tokens)
-    *clipping, entropy_coef, kl_coef, kl_estimator = objective
-    clipping = checks.clip_range(*clipping)
+    clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator = objective
+    clip_low, clip_high, dual_clip = checks.clip_range(clip_low, clip_high, dual_clip)
     entropy_coef = checks.number("entropy_coef", entropy_coef, at_least=0)
     kl_coef = checks.number("kl_coef", kl_coef, at_least=0)
     checks.choice("kl_estimator", kl_estimator, reference.ESTIMATORS)
     if ref_logprobs is not None:
         checks.per_token("ref_logprobs", ref_logprobs, "tokens", tokens)
+        ref_logprobs = checks.constant(ref_logprobs.detach())
     elif kl_coef > 0:
         raise ValueError(f"ref_logprobs must be given when kl_coef > 0, got kl_coef={kl_coef}")
-    old_logprobs, ref_logprobs = (
-        None if x is None else checks.constant(x.detach()) for x in (old_logprobs, ref_logprobs)
-    )
+    old_logprobs = checks.constant(old_logprobs.detach())
     temperature = checks.temperature(temperature, tokens)
     denominator = checks.denominator(denominator, tokens.device)
     return (
         LossInputs(tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature),
-        Objective(*clipping, entropy_coef, kl_coef, kl_estimator),
+        Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
     )
 
 
-def promoted_loss(results, logits, inputs):
+def promoted_loss(results: Iterable[Tensor], logits: Tensor, inputs: LossInputs) -> PPOLoss:
     """PPOLoss in fp64 where logits, log-probs or advantages are."""
     others = inputs.old_logprobs, inputs.advantages, inputs.ref_logprobs
     if logits.dtype != torch.float64 and any_fp64(*others):
@@ -232,24 +235,24 @@ def _saved_tensors_go_to_hooks():
 
 
 def ppo_loss(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    kl_estimator="k3",
-    temperature=1.0,
-    denominator=None,
-    backend="auto",
-):
+    importance_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str = "k3",
+    temperature: float | Tensor = 1.0,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> PPOLoss:
     """The clipped PPO loss (Schulman et al., 2017, arXiv:1707.06347) of tokens, from logits.
 
     Where the logits need a gradient it is made in the same pass, in a tensor of its own that the
@@ -307,24 +310,24 @@ def ppo_loss(
 
 
 def ppo_loss_(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    kl_estimator="k3",
-    temperature=1.0,
-    denominator=None,
-    backend="auto",
-):
+    importance_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str = "k3",
+    temperature: float | Tensor = 1.0,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> PPOLoss:
     """`ppo_loss` that leaves ∂loss/∂logits in the storage of `logits`: two sweeps, no copy.
 
     The logits are gone afterwards, whether or not they require grad (and also when a counted token

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
@@ -11,21 +12,21 @@ from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_num
 class SampledTokens(NamedTuple):
     """`tokens` int64 and `logprobs` fp32 (fp64 for fp64 logits), both (...) and detached."""
 
-    tokens: torch.Tensor
-    logprobs: torch.Tensor
+    tokens: Tensor
+    logprobs: Tensor
 
 
 def sample_tokens(
-    logits,
-    uniforms,
+    logits: Tensor,
+    uniforms: Tensor,
     *,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    min_p=None,
-    mask=None,
-    backend="auto",
-):
+    temperature: float | Tensor = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> SampledTokens:
     r"""Tokens of the filtered softmax, where its cumulative distribution passes the row's number.
 
     For a row of logits z (V,), temperature τ, a number u and the ids S that the filters keep::

@@ -18,7 +18,7 @@ NAMESPACE = {"native": "ppo_kernels_native", "triton": "ppo_kernels_triton"}
 
 ELSEWHERE = -(2**31)
 
-_libraries = []
+_libraries: list[torch.library.Library] = []
 
 
 class LossInputs(NamedTuple):

@@ -15,7 +15,7 @@ All of them follow from the maximum of the row and from four sums relative to it
 
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_number
@@ -24,15 +24,22 @@ from ppo_kernels.dispatch import kernels, resolve, scalars, temperatures_and_num
 class TokenStatistics(NamedTuple):
     """All of shape (...) and detached, fp32 (fp64 for fp64 logits); `top1` is bool."""
 
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
-    max_prob: torch.Tensor
-    sum_sq_probs: torch.Tensor
-    top1: torch.Tensor
-    varentropy: torch.Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    max_prob: Tensor
+    sum_sq_probs: Tensor
+    top1: Tensor
+    varentropy: Tensor
 
 
-def token_statistics(logits, tokens, mask=None, *, temperature=1.0, backend="auto"):
+def token_statistics(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> TokenStatistics:
     """Statistics of the given tokens and of their distributions, see `ppo_kernels.statistics`.
 
     `logprobs` and `entropy` are bitwise those of `token_logprobs_and_entropy` on the same backend.

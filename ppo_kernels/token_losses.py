@@ -6,6 +6,7 @@ The formula of the policy's stands in `ppo_kernels.ppo_loss`, that of the critic
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks, reference
 from ppo_kernels.dispatch import denominator_on, kernels, resolve, scalars
@@ -15,16 +16,16 @@ from ppo_kernels.schemas import promoted
 class PolicyLoss(NamedTuple):
     """Scalars; only `loss` carries a gradient."""
 
-    loss: torch.Tensor
-    approx_kl: torch.Tensor
-    clip_fraction: torch.Tensor
+    loss: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
 
 
 class ValueLoss(NamedTuple):
     """Scalars; only `loss` carries a gradient."""
 
-    loss: torch.Tensor
-    clip_fraction: torch.Tensor
+    loss: Tensor
+    clip_fraction: Tensor
 
 
 class _ScalarLoss(torch.autograd.Function):
@@ -46,18 +47,18 @@ class _ScalarLoss(torch.autograd.Function):
 
 
 def clipped_policy_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    importance_weights=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    denominator=None,
-    backend="auto",
-):
+    importance_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> PolicyLoss:
     """The policy term of `ppo_loss` from log-probabilities at hand.
 
     Args:
@@ -90,8 +91,15 @@ def clipped_policy_loss(
 
 
 def value_loss(
-    values, old_values, returns, mask=None, *, clip=None, denominator=None, backend="auto"
-):
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip: float | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> ValueLoss:
     """Half the squared error of the critic, pessimistic about moves beyond `clip`.
 
     Per counted token max((v - R)², (old + clamp(v - old, -clip, clip) - R)²) / 2, summed over the
@@ -116,7 +124,7 @@ def value_loss(
     mask = checks.boolean("mask", mask, "values", values)
     if clip is not None:
         clip = checks.number("clip", clip, at_least=0)
-    tensors = *(checks.constant(x.detach()) for x in (old_values, returns)), mask
+    tensors = checks.constant(old_values.detach()), checks.constant(returns.detach()), mask
     values = promoted(values, old_values, returns)
     denominator = checks.denominator(denominator, values.device)
     backend = resolve(backend, values)

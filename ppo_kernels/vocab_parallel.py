@@ -27,6 +27,7 @@ takes three all-reduces.
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ppo_kernels import checks, schemas, softmax_state
 from ppo_kernels.dispatch import (
@@ -200,8 +201,14 @@ def _check_slice(logits):
 
 
 def vocab_parallel_token_logprobs_and_entropy(
-    logits, tokens, *, group=None, vocab_start=None, temperature=1.0, backend="auto"
-):
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> LogprobsAndEntropy:
     """`token_logprobs_and_entropy` of rows whose vocabulary is split over a process group.
 
     All ranks call it with the same arguments but for their slice of the logits; where an argument
@@ -232,8 +239,13 @@ def vocab_parallel_token_logprobs_and_entropy(
 
 
 def vocab_parallel_kl_divergence(
-    logits, ref_logits, *, group=None, temperature=1.0, backend="auto"
-):
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    temperature: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> Tensor:
     """`kl_divergence` of rows whose vocabulary is split over a process group.
 
     Args:
@@ -266,26 +278,26 @@ def vocab_parallel_kl_divergence(
 
 
 def vocab_parallel_ppo_loss(
-    logits,
-    tokens,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
     *,
-    group=None,
-    vocab_start=None,
-    importance_weights=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    kl_coef=0.0,
-    ref_logprobs=None,
-    kl_estimator="k3",
-    temperature=1.0,
-    denominator=None,
-    backend="auto",
-):
+    group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    importance_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str = "k3",
+    temperature: float | Tensor = 1.0,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> PPOLoss:
     """`ppo_loss` of rows whose vocabulary is split over a process group.
 
     The clipped loss is made of the log-probs and entropies of whole rows, on each rank alike.
@@ -308,7 +320,7 @@ def vocab_parallel_ppo_loss(
         Objective(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
         importance_weights,
     )
-    tokens, old_logprobs, advantages, mask, ref_logprobs, denominator, temperature = inputs
+    _, old_logprobs, advantages, mask, ref_logprobs, denominator, _ = inputs
     checks.refuse_infinite(
         mask, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs
     )
@@ -343,5 +355,5 @@ def vocab_parallel_ppo_loss(
     policy_loss, *of_clipping = policy
     rest = (policy_loss, entropy, kl, *of_clipping, logprobs, token_entropy)
     results = loss, *(x.detach() for x in rest)
-    inputs = logits, old_logprobs, advantages, ref_logprobs
-    return PPOLoss(*(schemas.promoted(x, *inputs) for x in results))
+    others = logits, old_logprobs, advantages, ref_logprobs
+    return PPOLoss(*(schemas.promoted(x, *others) for x in results))

@@ -16,12 +16,10 @@ _PEERS = {"trl": trl, "verl": verl, "openrlhf": openrlhf, "torchrl": torchrl}
 
 
 def _signature(function):
-    """That of an autograd function is its forward's."""
-    return inspect.signature(getattr(function, "forward", function))
-
-
-def _parameters(function):
-    return [(p.name, p.kind, p.default) for p in _signature(function).parameters.values()]
+    """Without annotations; that of an autograd function is its forward's."""
+    signature = inspect.signature(getattr(function, "forward", function))
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return signature.replace(parameters=parameters, return_annotation=signature.empty)
 
 
 def _original(path, ours):
@@ -34,11 +32,12 @@ def _original(path, ours):
     if theirs is None:
         return None
     # Ours may have options that only later versions have.
-    expected, got = _parameters(ours), _parameters(theirs)
-    if got != expected[: len(got)]:
+    expected, got = _signature(ours), _signature(theirs)
+    parameters = list(got.parameters.values())
+    if parameters != list(expected.parameters.values())[: len(parameters)]:
         raise TypeError(
-            f"{path}.{ours.__name__} must have the signature {_signature(ours)}, got "
-            f"{_signature(theirs)}: this version is not supported"
+            f"{path}.{ours.__name__} must have the signature {expected}, got {got}: this version "
+            "is not supported"
         )
     return theirs
 
@@ -96,12 +95,12 @@ class patch(contextlib.ContextDecorator):
         RuntimeError: `disable()` of what is not enabled.
     """
 
-    def __init__(self, peer):
+    def __init__(self, peer: str) -> None:
         checks.choice("peer", peer, tuple(_PEERS))
         self.peer = peer
-        self._swapped = []  # by each `enable` that is not undone yet
+        self._swapped: list = []  # by each `enable` that is not undone yet
 
-    def enable(self):
+    def enable(self) -> None:
         # Within another patch theirs are ours already, and the outer one gives them back.
         swaps = list(_swaps(_PEERS[self.peer]))
         self._swapped.append(swaps)
@@ -114,14 +113,14 @@ class patch(contextlib.ContextDecorator):
             self.disable()
             raise
 
-    def disable(self):
+    def disable(self) -> None:
         if not self._swapped:
             raise RuntimeError(f"patch({self.peer!r}) must be enabled to be disabled, by itself")
         for theirs, ours in self._swapped.pop():
             _replace(self.peer, ours, theirs)
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.enable()
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.disable()

@@ -5,11 +5,13 @@ autocast on CUDA. Half precision ones are the exact ones rounded once. Where its
 -inf logits, these are finite.
 """
 
+from torch import Tensor
+
 from ppo_kernels.integrations.common import entropy, softmax_dtype
 from ppo_kernels.logprobs import token_logprobs
 
 
-def log_probs_from_logits(logits, labels, temperature=1.0):
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `labels`: (..., V), (...) -> (...), differentiable.
 
     As in OpenRLHF a temperature other than 1 divides the logits in place, and who reads them
@@ -20,7 +22,7 @@ def log_probs_from_logits(logits, labels, temperature=1.0):
     return token_logprobs(logits, labels).to(softmax_dtype(logits))
 
 
-def compute_entropy(logits):
+def compute_entropy(logits: Tensor) -> Tensor:
     """Entropy of each row, in nats: (..., V) -> (...), differentiable."""
     return entropy(logits).to(softmax_dtype(logits))
 

@@ -12,6 +12,7 @@ selection, so that nothing non-finite crosses them (in torchrl 0·NaN does).
 import math
 
 import torch
+from torch import Tensor
 
 from ppo_kernels import checks
 from ppo_kernels.dispatch import resolve
@@ -40,16 +41,16 @@ class _Advantages(torch.autograd.Function):
 
 
 def vec_generalized_advantage_estimate(
-    gamma,
-    lmbda,
-    state_value,
-    next_state_value,
-    reward,
-    done,
-    terminated=None,
+    gamma: float | Tensor,
+    lmbda: float | Tensor,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
     *,
-    time_dim=-2,
-):
+    time_dim: int = -2,
+) -> tuple[Tensor, Tensor]:
     """Advantages and value targets by the module's formula. torchrl's `GAE` calls this one.
 
     Args:
@@ -86,16 +87,16 @@ def vec_generalized_advantage_estimate(
 
 
 def generalized_advantage_estimate(
-    gamma,
-    lmbda,
-    state_value,
-    next_state_value,
-    reward,
-    done,
-    terminated=None,
+    gamma: float | Tensor,
+    lmbda: float | Tensor,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
     *,
-    time_dim=-2,
-):
+    time_dim: int = -2,
+) -> tuple[Tensor, Tensor]:
     """`vec_generalized_advantage_estimate`, with the advantage in next_state_value's dtype."""
     advantage, _ = vec_generalized_advantage_estimate(
         gamma,

@@ -11,6 +11,7 @@ are arithmetic on (B, T), with another variance than ours.
 """
 
 import torch
+from torch import Tensor
 
 from ppo_kernels.integrations.common import entropy, softmax_dtype
 from ppo_kernels.linear import linear_token_logprobs_and_entropy
@@ -22,7 +23,9 @@ def _within(row_mask, x):
     return x if row_mask is None else x.masked_fill(row_mask == 0, 0)
 
 
-def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
     """log softmax(logits / temperature) at `index`.
 
     Args:
@@ -56,8 +59,12 @@ def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
 
 
 def selective_log_softmax_and_entropy(
-    logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
-):
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float | Tensor = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Both of softmax(logits / temperature) from one sweep (TRL 1.14).
 
     Arguments and errors are those of `selective_log_softmax`, with an `index` of (...).
@@ -74,7 +81,7 @@ def selective_log_softmax_and_entropy(
     return logprobs, entropy if entropy_requires_grad else entropy.detach()
 
 
-def entropy_from_logits(logits, chunk_size=128):
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """Entropy of each row, in nats: (..., V) -> (...), differentiable.
 
     `chunk_size` is TRL's and has no effect: nothing of the size of the vocabulary is allocated.

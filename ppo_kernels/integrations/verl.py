@@ -9,6 +9,7 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ppo_kernels.gae import gae
@@ -19,7 +20,7 @@ from ppo_kernels.masked import masked_mean
 _FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
-def logprobs_from_logits(logits, labels, inplace_backward=True):
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """log softmax(logits) at `labels`: (..., V), (...) -> (...), differentiable.
 
     fp32 for half logits also where verl would take flash-attn's kernel, as in verl. The logits are
@@ -31,12 +32,12 @@ def logprobs_from_logits(logits, labels, inplace_backward=True):
     return logprobs.to(softmax_dtype(logits))
 
 
-def entropy_from_logits(logits):
+def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy of each row, in nats: (..., V) -> (...), differentiable."""
     return entropy(logits).to(softmax_dtype(logits))
 
 
-def entropy_from_logits_with_chunking(logits, chunk_size=2048):
+def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
     """Entropy of each row, in nats: (N, V) -> (N,) fp32, differentiable.
 
     `chunk_size` is verl's and has no effect: nothing of the size of the vocabulary is allocated.
@@ -44,7 +45,9 @@ def entropy_from_logits_with_chunking(logits, chunk_size=2048):
     return entropy(logits).float()
 
 
-def compute_gae_advantage_return(token_level_rewards, values, response_mask, gamma, lam):
+def compute_gae_advantage_return(
+    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Whitened advantages, and returns, of `ppo_kernels.gae` with gaps skipped.
 
     A masked-out position has what the scan carries over it: the advantage A of the next counted
