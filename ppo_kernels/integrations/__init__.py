@@ -16,12 +16,10 @@ _PEERS = {"trl": trl, "verl": verl, "openrlhf": openrlhf, "torchrl": torchrl}
 
 
 def _signature(function):
-    """That of an autograd function is its forward's."""
-    return inspect.signature(getattr(function, "forward", function))
-
-
-def _parameters(function):
-    return [(p.name, p.kind, p.default) for p in _signature(function).parameters.values()]
+    """Without annotations; that of an autograd function is its forward's."""
+    signature = inspect.signature(getattr(function, "forward", function))
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return signature.replace(parameters=parameters, return_annotation=signature.empty)
 
 
 def _original(path, ours):
@@ -34,11 +32,12 @@ def _original(path, ours):
     if theirs is None:
         return None
     # Ours may have options that only later versions have.
-    expected, got = _parameters(ours), _parameters(theirs)
-    if got != expected[: len(got)]:
+    expected, got = _signature(ours), _signature(theirs)
+    parameters = list(got.parameters.values())
+    if parameters != list(expected.parameters.values())[: len(parameters)]:
         raise TypeError(
-            f"{path}.{ours.__name__} must have the signature {_signature(ours)}, got "
-            f"{_signature(theirs)}: this version is not supported"
+            f"{path}.{ours.__name__} must have the signature {expected}, got {got}: this version "
+            "is not supported"
         )
     return theirs
 
