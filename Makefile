@@ -27,13 +27,13 @@ demo: install
 # trainer's tests run beside those of the kernels, which wait for compilers first.
 test: install
 	@mkdir -p build; export OMP_WAIT_POLICY=PASSIVE; \
-	$(VENV)/bin/python -m pytest tests/rlhf > build/tests-rlhf.log 2>&1 & trainer=$$!; \
-	$(VENV)/bin/python -m pytest --ignore=tests/rlhf -m "not slow"; kernels=$$?; \
+	$(VENV)/bin/python -m pytest --part quick tests/rlhf > build/tests-rlhf.log 2>&1 & trainer=$$!; \
+	$(VENV)/bin/python -m pytest --part quick --ignore=tests/rlhf; kernels=$$?; \
 	wait $$trainer; trainer=$$?; cat build/tests-rlhf.log; exit $$((kernels ? kernels : trainer))
 
-# And what takes minutes.
+# And what takes minutes, and the cases that bring nothing new two by two.
 test-all: test
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest --part rest
 
 # The C++ kernels under AddressSanitizer and UBSan: the tests of the ops and CALLS random calls.
 CALLS ?= 10000

@@ -116,7 +116,7 @@ def _why_not_native_on_cuda(device_index):
 
 # torch.compile calls it while it traces and keeps the answer: torch.compiler.assume_constant_result
 # sets this too, but imports all of torch._dynamo, ten times what this package costs otherwise.
-_why_not_native_on_cuda._dynamo_marked_constant = True
+_why_not_native_on_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(backend, device_type, device_index=None):

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from ppo_kernels import PPOLoss, dispatch, ppo_loss, ppo_loss_, schemas
 from tests import emulator, interpreter
 from tests.compiled import Compilation, cuda, table
+from tests.parts import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 
 COMPILATION, CUDA_COMPILATION = pytest.StashKey(), pytest.StashKey()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
