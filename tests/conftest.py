@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 from ppo_kernels import PPOLoss, dispatch, ppo_loss, ppo_loss_, schemas
 from tests import emulator, interpreter
-from tests.compiled import Compilation, cuda, table
+from tests.compiled import MEASURED, Compilation, cuda, table
 from tests.parts import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 
 COMPILATION, CUDA_COMPILATION = pytest.StashKey(), pytest.StashKey()
@@ -36,11 +36,19 @@ def pytest_collection_finish(session):
     """Kernels compile beside the tests that come before those of compiled kernels."""
     if session.config.option.collectonly:
         return
-    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    if "compiled" in wanted and importlib.util.find_spec("triton"):
-        session.config.stash[COMPILATION] = Compilation()
-    if "cuda_compiled" in wanted and cuda.why_not() is None:
-        session.config.stash[CUDA_COMPILATION] = cuda.Compilation()
+
+    def targets(fixture, measured):
+        """Those that the tests with this fixture name, or the one that is measured."""
+        wanted = [x for x in session.items if fixture in getattr(x, "fixturenames", ())]
+        named = [getattr(x, "callspec", None) for x in wanted]
+        return {x.params.get("target", measured) if x else measured for x in named}
+
+    wanted = targets("compiled", MEASURED)
+    if wanted and importlib.util.find_spec("triton"):
+        session.config.stash[COMPILATION] = Compilation(wanted)
+    wanted = targets("cuda_compiled", cuda.MEASURED)
+    if wanted and cuda.why_not() is None:
+        session.config.stash[CUDA_COMPILATION] = cuda.Compilation(wanted)
 
 
 def pytest_unconfigure(config):

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests import ROOT, setup_py
+from tests import ROOT
 from tests.compiled import cuda, order
 from tests.compiled.cuda import measured
 
@@ -57,7 +57,7 @@ def ptx(request, tmp_path_factory):
     if f"sm_{request.param}".rstrip("a") not in cuda.known_archs():
         pytest.skip(f"nvcc does not know sm_{request.param}")
     path = tmp_path_factory.mktemp("ptx") / "ptx.ptx"
-    nvcc = cuda.command(home, setup_py().gencode("compute", request.param))
+    nvcc = cuda.command(home, "compute", request.param)
     subprocess.run([*nvcc, "-ptx", str(KERNELS), "-o", str(path)], check=True)
     found = order.bodies(path.read_text())
     return request.param, {name.removesuffix("_"): body for name, body in found.items()}

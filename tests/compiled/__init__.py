@@ -9,33 +9,36 @@ from collections import defaultdict
 from pathlib import Path
 
 from ppo_kernels import linear_chunks, schemas
+from tests import cache_folder
 
 # Ops with kernels of their own.
 OPS = [op for op in schemas.SCHEMAS if op not in linear_chunks.OPS]
 # The target whose code is measured, for every width.
 MEASURED = "cuda:90"
-# A process each, one target after the other.
-TARGETS = ((MEASURED,), ("hip:gfx942", "cuda:80", "cuda:100"))
+OTHERS = "hip:gfx942", "cuda:80", "cuda:100"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 class Compilation:
-    """Begun when it is made; `reports` waits for all that `tests.compiled.collect` prints."""
+    """Begun when it is made; `reports` waits for all that `tests.compiled.collect` prints. One
+    process takes the target that is measured, and one the others, in turn. What was compiled before
+    from the same sources is taken from the cache."""
 
-    def __init__(self):
+    def __init__(self, targets):
         self._folder = tempfile.TemporaryDirectory(prefix="ppo_kernels-")
-        self._processes = [self._begin(i) for i in range(len(TARGETS))]
+        shares = filter(None, ({MEASURED} & targets, sorted(targets - {MEASURED})))
+        self._processes = [self._begin(i, share) for i, share in enumerate(shares)]
         self._reports = None
 
     def _path(self, i, name):
         return Path(self._folder.name, f"{i}-{name}")
 
-    def _begin(self, i):
-        environment = os.environ | {"TRITON_CACHE_DIR": str(self._path(i, "cache"))}
+    def _begin(self, i, targets):
+        environment = os.environ | {"TRITON_CACHE_DIR": str(cache_folder("triton"))}
         environment.pop("TRITON_INTERPRET", None)
         with open(self._path(i, "out"), "w") as out, open(self._path(i, "err"), "w") as err:
             return subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "tests.compiled.collect", *TARGETS[i]],
+                [sys.executable, "-W", "ignore", "-m", "tests.compiled.collect", *targets],
                 env=environment,
                 cwd=Path(__file__).parents[2],
                 stdout=out,

@@ -1,11 +1,11 @@
 """The CUDA C++ kernels compiled for GPUs that are not here, in a process beside the tests.
 
-    python -m tests.compiled.cuda > kernels.jsonl
+    python -m tests.compiled.cuda sm_90a sm_80 > kernels.jsonl
 
-Every file of csrc/cuda is compiled as setup.py would by default, with warnings as errors. What was
-compiled before from the same sources is taken from build/compiled. A line of the output is a JSON
-object: of a file its "object" or the "error", or of a kernel for a "target" what it uses; for
-`MEASURED` also what its machine code does.
+Every file of csrc/cuda is compiled with the flags of setup.py, with warnings as errors. What was
+compiled before from the same sources is taken from the cache. A line of the output is a JSON object
+for a "target": of a file its "object" or the "error", or of a kernel what it uses; for `MEASURED`
+also what its machine code does.
 """
 
 import fcntl
@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-from tests import ROOT, build_folder, setup_py
+from tests import ROOT, cache_folder, setup_py
 from tests.compiled import _span, exponentials, order, sass
 
-CACHE = build_folder("compiled")
 MEASURED = "sm_90a"
+OTHERS = "sm_80", "sm_100a"
 # As GCC and nvcc see it; torch's headers are not ours.
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 DTYPES = {"float": "float32", "BFloat16": "bfloat16", "Half": "float16", "double": "float64"}
@@ -61,20 +61,25 @@ def known_archs():
     return setup_py().nvcc_says(cuda_home(), "--list-gpu-code").split()
 
 
-def command(home, *code):
-    """nvcc and its flags, for the GPUs that `code` names, or those of setup.py."""
+def command(home, kind, number):
+    """nvcc and its flags, for code of this kind (`sm` or `compute`) for the GPUs of a number."""
     from torch.utils import cpp_extension
 
     setup = setup_py()
-    code = code or setup.default_code(home)
     return [
         f"{home}/bin/nvcc",
         *(flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)),
         f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}",
         *cpp_extension.COMMON_NVCC_FLAGS,
-        *("-Xcompiler", "-fPIC", *setup.NVCC_FLAGS.split(), *code),
+        *("-Xcompiler", "-fPIC", *setup.NVCC_FLAGS.split()),
+        setup.gencode(kind, number),
         *("-Xptxas", "-v", *WARNINGS),
     ]
+
+
+def of_target(home, target):
+    """`command` for machine code."""
+    return command(home, *target.split("_"))
 
 
 def link(objects, target):
@@ -83,8 +88,9 @@ def link(objects, target):
 
     folders = [flag for path in cpp_extension.library_paths() for flag in ("-L", path)]
     libraries = ["-lc10", "-ltorch_cpu", *setup_py().cuda_link_flags(cuda_home())]
-    files = [str(CACHE / name) for name in objects]
-    subprocess.run(["c++", "-shared", *files, *folders, *libraries, "-o", str(target)], check=True)
+    subprocess.run(
+        ["c++", "-shared", *objects, *folders, *libraries, "-o", str(target)], check=True
+    )
 
 
 def _with_headers(path, found):
@@ -97,10 +103,11 @@ def _with_headers(path, found):
 
 
 def _key(source, nvcc):
-    """Of all that the result depends on."""
+    """Of all that the result depends on; where torch is installed is not of that."""
     ours = (Path(x) for x in (__file__, sass.__file__, order.__file__))
     files = [*_with_headers(source, set()), *ours]
-    content = hashlib.sha256(" ".join([*nvcc, torch.__version__]).encode())
+    flags = [flag for flag in nvcc if flag.startswith("-")]
+    content = hashlib.sha256(" ".join([*flags, torch.__version__]).encode())
     for compiler in (nvcc[0], "c++"):
         content.update(subprocess.run([compiler, "--version"], capture_output=True).stdout)
     for path in sorted(files):
@@ -109,11 +116,11 @@ def _key(source, nvcc):
 
 
 def _usage(log):
-    """{(mangled name, target): what `ptxas -v` says}."""
+    """{mangled name: what `ptxas -v` says}."""
     found = {}
     for line in log.splitlines():
-        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
-            used = found[entry.groups()] = {"stack": 0, "spills": 0, "shared": 0}
+        if entry := re.search(r"Compiling entry function '(\w+)'", line):
+            used = found[entry[1]] = {"stack": 0, "spills": 0, "shared": 0}
         elif "bytes stack frame" in line:  # of the entry, or of a function that it calls
             stack, stores, loads = map(int, re.findall(r"(\d+) bytes", line))
             used["stack"] += stack
@@ -139,9 +146,9 @@ def _bounds(ptx):
 
 
 def _machine_code(kept):
-    """{mangled name: what the code does}."""
-    bodies = order.bodies(kept("ptx").read_text())
-    text = sass._tool("nvdisasm", "-c", str(kept("cubin")))
+    """{mangled name: what the code does}, from what nvcc kept."""
+    bodies = order.bodies(kept.with_suffix(".ptx").read_text())
+    text = sass._tool("nvdisasm", "-c", str(kept.with_suffix(".cubin")))
     _, *parts = re.split(r"^\s*\.section\s+\.text\.(\w+),.*$", text, flags=re.MULTILINE)
     found = {}
     for name, code in zip(parts[::2], parts[1::2], strict=True):
@@ -182,50 +189,38 @@ def _names(mangled):
     return found
 
 
-def _kept(folder, source, target):
-    """A function: the file with this suffix that nvcc keeps for a target, which it names where
-    there are others."""
-    named = f"{source.stem}.{target.replace('sm', 'compute')}"
-    stem = named if Path(folder, f"{named}.ptx").exists() else source.stem
-    return lambda suffix: Path(folder, f"{stem}.{suffix}")
-
-
-def compile_file(source, nvcc, target):
-    """Reports of one file, whose object becomes `target`."""
-    what = {"file": source.name}
+def compile_file(source, target, into, *options):
+    """Reports of one file, whose object is written to `into`."""
+    what = {"file": source.name, "target": target}
+    nvcc = [*of_target(cuda_home(), target), *options]
     with tempfile.TemporaryDirectory(prefix="ppo_kernels-") as folder:
-        arguments = [*nvcc, "--keep", "--keep-dir", folder, "-c", str(source), "-o", str(target)]
+        arguments = [*nvcc, "--keep", "--keep-dir", folder, "-c", str(source), "-o", str(into)]
         result = subprocess.run(arguments, capture_output=True, text=True)
         log = result.stdout + result.stderr
         if result.returncode != 0:
             return [what | {"error": log}]
         usage = _usage(log)
-        kept = {target: _kept(folder, source, target) for _, target in usage}
-        bounds = {target: _bounds(file("ptx").read_text()) for target, file in kept.items()}
-        code = _machine_code(kept[MEASURED]) if usage else {}
-    names = _names(sorted({name for name, _ in usage}))
-    reports = [what | {"object": target.name}]
-    for (mangled, arch), used in usage.items():
+        bounds = _bounds(Path(folder, f"{source.stem}.ptx").read_text())
+        code = _machine_code(Path(folder, source.stem)) if usage and target == MEASURED else {}
+    names = _names(sorted(usage))
+    reports = [what | {"object": str(into)}]
+    for mangled, used in usage.items():
         name, arguments = names[mangled]
         types = re.findall(rf"\b({'|'.join(DTYPES)})\b", arguments)
         report = what | {
             "kernel": f"{source.stem}.{name}",
             "variant": arguments,
             "dtype": DTYPES[types[0]] if types else "-",
-            "target": arch,
         }
-        measured = code[mangled] if arch == MEASURED else {}
-        reports.append(report | used | bounds[arch][mangled] | measured)
+        reports.append(report | used | bounds[mangled] | code.get(mangled, {}))
     return reports
 
 
-def cached(source, nvcc):
+def cached(source, target, cache):
     """Reports of one file, compiled if it or what it includes has changed."""
-    path = CACHE / f"{source.stem}-{_key(source, nvcc)}.json"
-    if not path.exists():
-        for old in CACHE.glob(f"{source.stem}-*"):
-            old.unlink()
-        reports = compile_file(source, nvcc, path.with_suffix(".o"))
+    path = cache / f"{source.stem}-{_key(source, of_target(cuda_home(), target))}.json"
+    if not path.exists() or not path.with_suffix(".o").exists():
+        reports = compile_file(source, target, path.with_suffix(".o"))
         if any("error" in x for x in reports):
             return reports
         beside = path.with_suffix(".partial")
@@ -237,12 +232,13 @@ def cached(source, nvcc):
 class Compilation:
     """Begun when it is made; `reports` waits for all that this module prints."""
 
-    def __init__(self):
+    def __init__(self, targets):
+        known = [x for x in sorted(targets) if x.rstrip("a") in known_archs()]
         self._folder = tempfile.TemporaryDirectory(prefix="ppo_kernels-")
         self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
         with open(self._out, "w") as out, open(self._err, "w") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "tests.compiled.cuda"],
+                [sys.executable, "-W", "ignore", "-m", "tests.compiled.cuda", *known],
                 cwd=ROOT,
                 stdout=out,
                 stderr=err,
@@ -313,16 +309,16 @@ def summary(reports):
     return lines + (table(reports) if counts else [])
 
 
-def main():
-    nvcc = command(cuda_home())
-    CACHE.mkdir(parents=True, exist_ok=True)
+def main(targets):
+    cache = cache_folder("cuda")
     # Another run of the tests may be compiling the same.
-    with open(CACHE / "lock", "w") as lock:
+    with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for source in sources():
-            for report in cached(source, nvcc):
-                print(json.dumps(report), flush=True)
+            for target in targets:
+                for report in cached(source, target, cache):
+                    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests import ROOT, emulator, setup_py, test_cuda_order
+from tests import ROOT, emulator, test_cuda_order
 from tests.compiled import cuda, order
 
 CUDA = ROOT / "csrc" / "cuda"
@@ -167,14 +167,11 @@ def _without(place):
 
 def compiled_without(place):
     """A rule that the order of the machine code breaks, or None."""
-    nvcc = cuda.command(
-        cuda.cuda_home(), setup_py().gencode("sm", cuda.MEASURED.removeprefix("sm_"))
-    )
     with tempfile.TemporaryDirectory(prefix="ppo_kernels-") as folder:
         shutil.copytree(ROOT / "csrc", Path(folder, "csrc"))
         copy = Path(folder, "csrc", "cuda", place.path.name)
         copy.write_text(_without(place))
-        reports = cuda.compile_file(copy, nvcc, Path(folder, "mutant.o"))
+        reports = cuda.compile_file(copy, cuda.MEASURED, Path(folder, "mutant.o"))
         if "error" in reports[0]:
             raise RuntimeError(f"{place} is needed to compile:\n{reports[0]['error']}")
         for report in cuda.measured(reports):
