@@ -115,3 +115,29 @@ def test_no_kernel_breaks_a_rule(cuda_compiled):
 @pytest.mark.parametrize("rule", order.RULES, ids=lambda x: x.name)
 def test_a_rule_has_kernels(cuda_compiled, rule):
     assert any(order.concerns(rule, x) for x in measured(cuda_compiled))
+
+
+@pytest.mark.parametrize(
+    "kernel, opcode",
+    [
+        ("gae.scan", "MEMBAR.ALL.GPU"),
+        ("gae.scan", "CCTL.IVALL"),
+        ("logprobs.forward", "UCGABAR_ARV"),
+        ("logprobs.forward", "UCGABAR_WAIT"),
+        ("logprobs.forward", "MEMBAR.ALL.GPU"),
+        ("logprobs.forward", "fence.acq_rel.cluster"),
+        ("ppo_loss_with_gradient.with_gradient", "SYNCS.ARRIVE.TRANS64"),
+        ("ppo_loss_with_gradient.with_gradient", "SYNCS.PHASECHK.TRANS64.TRYWAIT"),
+        ("ppo_loss_with_gradient.with_gradient", "BAR.SYNC.DEFER_BLOCKING"),
+        ("ppo_loss_with_gradient.with_gradient", "fence.mbarrier_init.release.cluster"),
+    ],
+)
+def test_a_rule_is_broken_without(cuda_compiled, kernel, opcode):
+    found = [x for x in measured(cuda_compiled) if x["kernel"] == kernel]
+    found = [x for x in found if any(f"{opcode} " in told for told in x["order"].values())]
+    assert found
+    for x in found:
+        less = {code: told.replace(f"{opcode} ", "") for code, told in x["order"].items()}
+        # Without a barrier of all threads only what is copied in bulk goes wrong.
+        if opcode != "BAR.SYNC.DEFER_BLOCKING" or "UBLKCP" in less["sass"]:
+            assert order.broken(x | {"order": less}) != []

@@ -69,7 +69,7 @@ RULES = [
         *(_MERGES, 1),
         *("ptx", r"barrier\.cluster|mapa"),
         r"barrier\.cluster\.arrive\.relaxed ((?!barrier)\S+ )*barrier\.cluster\.wait\.acquire "
-        r"mapa\S* (st\.\w+ )+fence\.acq_rel\.cluster "
+        r"mapa\S* (st\.(?!global|shared)\S+ )+fence\.acq_rel\.cluster "
         r"barrier\.cluster\.arrive\.relaxed barrier\.cluster\.wait\.acquire ld\.shared\S* ",
     ),
     Rule(

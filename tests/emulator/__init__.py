@@ -3,8 +3,10 @@ fiber, in an order that a seed chooses. It shows what a kernel computes, and tha
 order: where a barrier is missing, some seeds give a wrong result or an error.
 
 What it cannot show: threads switch where they wait, read a flag, add atomically or publish, not at
-every access; memory is never reordered, so a plain store where `store_release` is due goes unseen;
-nor is global memory out of bounds, or the numbers in __launch_bounds__.
+every access; memory is never reordered, so a plain load where `load_acquire` is due goes unseen
+(tests/test_cuda_order.py reads the order from compiled code); nor is global memory out of bounds,
+or the numbers in __launch_bounds__. `tests.emulator.mutations` leaves out what synchronises, place
+by place, and tells which test finds it.
 """
 
 import ctypes
