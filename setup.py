@@ -176,7 +176,10 @@ def without_other_builds(build_ext):
     class Command(build_ext):
         def run(self):
             super().run()
-            for folder in ("ppo_kernels", f"{self.build_lib}/ppo_kernels"):
+            folders = [f"{self.build_lib}/ppo_kernels"]
+            if self.inplace or self.editable_mode:
+                folders.append("ppo_kernels")
+            for folder in folders:
                 for stale in Path(folder).glob("_C.cpython-*.so"):
                     stale.unlink()
 

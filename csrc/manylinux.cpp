@@ -8,7 +8,9 @@ template class std::basic_stringbuf<char>;
 template class std::basic_stringstream<char>;
 template class std::basic_ostringstream<char>;
 
+#if _GLIBCXX_RELEASE >= 11
 void std::__throw_bad_array_new_length() { throw std::bad_array_new_length(); }
+#endif
 
 // Says that the process may have several threads: reference counts are atomic then.
 extern "C" {

@@ -17,7 +17,7 @@ def build_folder(name):
 
 def cache_folder(name):
     """The folder of this name that all checkouts of a user share, without what nobody has used for
-    a week; where there can be none, one of this checkout's."""
+    a week but locks; where there can be none, one of this checkout's."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = caches / "ppo_kernels-tests" / name
     try:
@@ -28,7 +28,7 @@ def cache_folder(name):
     week_ago = time.time() - 7 * 24 * 3600
     for path in folder.rglob("*"):
         try:
-            if path.is_file() and path.stat().st_atime < week_ago:
+            if path.is_file() and path.name != "lock" and path.stat().st_atime < week_ago:
                 path.unlink()
         except FileNotFoundError:  # another run did
             pass

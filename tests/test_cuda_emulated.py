@@ -150,15 +150,16 @@ def test_report_says_how_rows_are_divided(emulated):
     emulated.device()
     assert [x.removeprefix("rows        V = ") for x in divisions("cpu")[:4]] == [
         "32,000 bfloat16: 1 CTA of 512 threads, kept in 64,832 bytes each; 3 to a multiprocessor",
-        "50,257 bfloat16: 2 CTAs of 256 threads, kept in 51,104 bytes each; 4 to a multiprocessor, "
+        "50,257 bfloat16: 2 CTAs of 256 threads, kept in 51,120 bytes each; 4 to a multiprocessor, "
         "1 rows on the device",
         "128,256 bfloat16: 4 CTAs of 512 threads, kept in 64,960 bytes each; 3 to a "
         "multiprocessor, 1 rows on the device",
         "151,936 bfloat16: 4 CTAs of 512 threads, kept in 76,800 bytes each; 3 to a "
         "multiprocessor, 1 rows on the device",
     ]
-    emulated.device(cluster=1)
-    assert "V = 151,936 float32: 1 CTA of 512 threads, read twice" in divisions("cpu")[-1]
+    for cluster in (1, 0):
+        emulated.device(cluster=cluster)
+        assert "V = 151,936 float32: 1 CTA of 512 threads, read twice" in divisions("cpu")[-1]
 
 
 def test_three_parts_of_151936_fill_shared_memory_to_the_byte(emulated):

@@ -122,6 +122,8 @@ def test_a_rule_has_kernels(cuda_compiled, rule):
     [
         ("gae.scan", "MEMBAR.ALL.GPU"),
         ("gae.scan", "CCTL.IVALL"),
+        ("kl.forward", "UCGABAR_WAIT"),
+        ("kl.forward", "MEMBAR.ALL.GPU"),
         ("logprobs.forward", "UCGABAR_ARV"),
         ("logprobs.forward", "UCGABAR_WAIT"),
         ("logprobs.forward", "MEMBAR.ALL.GPU"),

@@ -14,11 +14,15 @@ __global__ void nothing() {}
 
 // Whether the current device has room for a cluster of CTAs of which each takes up a
 // multiprocessor, all the `shared` memory of which it asks for. Then any kernel of ours fits in so
-// many parts: the question, and so the bits of a row, depends on none of them.
+// many parts: the question, and so the bits of a row, depends on none of them. A driver that cannot
+// answer has no room.
 bool can_be_placed(int parts, int shared) {
   const LaunchConfig config({parts, kMostThreads, shared, parts}, nullptr);
   int clusters = 0;
-  check(cudaOccupancyMaxActiveClusters(&clusters, nothing, config.get()));
+  if (cudaOccupancyMaxActiveClusters(&clusters, nothing, config.get()) != cudaSuccess) {
+    cudaGetLastError();  // Or whoever asks next takes it for his own.
+    return false;
+  }
   return clusters > 0;
 }
 

@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kThreadBound<kLayout>, (kResident<T, kLayout>)
   T* out = grad_logits[row] + part.begin;
   // A row without upstream gradient may be one that a mask excluded, whose token is anything.
   if (g == R(0) && h == R(0)) {
-    write_row<T, kLayout>(out, part.length, Zeros<T>{});
+    const InGlobal<T, kLayout> nothing{out, part.length};
+    write_gradient<T, kLayout>({}, nothing, out, part.length, kElsewhere, R(0));
     return;
   }
   const T* z = logits[row] + part.begin;

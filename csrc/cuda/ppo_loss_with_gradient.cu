@@ -218,11 +218,11 @@ std::tuple<int64_t, int64_t, int64_t, bool, int64_t, int64_t> row_division(Tenso
     using T = decltype(type);
     const int64_t length = logits.size(-1);
     const auto division = division_of<T>(device.limits(), length);
-    return with_layout(layout_of(length, rows<T>(logits)), [&](auto layout) {
-      const auto [ctas, clusters] =
-          device.occupancy(kernel_of<T, layout>(division), grid_of<layout>(division, 1));
+    return with_layout(layout_of(length, rows<T>(readable(logits))), [&](auto layout) {
+      const Grid grid = grid_of<layout>(division, 1);
+      const auto [ctas, clusters] = device.occupancy(kernel_of<T, layout>(division), grid);
       return std::tuple<int64_t, int64_t, int64_t, bool, int64_t, int64_t>(
-          division.parts, division.threads, division.shared, division.kept, ctas, clusters);
+          grid.cluster, grid.threads, grid.shared, division.kept, ctas, clusters);
     });
   });
 }

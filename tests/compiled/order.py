@@ -15,8 +15,8 @@ _SASS = re.compile(
 _ENTRY = re.compile(r"\.entry (\w+)\(.*?^\{(.*?)^\}", re.MULTILINE | re.DOTALL)
 
 _LOOKS_BACK = r"^gae\.scan<.*(ManyChunks|Trajectories)"
-_MERGES = r"^(logprobs\.forward|statistics\.forward|ppo_loss\.saved|.*\.with_gradient)<"
-_IN_BULK = r"\.with_gradient<.*Layout 2, true>"
+_MERGES = r"^(kl\.forward|logprobs\.forward|statistics\.forward|ppo_loss\.saved|.*\.with_gradient)<"
+_IN_BULK = r"\.with_gradient<.*, true>"
 
 
 class Rule(NamedTuple):

@@ -65,8 +65,7 @@ TESTS = {
         *_orders("gae", "gae_packed", "discounted_sums"),
         f"{_EMULATED}chunks_of_a_trajectory_find_each_other",
     ],
-    "logprobs.cu": _orders("token_logprobs_backward_"),
-    "logprobs.cuh": _ROWS,
+    "logprobs.cuh": [*_ROWS, *_orders("kl_divergence")],
     "means.cuh": [f"{_EMULATED}sums_over_all_warps_of_several_blocks"],
     "ppo_loss_with_gradient.cu": _ROWS,
     "sampling.cu": [

@@ -24,7 +24,7 @@ constexpr uint64_t kMostThreads = 1024;
 constexpr int kMostThreadsPerSM = 2048;
 constexpr int kReservedSharedBytes = 1024;
 
-// `most_blocks`: in a cluster that can be placed.
+// `most_blocks`: in a cluster that can be placed; of 0 the driver cannot even be asked.
 struct Device {
   int major, shared_per_block, shared_per_sm, ptx, most_blocks, multiprocessors;
   auto operator<=>(const Device&) const = default;
@@ -115,6 +115,7 @@ cudaError_t active_clusters(int* clusters, const void* kernel, const cudaLaunchC
   if (asked.shared_bytes > shared_bytes_of(kernel) || asked.grid.x % asked.cluster.x != 0) {
     return cudaErrorInvalidValue;
   }
+  if (device().most_blocks == 0) return cudaErrorNotSupported;
   *clusters = asked.cluster.count() <= uint64_t(device().most_blocks);
   return cudaSuccess;
 }
