@@ -56,7 +56,8 @@ gpu: $(if $(DRY_RUN),install)
 		$(if $(RESULTS),--results $(RESULTS)) $(if $(PEERS),--peers $(PEERS))
 
 # Two wheels in WHEELS: one with the C++ kernels for Linux and every Python from 3.10 on, with those in
-# CUDA C++ where there is an nvcc, and one for any machine, on `reference` and `triton`.
+# CUDA C++ where there is an nvcc, and one for any machine, on `reference` and `triton`: what is built
+# without a compiler.
 WHEELS ?= dist
 wheel: native-wheel
 	CXX=none FORCE_CUDA=0 $(VENV)/bin/python setup.py -q bdist_wheel --dist-dir $(WHEELS)

@@ -47,13 +47,13 @@ PyMethodDef methods[] = {
 
 PyModuleDef_Slot slots[] = {{}};
 
-PyModuleDef module{PyModuleDef_HEAD_INIT,
-                   "_C",
-                   "C++ kernels of ppo_kernels; importing it registers them with torch.",
-                   0,
-                   methods,
-                   slots};
+PyModuleDef definition{PyModuleDef_HEAD_INIT,
+                       "_C",
+                       "C++ kernels of ppo_kernels; importing it registers them with torch.",
+                       0,
+                       methods,
+                       slots};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&module); }
+PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&definition); }
