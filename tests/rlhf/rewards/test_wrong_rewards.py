@@ -35,7 +35,7 @@ NUMBER = "a score must be a number, None, or a list with a number for each token
     [
         (
             divide,
-            r"reward divide raised ZeroDivisionError: .*division by zero \(test_rewards.py, "
+            r"reward divide raised ZeroDivisionError: .*division by zero \(test_wrong_rewards.py, "
             r"line \d+\)",
         ),
         (
@@ -71,7 +71,7 @@ NUMBER = "a score must be a number, None, or a list with a number for each token
         (lambda **_: np.ones((4, 1)), COLUMN),
         (
             lambda **_: sys.exit(3),
-            r"reward <lambda> raised SystemExit: 3 \(test_rewards.py, line \d+\)",
+            r"reward <lambda> raised SystemExit: 3 \(test_wrong_rewards.py, line \d+\)",
         ),
         (
             Module(lambda x: x[:-1]),
