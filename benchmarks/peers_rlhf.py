@@ -73,7 +73,7 @@ def make_trainer(folder: Path, vocab_size: int = MODEL["vocab_size"], **options)
 
     from rlhf.config.ppo import PPOConfig
     from rlhf.demo.base import write_jsonl
-    from rlhf.models.passes import load_scorer
+    from rlhf.models.loading import load_scorer
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.run.state import save_model
 

@@ -4,8 +4,17 @@ Each public name is imported from its module when it is asked for: `import rlhf`
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from rlhf.errors import of_the_extra
+
+if TYPE_CHECKING:
+    from rlhf.config.ppo import PPOConfig
+    from rlhf.config.training import RewardConfig, SFTConfig
+    from rlhf.errors import UserError
+    from rlhf.ppo.train import train_ppo
+    from rlhf.reward_model import train_reward
+    from rlhf.sft import train_sft
 
 # Public name -> the module that has it.
 _MODULES = {
@@ -17,7 +26,15 @@ _MODULES = {
     "PPOConfig": "rlhf.config.ppo",
     "UserError": "rlhf.errors",
 }
-__all__ = list(_MODULES)
+__all__ = [
+    "PPOConfig",
+    "RewardConfig",
+    "SFTConfig",
+    "UserError",
+    "train_ppo",
+    "train_reward",
+    "train_sft",
+]
 
 
 def __getattr__(name: str) -> object:

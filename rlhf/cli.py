@@ -145,12 +145,11 @@ def quiet_writer_threads() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Leaves it to us to say what is wrong with a model."""
-    import huggingface_hub
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()
+    importlib.import_module("huggingface_hub").logging.set_verbosity_error()
 
 
 def load(command: str) -> Callable:

@@ -166,7 +166,8 @@ class RewardOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        self.reward_funcs = [_moved(name) for name in self.reward_funcs]
+        if isinstance(self.reward_funcs, list):
+            self.reward_funcs = [_moved(name) for name in self.reward_funcs]
 
 
 @dataclass(kw_only=True)

@@ -31,7 +31,7 @@ try:
     import gymnasium
 except ImportError as error:
     raise UserError(
-        'task cartpole needs gymnasium, which is not installed: pip install "ppo_kernels[gym]"'
+        'task cartpole needs gymnasium, which is not installed: pip install "ppo-kernels[gym]"'
     ) from error
 
 # Mean return, of 500, that a run must reach.

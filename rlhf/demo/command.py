@@ -108,7 +108,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=[*STAGED, *CURVES],
         help="reviews: a built-in world of film reviews (default); labelled: the texts of --data; "
         "counting: a model with 36 words learns to repeat one; cartpole: CartPole-v1, which needs "
-        'pip install "ppo_kernels[gym]"',
+        'pip install "ppo-kernels[gym]"',
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     parser.add_argument(

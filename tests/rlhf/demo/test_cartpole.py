@@ -6,7 +6,7 @@ import torch
 from rlhf.demo import cartpole
 from rlhf.demo.cartpole import GAMMA, LAM, advantages_and_returns, run_cartpole
 
-pytest.importorskip("gymnasium", reason='gymnasium is missing: pip install "ppo_kernels[gym]"')
+pytest.importorskip("gymnasium", reason='gymnasium is missing: pip install "ppo-kernels[gym]"')
 
 
 def test_where_time_was_up_the_last_value_counts_and_where_the_pole_fell_it_does_not():

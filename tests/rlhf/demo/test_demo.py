@@ -164,7 +164,7 @@ def test_without_gymnasium_the_message_says_what_to_install(tmp_path, capsys, mo
     monkeypatch.delitem(sys.modules, "rlhf.demo.cartpole", raising=False)
     assert main(["demo", "--task", "cartpole", "--output_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert 'pip install "ppo_kernels[gym]"' in error and error.count("\n") == 1
+    assert 'pip install "ppo-kernels[gym]"' in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
