@@ -6,8 +6,6 @@ Each public name is imported from its module when it is asked for: `import rlhf`
 import importlib
 from typing import TYPE_CHECKING
 
-from rlhf.errors import of_the_extra
-
 if TYPE_CHECKING:
     from rlhf.config.ppo import PPOConfig
     from rlhf.config.training import RewardConfig, SFTConfig
@@ -43,6 +41,8 @@ def __getattr__(name: str) -> object:
     try:
         module = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
+        from rlhf.errors import of_the_extra
+
         raise of_the_extra(error) from None
     return getattr(module, name)
 

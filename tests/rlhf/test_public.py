@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import rlhf
+from tests import ROOT
 
 NAMES = {
     *("train_sft", "train_reward", "train_ppo"),
@@ -33,3 +34,26 @@ def test_an_import_imports_nothing_else():
         "assert train_ppo is sys.modules['rlhf.ppo.train'].train_ppo\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.slow
+def test_names_have_their_types(tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    names = ", ".join(rlhf.__all__)
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"from rlhf import {names}\n"
+        "config: PPOConfig = PPOConfig(output_dir='runs/ppo')\n"
+        "train_ppo(config)\n"
+    )
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--config-file", "/dev/null"),
+            *("--follow-imports=silent", "--ignore-missing-imports"),
+            *("--cache-dir", str(tmp_path), str(program)),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stdout
