@@ -140,21 +140,26 @@ def test_force_cuda_without_a_compiler():
     assert "FORCE_CUDA=1 asks for the CUDA sources, but there is no C++ compiler" in result.stderr
 
 
-def test_the_build_removes_extensions_of_older_versions(tmp_path, monkeypatch):
-    """Python takes `_C.cpython-311-x86_64-linux-gnu.so` before `_C.abi3.so`."""
+@pytest.mark.parametrize("how", ("inplace", "editable_mode", "wheel"))
+def test_the_build_removes_extensions_of_older_versions(tmp_path, monkeypatch, how):
+    """Python takes `_C.cpython-311-x86_64-linux-gnu.so` before `_C.abi3.so`. A wheel's build leaves
+    the tree alone, whose extension it does not replace."""
     monkeypatch.chdir(tmp_path)
-    folders = [tmp_path / "ppo_kernels", tmp_path / "build" / "lib" / "ppo_kernels"]
-    for folder in folders:
+    tree, built = tmp_path / "ppo_kernels", tmp_path / "build" / "lib" / "ppo_kernels"
+    old, new = "_C.cpython-311-x86_64-linux-gnu.so", "_C.abi3.so"
+    for folder in (tree, built):
         folder.mkdir(parents=True)
-        (folder / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+        (folder / old).touch()
 
     class Build:
         build_lib = "build/lib"
+        inplace = how == "inplace"
+        editable_mode = how == "editable_mode"
 
         def run(self):
-            for folder in folders:
-                (folder / "_C.abi3.so").touch()
+            for folder in (built,) if how == "wheel" else (built, tree):
+                (folder / new).touch()
 
     setup_py().without_other_builds(Build)().run()
-    for folder in folders:
-        assert [x.name for x in folder.iterdir()] == ["_C.abi3.so"]
+    assert [x.name for x in built.iterdir()] == [new]
+    assert [x.name for x in tree.iterdir()] == [old if how == "wheel" else new]
